@@ -1,0 +1,90 @@
+"""CLIP, LongCLIP, DINOv2, DINOv3: any image tower transformers can load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from uae.encoders.preprocessing import Preprocessing, from_image_processor
+from uae.encoders.tower import Tower
+
+
+class HFEncoder(Tower):
+    """An image tower in transformers format.
+
+    Unified-Bench scores CLIP with the projected image embedding and DINOv2/DINOv3 with the class token (after the last
+    layer norm); both are reproduced here, with the preprocessing numbers of the folder's ``preprocessor_config.json``.
+
+    LongCLIP differs from CLIP on the text side only (248 positions), so its transformers conversion loads here with
+    ``feature="projection"``; the official ``longclip-L.pt`` loads with ``OpenCLIPEncoder``.
+
+    Args:
+        path: A local folder or a model id on the hub, e.g. ``openai/clip-vit-large-patch14``.
+        feature: "projection": the embedding in the joint image-text space (CLIP-like models). "cls": the first token of
+            the last hidden state (DINOv2, DINOv3).
+    """
+
+    def __init__(self, path: str, feature: Literal["projection", "cls"] = "projection") -> None:
+        if feature not in ("projection", "cls"):
+            raise ValueError(f"feature={feature!r}; allowed: projection, cls; set the encoder's init_args.feature")
+        self.path = path
+        self.feature = feature
+
+    def weights(self) -> Hashable:
+        """The folder or id; both features come from one module."""
+        return "transformers", os.path.realpath(self.path) if os.path.isdir(self.path) else self.path
+
+    def read(self) -> tuple[nn.Module, Preprocessing]:
+        """Config, image processor and weights; the text tower is dropped."""
+        local = os.path.isdir(self.path)
+        if not local and self.path.startswith(("/", ".", "~")):
+            raise FileNotFoundError(f"encoder folder {self.path!r} does not exist; set the encoder's init_args.path")
+        import transformers
+
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.path, local_files_only=local)
+            processor = transformers.AutoImageProcessor.from_pretrained(self.path, local_files_only=local)
+            module, missing = self._pretrained(transformers, config, local)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(
+                f"encoder path {self.path!r} is no complete folder here and cannot be had from the hub "
+                f"({reason}); set the encoder's init_args.path"
+            ) from error
+        if missing:
+            raise ValueError(
+                f"encoder path {self.path!r} lacks {len(missing)} weights ({missing[0]}, ...), left random; "
+                "set the encoder's init_args.path to a complete model"
+            )
+        return module, from_image_processor(processor.to_dict())
+
+    def _pretrained(self, transformers: Any, config: Any, local: bool) -> tuple[nn.Module, list[str]]:
+        # AutoModel maps a vision-only CLIP folder to the class without the projection.
+        projected = config.model_type == "clip_vision_model"
+        kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
+        module, report = kind.from_pretrained(
+            self.path, config=config, dtype=torch.float32, local_files_only=local, output_loading_info=True
+        )
+        for part in ("text_model", "text_projection"):
+            if hasattr(module, part):
+                setattr(module, part, None)
+        return module, sorted(report["missing_keys"])
+
+    def features(self, module: nn.Module, pixels_NCHW: Tensor) -> Tensor:
+        """Projected embedding or class token ``[N, D]``."""
+        if self.feature == "cls":
+            tower: Any = getattr(module, "vision_model", module)
+            return tower(pixel_values=pixels_NCHW).last_hidden_state[:, 0]
+        if hasattr(module, "get_image_features"):
+            out = module.get_image_features(pixel_values=pixels_NCHW)
+            return getattr(out, "pooler_output", out)  # transformers 5 wraps the projected vector, 4 returned it
+        if hasattr(module, "visual_projection"):
+            return module(pixel_values=pixels_NCHW).image_embeds
+        raise ValueError(
+            f"the model at {self.path!r} ({type(module).__name__}) has no image projection; "
+            "set the encoder's init_args.feature to cls"
+        )

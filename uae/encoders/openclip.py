@@ -1,0 +1,117 @@
+"""CLIP towers of open_clip, and the official LongCLIP file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from uae.encoders.preprocessing import Preprocessing
+from uae.encoders.tower import Tower
+
+# Left in the state dict by OpenAI's and LongCLIP's own code; both trained with QuickGELU.
+_OPENAI_MARKS = {"input_resolution", "positional_embedding_res"}
+
+
+class OpenCLIPEncoder(Tower):
+    """The projected image embedding of an open_clip model.
+
+    LongCLIP: ``name="ViT-L-14-quickgelu"`` and ``pretrained`` the path of the official ``longclip-L.pt``. From a file
+    only the image tower (``visual.*``) is read, so its longer text positions are no obstacle.
+
+    Args:
+        name: A registered architecture, e.g. ``ViT-L-14-quickgelu``; or ``local-dir:DIR`` (a folder with
+            ``open_clip_config.json`` and weights); or ``hf-hub:ID``.
+        pretrained: A tag of that architecture, e.g. ``openai``, or a weights file. None with a ``local-dir:`` or
+            ``hf-hub:`` name, which bring their own weights.
+    """
+
+    def __init__(self, name: str, pretrained: str | None = None) -> None:
+        if (pretrained is None) != (":" in name):
+            raise ValueError(
+                f"name={name!r} with pretrained={pretrained!r}: a registered name needs a tag or a weights file in "
+                "init_args.pretrained, a local-dir: or hf-hub: name must have none"
+            )
+        if pretrained == "openai" and "quickgelu" not in name:
+            raise ValueError(_quickgelu(name, "openai"))
+        self.name = name
+        self.pretrained = pretrained
+
+    def weights(self) -> Hashable:
+        """Architecture and weights source."""
+        return "open_clip", self.name, self.pretrained
+
+    def read(self) -> tuple[nn.Module, Preprocessing]:
+        """Build the model, keep its image tower."""
+        import open_clip
+
+        if self.name.startswith("local-dir:") and not Path(self.name.removeprefix("local-dir:")).is_dir():
+            raise FileNotFoundError(f"{self.name!r}: the folder does not exist; set the encoder's init_args.name")
+        try:
+            if self.pretrained is None:
+                model = open_clip.create_model(self.name, require_pretrained=True)
+            elif os.path.isfile(self.pretrained):
+                model = self._from_file(open_clip, self.pretrained)
+            else:
+                model = self._from_tag(open_clip, self.pretrained)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(
+                f"open_clip cannot load name={self.name!r}, pretrained={self.pretrained!r} ({reason}); "
+                "set the encoder's init_args.name or init_args.pretrained"
+            ) from error
+        return model.visual, _preprocessing(model.visual.preprocess_cfg)
+
+    def _from_file(self, open_clip: Any, file: str) -> Any:
+        state = open_clip.factory.load_state_dict(file, device="cpu", weights_only=True)
+        if _OPENAI_MARKS & set(state) and "quickgelu" not in self.name:
+            raise ValueError(_quickgelu(self.name, file))
+        model = open_clip.create_model(self.name, pretrained_text=False)
+        prefix = "visual."
+        model.visual.load_state_dict({key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)})
+        return model
+
+    def _from_tag(self, open_clip: Any, tag: str) -> Any:
+        trained = open_clip.get_pretrained_cfg(self.name, tag)
+        if not trained:
+            allowed = open_clip.list_pretrained_tags_by_model(self.name)
+            raise FileNotFoundError(
+                f"neither a file nor a tag of {self.name}; its tags: {', '.join(allowed) or 'none'}"
+            )
+        if trained.get("quick_gelu", False) != open_clip.get_model_config(self.name).get("quick_gelu", False):
+            raise ValueError(_quickgelu(self.name, tag))  # open_clip only warns, and every score is silently off
+        return open_clip.create_model(self.name, pretrained=tag, require_pretrained=True)
+
+    def features(self, module: nn.Module, pixels_NCHW: Tensor) -> Tensor:
+        """Projected embedding ``[N, D]``."""
+        out = module(pixels_NCHW)
+        return out[0] if isinstance(out, tuple) else out  # some towers return their tokens as well
+
+
+def _quickgelu(name: str, weights: str) -> str:
+    bare = name.removesuffix("-quickgelu")
+    return (
+        f"name={name!r} and pretrained={weights!r} disagree on the activation (QuickGELU or GELU), which would shift "
+        f"every score silently; set the encoder's init_args.name to {bare if bare != name else name + '-quickgelu'!r}"
+    )
+
+
+def _preprocessing(numbers: dict[str, Any]) -> Preprocessing:
+    size = numbers["size"]
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+    mode = numbers["resize_mode"]
+    if mode not in ("shortest", "squash") or (mode == "shortest" and height != width):
+        raise ValueError(
+            f"open_clip preprocessing resize_mode={mode}, size={size}; supported: shortest (square), squash"
+        )
+    return Preprocessing(
+        resize=height if mode == "shortest" else (height, width),
+        crop=(height, width) if mode == "shortest" else None,
+        mean=tuple(numbers["mean"]),
+        std=tuple(numbers["std"]),
+        interpolation=numbers["interpolation"],
+        offset=round,
+    )

@@ -1,0 +1,201 @@
+"""Log-probs of given tokens without the ``[M, V]`` matrix of logits.
+
+The gradient of one token's log-prob with respect to its hidden state is ``(onehot - softmax) @ W / temperature``: one
+vector of size D per token. With a frozen head it is formed in the forward, row chunk by row chunk, and only scaled by
+the incoming gradient in the backward. A trained head needs ``softmax`` again for its own gradient, so there the
+backward recomputes it chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    ids: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    banned: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of ``ids`` under ``softmax((hidden @ head_weight.T + bias) / temperature)``, and its entropy.
+
+    Temperature and banned ids are those of the sampler, so that both sides agree on what the policy is. The logits are
+    formed in the dtype of the head with float32 accumulation and are float32 from there on (float64 for a float64
+    head), autocast or not. Working memory is a few ``[chunk, V]`` float32 tensors; M tokens keep ``[M, D]``.
+
+    Args:
+        hidden: ``[..., D]`` states that predict ``ids``, already shifted by one.
+        head_weight: ``[V, D]``.
+        ids: ``[...]`` int64 in [0, V).
+        temperature: Divides the logits, > 0.
+        chunk: Tokens per chunk, >= 1. Changes memory and speed, not the result.
+        banned: int64 ids that the policy never emits: their logit is -inf, and so is their log-prob as a target.
+        bias: ``[V]``, or None.
+
+    Returns:
+        ``(logp, entropy)`` in nats, both shaped like ``ids``. ``logp`` is differentiable (once) in hidden, head_weight
+        and bias; ``entropy`` is detached.
+
+    Raises:
+        ValueError: Shapes that do not match, temperature <= 0 or chunk < 1.
+    """
+    _check(hidden, head_weight, ids, temperature, chunk, bias)
+    hidden_MD, ids_M = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
+    arguments = (hidden_MD, head_weight, bias, ids_M, banned, float(temperature), int(chunk))
+    if not torch.is_grad_enabled():
+        logp_M, entropy_M = _score(*arguments)
+    else:
+        trained_head = head_weight.requires_grad or (bias is not None and bias.requires_grad)
+        function = _TrainedHead if trained_head else _FrozenHead
+        logp_M, entropy_M = function.apply(*arguments)
+    return logp_M.view(ids.shape), entropy_M.view(ids.shape)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Keeps ``d logp / d hidden`` per token, ``[M, D]``, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        ids_M: Tensor,
+        banned: Tensor | None,
+        temperature: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        slope_MD = None
+        if ctx.needs_input_grad[0]:
+            slope_MD = torch.empty_like(hidden_MD, dtype=_accumulator(weight_VD))
+        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, slope_MD)
+        ctx.save_for_backward(slope_MD)
+        ctx.dtype = hidden_MD.dtype
+        ctx.mark_non_differentiable(entropy_M)
+        return logp_M, entropy_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_M: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
+        (slope_MD,) = ctx.saved_tensors
+        # A masked token has gradient 0, and must have it even when its hidden state is NaN.
+        grad_MD = (slope_MD * grad_M[:, None]).masked_fill(grad_M[:, None] == 0, 0.0)
+        return grad_MD.to(ctx.dtype), None, None, None, None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """Keeps its inputs; the backward forms every chunk's softmax once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        ids_M: Tensor,
+        banned: Tensor | None,
+        temperature: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden_MD, weight_VD, bias_V, ids_M, banned)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk)
+        ctx.mark_non_differentiable(entropy_M)
+        return logp_M, entropy_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_M: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_MD, weight_VD, bias_V, ids_M, banned = ctx.saved_tensors
+        hidden_MD = hidden_MD.masked_fill(grad_M[:, None] == 0, 0.0)  # 0 * NaN again
+        grad_hidden_MD = torch.empty_like(hidden_MD)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=_accumulator(weight_VD))
+        grad_bias_V = torch.zeros_like(grad_weight_VD[:, 0])
+        for start in range(0, len(ids_M), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            logits_CV = _logits(hidden_MD[rows], weight_VD, bias_V, banned, ctx.temperature)
+            slope_CV = _slope(logits_CV.softmax(1), ids_M[rows], banned, ctx.temperature).mul_(grad_M[rows, None])
+            grad_hidden_MD[rows] = _matmul(slope_CV, weight_VD).to(hidden_MD.dtype)
+            grad_weight_VD += _matmul(slope_CV.t(), hidden_MD[rows].to(weight_VD.dtype))
+            grad_bias_V += slope_CV.sum(0)
+        grad_bias = None if bias_V is None else grad_bias_V.to(bias_V.dtype)
+        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias, None, None, None, None
+
+
+def _score(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    ids_M: Tensor,
+    banned: Tensor | None,
+    temperature: float,
+    chunk: int,
+    slope_MD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy per token; fills ``slope_MD``, if given, with ``d logp / d hidden``."""
+    logp_M = hidden_MD.new_empty(len(ids_M), dtype=_accumulator(weight_VD))
+    entropy_M = torch.empty_like(logp_M)
+    for start in range(0, len(ids_M), chunk):
+        rows = slice(start, start + chunk)
+        logp_CV = _logits(hidden_MD[rows], weight_VD, bias_V, banned, temperature).log_softmax(1)
+        logp_M[rows] = logp_CV.gather(1, ids_M[rows, None]).squeeze(1)
+        softmax_CV = logp_CV.exp_()
+        entropy_M[rows] = torch.special.entr(softmax_CV).sum(1)
+        if slope_MD is not None:
+            slope_MD[rows] = _matmul(_slope(softmax_CV, ids_M[rows], banned, temperature), weight_VD)
+    return logp_M, entropy_M
+
+
+def _logits(
+    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, banned: Tensor | None, temperature: float
+) -> Tensor:
+    logits_CV = _matmul(hidden_CD, weight_VD.t())
+    if bias_V is not None:
+        logits_CV += bias_V
+    logits_CV /= temperature
+    return logits_CV if banned is None else logits_CV.index_fill_(1, banned, -torch.inf)
+
+
+def _slope(softmax_CV: Tensor, ids_C: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
+    """``d logp / d (hidden @ W.T + bias)``, in place; a banned logit is a constant."""
+    slope_CV = softmax_CV.neg_()
+    slope_CV.scatter_add_(1, ids_C[:, None], torch.ones_like(slope_CV[:, :1]))
+    if banned is not None:
+        slope_CV.index_fill_(1, banned, 0.0)
+    return slope_CV.div_(temperature)
+
+
+def _accumulator(weight_VD: Tensor) -> torch.dtype:
+    return torch.promote_types(weight_VD.dtype, torch.float32)
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in right's dtype with float32 accumulation and output. Autocast would round the product."""
+    dtype = _accumulator(right)
+    with torch.autocast(right.device.type, enabled=False):
+        if right.dtype != dtype and right.is_cuda:
+            return torch.mm(left.to(right.dtype), right, out_dtype=dtype)  # no float32 copy of the head
+        return left.to(dtype) @ right.to(dtype)
+
+
+def _check(
+    hidden: Tensor, head_weight: Tensor, ids: Tensor, temperature: float, chunk: int, bias: Tensor | None
+) -> None:
+    if head_weight.dim() != 2 or hidden.shape[-1:] != head_weight.shape[1:] or hidden.shape[:-1] != ids.shape:
+        shapes = f"hidden {list(hidden.shape)}, head_weight {list(head_weight.shape)}, ids {list(ids.shape)}"
+        raise ValueError(f"{shapes} do not match; allowed: [..., D], [V, D] and [...]")
+    if bias is not None and bias.shape != head_weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; allowed: [V] = {list(head_weight.shape[:1])}")
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature={temperature}; allowed: more than 0 (greedy decoding: Sampling.policy_temperature)"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}; allowed: 1 or more")

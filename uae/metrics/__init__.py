@@ -1,0 +1,5 @@
+"""Metrics of reconstruction."""
+
+from uae.metrics.unified_score import UnifiedScore, similarity
+
+__all__ = ["UnifiedScore", "similarity"]

@@ -1,0 +1,76 @@
+"""What trains: a low-rank adapter or the weights themselves. Swapped by configuration, nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from torch import nn
+
+LANGUAGE_MODEL = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+class Finetune:
+    """Decides which parameters of a captioner train and where its reference comes from."""
+
+    def attach(self, captioner: Any, keep_reference: bool) -> None:
+        """Freeze and unfreeze ``captioner.policy`` in place.
+
+        Args:
+            captioner: An `uae.models.captioner.HFCaptioner` (or anything with ``policy`` and ``reference_policy``).
+            keep_reference: Whether ``captioner.reference()`` will be needed (a KL coefficient above 0).
+        """
+        raise NotImplementedError
+
+
+class LoRA(Finetune):
+    """A low-rank adapter on the language model; the reference is the model with the adapter off, so it costs nothing.
+
+    Args:
+        rank: Rank of the adapter.
+        alpha: Scale; the update is ``alpha / rank * B A``.
+        target_modules: A regular expression over module names, or "all-linear" (which also adapts the image tower).
+        adapter: Folder of a PEFT adapter to start from; the reference is then a frozen copy of it.
+    """
+
+    def __init__(self, rank: int = 16, alpha: int = 32, target_modules: str = LANGUAGE_MODEL, adapter: str | None = None) -> None:
+        self.rank, self.alpha, self.target_modules, self.adapter = rank, alpha, target_modules, adapter
+
+    def attach(self, captioner: Any, keep_reference: bool) -> None:
+        """Wrap the model in a PeftModel. Dropout is 0: with it the policy ratio would not be one."""
+        import peft
+
+        model = captioner.policy.model.requires_grad_(False)
+        if self.adapter is None:
+            config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, lora_dropout=0.0)
+            captioner.policy.model = peft.get_peft_model(model, config)
+            return
+        wrapped = peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+        if keep_reference:
+            wrapped.load_adapter(self.adapter, adapter_name="reference", is_trainable=False)
+            wrapped.set_adapter("default")
+        captioner.policy.model = wrapped
+
+
+class Full(Finetune):
+    """The weights themselves; the reference is a frozen copy, made only when a KL term needs it.
+
+    Args:
+        trainable: A regular expression over parameter names, searched; the rest stays frozen. The default leaves out
+            the image tower.
+    """
+
+    def __init__(self, trainable: str = r"^(?!.*visual\.)") -> None:
+        self.trainable = trainable
+
+    def attach(self, captioner: Any, keep_reference: bool) -> None:
+        """Unfreeze what matches and keep a copy of the start if asked."""
+        policy: nn.Module = captioner.policy
+        if keep_reference:
+            captioner.reference_policy = copy.deepcopy(policy).requires_grad_(False).eval()
+        names = [name for name, _ in policy.model.named_parameters() if re.search(self.trainable, name)]
+        if not names:
+            raise ValueError(f"finetune.trainable={self.trainable!r} matches no parameter of the policy")
+        for name, parameter in policy.model.named_parameters():
+            parameter.requires_grad_(name in names)

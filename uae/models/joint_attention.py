@@ -1,0 +1,51 @@
+"""A text mask for the joint attention of SD3-style transformers, so that padding cannot change an image.
+
+Stock joint attention has no mask: padded caption tokens are attended to and move every pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class MaskedJointAttention:
+    """A diffusers attention processor: image and text tokens attend to each other, masked text tokens to nobody.
+
+    Takes ``text_mask`` ``[N, L]`` (1 = real token) through the transformer's ``joint_attention_kwargs``.
+    """
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Image ``[N, I, D]`` and text ``[N, L, D]`` in, the same shapes out."""
+        tokens_of_image = hidden_states.shape[1]
+        query, key, value = _heads(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        mask = None
+        if encoder_hidden_states is not None:
+            names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            text = _heads(attn, encoder_hidden_states, *names)
+            query, key, value = (torch.cat(pair, dim=2) for pair in zip((query, key, value), text, strict=True))
+            if text_mask is not None:
+                image_mask = text_mask.new_ones(len(text_mask), tokens_of_image)
+                mask = torch.cat([image_mask, text_mask], dim=1).bool()[:, None, None]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out = out.transpose(1, 2).flatten(2)
+        image = attn.to_out[1](attn.to_out[0](out[:, :tokens_of_image]))
+        if encoder_hidden_states is None:
+            return image
+        words = out[:, tokens_of_image:]
+        return image, words if attn.context_pre_only else attn.to_add_out(words)
+
+
+def _heads(attn: torch.nn.Module, x: Tensor, projections: tuple[str, ...], norms: tuple[str, str]) -> tuple[Tensor, ...]:
+    """Query, key and value ``[N, heads, tokens, width]`` of one stream."""
+    query, key, value = (getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in projections)
+    norm_query, norm_key = (getattr(attn, name) for name in norms)
+    return norm_query(query) if norm_query else query, norm_key(key) if norm_key else key, value
