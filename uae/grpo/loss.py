@@ -143,9 +143,10 @@ class GRPOLoss:
         return log_ratio_NT.exp()
 
     def _policy(self, ratio_NT: Tensor, advantage_NT: Tensor) -> Tensor:
-        clipped_NT = ratio_NT.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        capped_NT = ratio_NT if self.delta is None else ratio_NT.clamp(max=self.delta)
-        return -torch.minimum(capped_NT * advantage_NT, clipped_NT * advantage_NT)
+        clipped_NT = ratio_NT.clamp(1 - self.epsilon_low, 1 + self.epsilon_high) * advantage_NT
+        capped_NT = (ratio_NT if self.delta is None else ratio_NT.clamp(max=self.delta)) * advantage_NT
+        # The minimum. A tie takes the gradient of the ratio, so that on-policy it is REINFORCE even when epsilon is 0.
+        return -torch.where(capped_NT <= clipped_NT, capped_NT, clipped_NT)
 
     def _kl(self, d_NT: Tensor) -> Tensor:
         if self.kl == "k1":
@@ -155,7 +156,7 @@ class GRPOLoss:
         return d_NT.exp() - d_NT - 1
 
     def _aggregate(self, terms_NT: Tensor, valid_NT: Tensor, normalizer: Tensor | float | None) -> Tensor:
-        total_N = terms_NT.masked_fill(~valid_NT, 0.0).sum(1)
+        total_N = terms_NT.sum(1)  # masked terms are 0, as their inputs are
         tokens_N = valid_NT.sum(1)
         if self.aggregation == "grpo":
             return (total_N / tokens_N.clamp(min=1)).mean()
