@@ -1,8 +1,9 @@
 """What a reconstruction (and its caption) is worth."""
 
+from uae.rewards.base import BaseReward
 from uae.rewards.caption import CaptionFormat
 from uae.rewards.control import RandomReward
 from uae.rewards.similarity import EncoderSimilarity
 from uae.rewards.weighted import WeightedReward
 
-__all__ = ["CaptionFormat", "EncoderSimilarity", "RandomReward", "WeightedReward"]
+__all__ = ["BaseReward", "CaptionFormat", "EncoderSimilarity", "RandomReward", "WeightedReward"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from uae.rewards.shape import batch_and_group
-from uae.types import Reward
+from uae.rewards.base import BaseReward, batch_and_group
 
 
-class CaptionFormat:
+class CaptionFormat(BaseReward):
     """1 for a caption that has the wanted form, else 0: keeps the language from drifting into a private code.
 
     Args:
@@ -27,10 +25,6 @@ class CaptionFormat:
                 f"pattern={pattern!r} is no regular expression ({error}); set init_args.pattern"
             ) from error
         self.pattern = pattern
-
-    def load(self, device: Any = "cpu") -> Reward:
-        """Nothing to load; returns itself."""
-        return self
 
     def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
         """``reward_BG``, each 0.0 or 1.0."""

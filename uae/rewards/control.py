@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from uae.rewards.shape import batch_and_group
-from uae.types import Reward
+from uae.rewards.base import BaseReward, batch_and_group
 
 
-class RandomReward:
+class RandomReward(BaseReward):
     """Uniform noise, whatever the images. A policy that improves under it improves for another reason.
 
     Args:
@@ -25,10 +22,6 @@ class RandomReward:
             raise ValueError(f"low={low} is above high={high}; set the reward's init_args.low and init_args.high")
         self.low, self.high, self.seed = low, high, seed
         self._stream: torch.Generator | None = None
-
-    def load(self, device: Any = "cpu") -> Reward:
-        """Nothing to load; returns itself."""
-        return self
 
     def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
         """``reward_BG`` in [low, high)."""

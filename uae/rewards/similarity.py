@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from uae.encoders import similarity
-from uae.rewards.shape import batch_and_group
-from uae.types import ImageEncoder, Reward
+from uae.rewards.base import BaseReward, batch_and_group
+from uae.types import ImageEncoder
 
 
-class EncoderSimilarity:
+class EncoderSimilarity(BaseReward):
     """Cosine of source and reconstruction under one encoder (arXiv 2509.09666: CLIP).
 
     Args:
@@ -22,7 +22,7 @@ class EncoderSimilarity:
     def __init__(self, encoder: ImageEncoder) -> None:
         self.encoder = encoder
 
-    def load(self, device: Any = "cpu") -> Reward:
+    def load(self, device: Any = "cpu") -> EncoderSimilarity:
         """Load the encoder; returns itself."""
         self.encoder.load(device)
         return self

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uae.types import Reward, Rewards
+from uae.rewards.base import BaseReward
+from uae.types import Rewards
 
 
 class WeightedReward:
@@ -18,7 +19,7 @@ class WeightedReward:
         weights: Name to weight. A part of weight 0 is computed and logged, not rewarded.
     """
 
-    def __init__(self, parts: dict[str, Reward], weights: dict[str, float]) -> None:
+    def __init__(self, parts: dict[str, BaseReward], weights: dict[str, float]) -> None:
         unweighted, unknown = sorted(set(parts) - set(weights)), sorted(set(weights) - set(parts))
         if unweighted or unknown or not parts:
             raise ValueError(
