@@ -87,15 +87,12 @@ def test_frozen_fp32_whatever_surrounds_the_first_use(models):
     expected = HFEncoder(models["dinov2"], "cls").embed(images)
     gc.collect()
     encoder = HFEncoder(models["dinov2"], "cls")
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.inference_mode(), torch.device("meta"):
             encoder.load("cpu")
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(torch.get_rng_state(), state)
 
     parameters = list(encoder._loaded.module.parameters())
     assert not encoder._loaded.module.training

@@ -70,17 +70,24 @@ def test_local_dir_and_longclip_file_give_the_same_image_tower(tiny, tmp_path):
         OpenCLIPEncoder("tiny-clip", str(tmp_path / "longclip.pt")).load()
 
 
-def test_first_use_under_a_bf16_default_keeps_fp32_weights(tiny, tmp_path):
+def test_first_use_in_validation_under_a_bf16_default(tiny, tmp_path):
+    """The weights must be exact, able to take part in a later backward pass, and cost no random number."""
     model, _ = tiny
     torch.save(model.state_dict(), tmp_path / "weights.pt")
+    state = torch.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        encoder = OpenCLIPEncoder("tiny-clip-quickgelu", str(tmp_path / "weights.pt")).load()
+        with torch.inference_mode():
+            encoder = OpenCLIPEncoder("tiny-clip-quickgelu", str(tmp_path / "weights.pt")).load()
     finally:
         torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
     for name, parameter in encoder._loaded.module.named_parameters():
         assert torch.equal(parameter, model.visual.get_parameter(name)), name
         assert not parameter.requires_grad
+    images = (photo() / 255).requires_grad_()
+    encoder.embed(images).square().sum().backward()
+    assert images.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize(
