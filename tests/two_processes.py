@@ -1,0 +1,96 @@
+"""Run a function in two processes joined by gloo on loopback.
+
+    def work(rank, shift):              # top level of a test module: the children import it by name
+        total = torch.tensor(float(rank + shift))
+        torch.distributed.all_reduce(total)
+        return total.item()             # plain Python or CPU tensors: pickled back
+
+    assert run_on_two(work, 1) == [3.0, 3.0]
+
+The process group is up before ``work`` starts, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set,
+so that a Lightning Trainer with ``devices=2`` joins instead of starting processes of its own. Collectives that do not
+match hang; the timeout kills both processes, so a hang is a failed test and not a stuck run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+def run_on_two(work: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    """``[work(0, *args), work(1, *args)]``, each in a fresh process.
+
+    Raises:
+        RuntimeError: A process raised (its traceback is the message) or died.
+        TimeoutError: Not both finished within ``timeout`` seconds.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    readers, processes = [], []
+    for rank in range(2):
+        reader, writer = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=_child, args=(writer, work, rank, port, timeout, args), daemon=True)
+        process.start()
+        writer.close()  # the child holds the only other end, so its death ends our wait
+        readers.append(reader)
+        processes.append(process)
+    try:
+        return _results(readers, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _results(readers: list[Connection], timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    results: dict[int, Any] = {}
+    while len(results) < len(readers):
+        waiting = [reader for rank, reader in enumerate(readers) if rank not in results]
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(
+                f"processes {set(range(len(readers))) - set(results)} not done after {timeout} s: killed"
+            )
+        for reader in ready:
+            rank = readers.index(reader)
+            try:
+                succeeded, result = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"process {rank} died without a result") from None
+            if not succeeded:
+                raise RuntimeError(f"process {rank} failed:\n{result}")
+            results[rank] = result
+    return [results[rank] for rank in range(len(readers))]
+
+
+def _child(writer: Connection, work: Callable[..., Any], rank: int, port: int, timeout: float, args: tuple) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=timeout))
+        reply = pickle.dumps((True, work(rank, *args)))  # pickled by value: shared memory would die with this process
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        reply = pickle.dumps((False, traceback.format_exc()))
+    writer.send_bytes(reply)
