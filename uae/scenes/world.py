@@ -29,7 +29,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "purple": (0.6, 0.1, 0.8),
     "cyan": (0.1, 0.9, 0.9),
     "white": (1.0, 1.0, 1.0),
-    "pink": (1.0, 0.55, 0.75),
+    "pink": (1.0, 0.4, 0.7),
 }
 BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "black": (0.0, 0.0, 0.0),

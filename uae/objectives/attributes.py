@@ -1,0 +1,93 @@
+"""Training of the held-out judge: one vector that knows every attribute of a scene."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uae.objectives.captioning import cell_codes
+from uae.objectives.objective import Objective
+from uae.scenes import SIDE
+from uae.scenes.world import BACKGROUNDS, COLORS, GRID
+from uae.types import ImageBatch
+
+
+class AttributeObjective(Objective):
+    """Cross-entropy of what every cell holds and of the background, read from the class token by a linear head.
+
+    A small term keeps the vectors of different scenes apart, so that the cosine has a low floor. The head is thrown away. Nothing here sees a caption or another encoder.
+
+    Args:
+        width: Width of the DINOv2 model.
+        layers: Its depth.
+        noise: Largest standard deviation of pixel noise, so that the judge does not hang on exact colors.
+    """
+
+    def __init__(self, width: int = 96, layers: int = 3, noise: float = 0.1) -> None:
+        super().__init__()
+        self.width, self.layers, self.noise = width, layers, noise
+
+    def build(self) -> None:
+        """A fresh DINOv2 model."""
+        from transformers import Dinov2Config, Dinov2Model
+
+        config = Dinov2Config(
+            hidden_size=self.width, num_hidden_layers=self.layers, num_attention_heads=4, image_size=SIDE, patch_size=4,
+            layerscale_value=1.0,
+        )  # fmt: skip
+        self.model = Dinov2Model(config)
+        self.kinds = 1 + 12 * len(COLORS)
+        self.head = nn.Linear(self.width, GRID * GRID * self.kinds + len(BACKGROUNDS))
+
+    def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
+        """``loss``: nats per cell plus nats per background."""
+        images = batch["image"] + self.noise * torch.rand(1, device=batch["image"].device) * torch.randn_like(batch["image"])
+        vector_ND = self._embed(images)
+        cells, papers = self._read(vector_ND)
+        codes, truth = self._truth(batch)
+        unit_ND = F.normalize(vector_ND, dim=1)
+        alike = (unit_ND @ unit_ND.T).square().mean()
+        loss = 5 * F.cross_entropy(cells.flatten(0, 1), codes.flatten()) + F.cross_entropy(papers, truth) + alike
+        return {"loss": loss, "alike": alike.detach()}
+
+    def _embed(self, images_NCHW: Tensor) -> Tensor:
+        """The class token ``[N, D]``."""
+        return self.model(pixel_values=(images_NCHW - 0.5) / 0.5).last_hidden_state[:, 0]
+
+    def _read(self, vector_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of cells ``[N, 9, kinds]`` and of the background ``[N, 4]``."""
+        logits = self.head(vector_ND)
+        cells, papers = logits.split([GRID * GRID * self.kinds, len(BACKGROUNDS)], dim=1)
+        return cells.unflatten(1, (GRID * GRID, self.kinds)), papers
+
+    def _truth(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        device = batch["image"].device
+        papers = torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in batch["scene"]], device=device)
+        return torch.stack([cell_codes(scene) for scene in batch["scene"]]).to(device), papers
+
+    @torch.no_grad()
+    def score(self, batch: ImageBatch) -> dict[str, float]:
+        """Accuracy on occupied cells; share of scenes read entirely right; cosine between different scenes."""
+        vector_ND = self._embed(batch["image"])
+        cells, papers = self._read(vector_ND)
+        codes, truth = self._truth(batch)
+        right = cells.argmax(-1) == codes
+        unit_ND = F.normalize(vector_ND, dim=1)
+        return {
+            "objects": right[codes > 0].float().mean().item(),
+            "whole": (right.all(1) & (papers.argmax(-1) == truth)).float().mean().item(),
+            "other": (unit_ND * unit_ND.roll(1, 0)).sum(1).mean().item(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``judge/`` as a transformers folder with its preprocessing."""
+        from transformers import BitImageProcessor
+
+        self.model.cpu().save_pretrained(folder / "judge")
+        size = {"height": SIDE, "width": SIDE}
+        BitImageProcessor(
+            size={"shortest_edge": SIDE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ).save_pretrained(folder / "judge")
