@@ -131,7 +131,10 @@ class Trajectory:
 class Captioner(Protocol):
     """Image to text. The policy of *generation for understanding*."""
 
-    def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> Context: ...
+    def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> Context:
+        """Images and the question put beside them, as the model's inputs."""
+        ...
+
     def sample(self, context: Context, group: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout:
         """``group`` captions for every image; ``seeds`` has one number per row (N) and fully determines the samples."""
         ...
@@ -148,7 +151,9 @@ class Captioner(Protocol):
 class Conditioner(Protocol):
     """Text to whatever the renderer is conditioned on. Never sees the image."""
 
-    def encode(self, texts: list[str]) -> Condition: ...
+    def encode(self, texts: list[str]) -> Condition:
+        """N captions to a condition of N rows."""
+        ...
 
 
 class Renderer(Protocol):
@@ -162,10 +167,21 @@ class Renderer(Protocol):
 class ImagePolicy(Renderer, Protocol):
     """A renderer whose actions have log-probs. The policy of *understanding for generation*."""
 
-    def sample(self, condition: Condition, seeds: Sequence[int]) -> Trajectory: ...
-    def logprobs(self, trajectory: Trajectory) -> Tensor: ...
-    def pixels(self, trajectory: Trajectory) -> Tensor: ...
-    def reference(self) -> AbstractContextManager[None]: ...
+    def sample(self, condition: Condition, seeds: Sequence[int]) -> Trajectory:
+        """One trajectory per row, determined by its seed."""
+        ...
+
+    def logprobs(self, trajectory: Trajectory) -> Tensor:
+        """Log-probs ``[N, S]`` of the actions under the current weights, with gradient."""
+        ...
+
+    def pixels(self, trajectory: Trajectory) -> Tensor:
+        """The images ``[N, 3, H, W]`` a trajectory ends in."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the policy computes with the weights the run started from."""
+        ...
 
 
 @runtime_checkable
@@ -213,4 +229,6 @@ class UMM:
 class System(Protocol):
     """A named assembly. The constructor stores arguments; ``build`` loads weights on the CPU."""
 
-    def build(self) -> UMM: ...
+    def build(self) -> UMM:
+        """Load and assemble the three roles."""
+        ...

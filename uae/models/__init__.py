@@ -1,0 +1,1 @@
+"""Captioners, conditioners, renderers and what of them trains."""

@@ -61,7 +61,9 @@ class _Prefix:
 
     def expand(self, group: int) -> _Prefix:
         self.cache.batch_repeat_interleave(group)
-        return _Prefix(self.cache, *(x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N)))
+        return _Prefix(
+            self.cache, *(x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
+        )
 
 
 class CaptionPolicy(nn.Module):
@@ -142,7 +144,9 @@ class HFCaptioner:
 
     def __init__(self, model: Any, processor: Any, instruction: str, extra_banned_ids: Sequence[int] = ()) -> None:
         if not getattr(processor, "chat_template", None):
-            raise ValueError("the captioner's processor has no chat template: point the system at an instruction-tuned checkpoint")
+            raise ValueError(
+                "the captioner's processor has no chat template: point the system at an instruction-tuned checkpoint"
+            )
         self.processor = processor
         self.instruction = instruction
         ids = [getattr(model.config, name, None) for name in SPECIAL_VISION_TOKENS]
@@ -243,7 +247,9 @@ class HFCaptioner:
             with _starting_adapter(self.policy.model):
                 yield
         else:
-            raise RuntimeError("no reference was kept: attach the finetuning with keep_reference=True (model.loss.beta > 0)")
+            raise RuntimeError(
+                "no reference was kept: attach the finetuning with keep_reference=True (model.loss.beta > 0)"
+            )
 
 
 @contextmanager
@@ -264,7 +270,9 @@ def _starting_adapter(model: Any) -> Iterator[None]:
 
 def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:
     """Uniform numbers ``[N, steps]`` in [0, 1), float64, one independent stream per seed."""
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds])
+    return torch.stack(
+        [torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    )
 
 
 def _draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:

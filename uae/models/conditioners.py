@@ -97,10 +97,14 @@ class HiddenStateConditioner(nn.Module):
     def encode(self, texts: list[str]) -> EmbeddingCondition:
         """N captions to embeddings, right-padded; a row does not depend on the padding."""
         prompts = [self.template.format(caption=text) for text in texts]
-        batch = self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
+        batch = self.tokenizer(
+            prompts, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False
+        )
         ids_NL, mask_NL = batch["input_ids"], batch["attention_mask"]
         if ids_NL.shape[1] > self.max_tokens:
-            raise ValueError(f"a caption has {ids_NL.shape[1]} tokens; the conditioner takes {self.max_tokens}: raise max_tokens")
+            raise ValueError(
+                f"a caption has {ids_NL.shape[1]} tokens; the conditioner takes {self.max_tokens}: raise max_tokens"
+            )
         device = next(self.projector.parameters()).device
         ids_NL, mask_NL = ids_NL.to(device), mask_NL.to(device)
         hidden_NLD = self.language_model(input_ids=ids_NL, attention_mask=mask_NL).last_hidden_state

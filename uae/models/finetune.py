@@ -34,7 +34,9 @@ class LoRA(Finetune):
         adapter: Folder of a PEFT adapter to start from; the reference is then a frozen copy of it.
     """
 
-    def __init__(self, rank: int = 16, alpha: int = 32, target_modules: str = LANGUAGE_MODEL, adapter: str | None = None) -> None:
+    def __init__(
+        self, rank: int = 16, alpha: int = 32, target_modules: str = LANGUAGE_MODEL, adapter: str | None = None
+    ) -> None:
         self.rank, self.alpha, self.target_modules, self.adapter = rank, alpha, target_modules, adapter
 
     def attach(self, captioner: Any, keep_reference: bool) -> None:
@@ -43,7 +45,9 @@ class LoRA(Finetune):
 
         model = captioner.policy.model.requires_grad_(False)
         if self.adapter is None:
-            config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, lora_dropout=0.0)
+            config = peft.LoraConfig(
+                r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, lora_dropout=0.0
+            )
             captioner.policy.model = peft.get_peft_model(model, config)
             return
         wrapped = peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)

@@ -44,7 +44,9 @@ class MaskedJointAttention:
         return image, words if attn.context_pre_only else attn.to_add_out(words)
 
 
-def _heads(attn: torch.nn.Module, x: Tensor, projections: tuple[str, ...], norms: tuple[str, str]) -> tuple[Tensor, ...]:
+def _heads(
+    attn: torch.nn.Module, x: Tensor, projections: tuple[str, ...], norms: tuple[str, str]
+) -> tuple[Tensor, ...]:
     """Query, key and value ``[N, heads, tokens, width]`` of one stream."""
     query, key, value = (getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in projections)
     norm_query, norm_key = (getattr(attn, name) for name in norms)

@@ -20,7 +20,7 @@ class PatchAutoencoder(AutoencoderTiny):  # type: ignore[misc]
     """
 
     @classmethod
-    def create(cls, latent_channels: int = 16, width: int = 192, blocks: int = 2) -> PatchAutoencoder:
+    def create(cls, latent_channels: int = 16, width: int = 96, blocks: int = 2) -> PatchAutoencoder:
         """A fresh one. Kernels start at their centre tap, so that cells start independent of their neighbours."""
         channels = 3 * PATCH**2
         sides = {f"{side}_block_out_channels": (width,) for side in ("encoder", "decoder")}

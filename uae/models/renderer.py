@@ -44,7 +44,9 @@ class DiffusersRenderer:
         pipe.set_progress_bar_config(disable=True)
         for module in self.modules():
             module.requires_grad_(False).eval()
-        self.masked = hasattr(pipe.transformer.config, "joint_attention_dim") and hasattr(pipe.transformer, "set_attn_processor")
+        self.masked = hasattr(pipe.transformer.config, "joint_attention_dim") and hasattr(
+            pipe.transformer, "set_attn_processor"
+        )
         if self.masked:
             pipe.transformer.set_attn_processor(MaskedJointAttention())
 

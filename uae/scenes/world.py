@@ -72,7 +72,13 @@ def sample_scene(rng: random.Random, counts: tuple[int, ...] = (1, 2, 3)) -> Sce
     """A scene with uniformly drawn attributes."""
     cells = sorted(rng.sample(range(GRID * GRID), rng.choice(counts)))
     objects = (
-        Object(ROWS[cell // GRID], COLUMNS[cell % GRID], rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(SIZES)))
+        Object(
+            ROWS[cell // GRID],
+            COLUMNS[cell % GRID],
+            rng.choice(list(COLORS)),
+            rng.choice(SHAPES),
+            rng.choice(list(SIZES)),
+        )
         for cell in cells
     )
     return Scene(rng.choice(list(BACKGROUNDS)), tuple(objects))
@@ -105,7 +111,11 @@ def _glyph(shape: str, size: int) -> Tensor:
 
 def code_of(obj: Object) -> int:
     """An object's row in the table of cell pictures (its position aside); 0 is the empty cell."""
-    return 1 + (SHAPES.index(obj.shape) * len(SIZES) + list(SIZES).index(obj.size or "")) * len(COLORS) + list(COLORS).index(obj.color)
+    return (
+        1
+        + (SHAPES.index(obj.shape) * len(SIZES) + list(SIZES).index(obj.size or "")) * len(COLORS)
+        + list(COLORS).index(obj.color)
+    )
 
 
 def object_of(code: int, cell: int) -> Object:
@@ -147,6 +157,7 @@ def detect(images_NCHW: Tensor, tolerance: float = 0.2) -> list[Scene]:
 
     Args:
         images_NCHW: ``[N, 3, 24, 24]`` in [0, 1].
+        tolerance: Largest distance to the nearest picture.
     """
     pictures = cell_pictures().flatten(2)  # [P, K, 192]
     cells = images_NCHW.detach().cpu().float().unflatten(2, (GRID, CELL)).unflatten(4, (GRID, CELL))

@@ -1,0 +1,1 @@
+"""Named assemblies of a captioner, a conditioner and a renderer."""

@@ -97,7 +97,9 @@ def processor() -> Any:
     pixels = {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}
     image = Qwen2VLImageProcessor(**sizes, size=pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     video = Qwen2VLVideoProcessor(**sizes)
-    return Qwen2_5_VLProcessor(image_processor=image, tokenizer=tokenizer(), video_processor=video, chat_template=CHAT_TEMPLATE)
+    return Qwen2_5_VLProcessor(
+        image_processor=image, tokenizer=tokenizer(), video_processor=video, chat_template=CHAT_TEMPLATE
+    )
 
 
 def create_captioner(width: int = 128, layers: int = 4) -> Any:
@@ -149,12 +151,19 @@ def create_decoder(width: int = 128, layers: int = 5, steps: int = 8, guidance: 
 
     reader = Qwen2Model(
         Qwen2Config(
-            vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+            vocab_size=len(VOCABULARY),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
         )  # fmt: skip
     )
     reader.get_input_embeddings().weight.data.normal_(0, 0.5)
-    conditioner = HiddenStateConditioner(reader, tokenizer(), mlp_projector(width, 2 * width, width), template="{caption} " + END)
+    conditioner = HiddenStateConditioner(
+        reader, tokenizer(), mlp_projector(width, 2 * width, width), template="{caption} " + END
+    )
     vae = PatchAutoencoder.create()
     transformer = SD3Transformer2DModel(
         sample_size=SIDE // 8, patch_size=1, in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
@@ -172,7 +181,9 @@ def assemble_renderer(conditioner: Any, transformer: Any, vae: Any, steps: int, 
     from uae.models.renderer import DiffusersRenderer
 
     absent = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-    pipe = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent
+    )
     pipe.vae_scale_factor = 8  # diffusers counts blocks; this autoencoder folds patches instead
     with torch.no_grad():
         negative = conditioner.encode([""]) if guidance > 1 else None
@@ -221,8 +232,12 @@ def verify(folder: Path) -> None:
     """Raise unless the weights are the ones their ``checksums.json`` names."""
     listed = folder / "checksums.json"
     if not listed.is_file():
-        raise FileNotFoundError(f"no cold-started weights in {folder}: run `make pretrain` or correct model.system.init_args.weights")
+        raise FileNotFoundError(
+            f"no cold-started weights in {folder}: run `make pretrain` or correct model.system.init_args.weights"
+        )
     expected, found = json.loads(listed.read_text()), checksums(folder)
     wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     if wrong:
-        raise ValueError(f"weights in {folder} differ from checksums.json: {', '.join(wrong)}; run `make pretrain` or restore them")
+        raise ValueError(
+            f"weights in {folder} differ from checksums.json: {', '.join(wrong)}; run `make pretrain` or restore them"
+        )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uae.objectives.captioning import cell_codes
-from uae.objectives.objective import Objective
+from uae.coldstart.captioning import cell_codes
+from uae.coldstart.objective import Objective
 from uae.scenes import SIDE
 from uae.scenes.world import BACKGROUNDS, COLORS, GRID
 from uae.types import ImageBatch
@@ -18,7 +18,8 @@ from uae.types import ImageBatch
 class AttributeObjective(Objective):
     """Cross-entropy of what every cell holds and of the background, read from the class token by a linear head.
 
-    A small term keeps the vectors of different scenes apart, so that the cosine has a low floor. The head is thrown away. Nothing here sees a caption or another encoder.
+    A small term keeps the vectors of different scenes apart, so that the cosine has a low floor. The head is thrown
+    away. Nothing here sees a caption or another encoder.
 
     Args:
         width: Width of the DINOv2 model.
@@ -44,7 +45,9 @@ class AttributeObjective(Objective):
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: nats per cell plus nats per background."""
-        images = batch["image"] + self.noise * torch.rand(1, device=batch["image"].device) * torch.randn_like(batch["image"])
+        images = batch["image"] + self.noise * torch.rand(1, device=batch["image"].device) * torch.randn_like(
+            batch["image"]
+        )
         vector_ND = self._embed(images)
         cells, papers = self._read(vector_ND)
         codes, truth = self._truth(batch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uae.objectives.objective import Objective
+from uae.coldstart.objective import Objective
 from uae.scenes import WORDS, Scene, describe, render
 from uae.scenes.world import BACKGROUNDS, COLORS, COLUMNS, ROWS, SHAPES, SIZES
 from uae.types import ImageBatch
@@ -46,9 +46,13 @@ class ContrastiveObjective(Objective):
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: mean of both directions, nats."""
-        scenes = [copy for scene in batch["scene"] for copy in (scene, *(edit(scene, self.rng) for _ in range(self.edits)))]
+        scenes = [
+            copy for scene in batch["scene"] for copy in (scene, *(edit(scene, self.rng) for _ in range(self.edits)))
+        ]
         image_ND = self.clip.encode_image(normalized(render(scenes).to(batch["image"])), normalize=True)
-        text_ND = self.clip.encode_text(encode([describe(scene) for scene in scenes]).to(image_ND.device), normalize=True)
+        text_ND = self.clip.encode_text(
+            encode([describe(scene) for scene in scenes]).to(image_ND.device), normalize=True
+        )
         logits_NN = self.clip.logit_scale.exp().clamp(max=self.largest_scale) * image_ND @ text_ND.T
         truth = torch.arange(len(scenes), device=image_ND.device)
         loss = (F.cross_entropy(logits_NN, truth) + F.cross_entropy(logits_NN.T, truth)) / 2
@@ -59,9 +63,14 @@ class ContrastiveObjective(Objective):
         """Cosine of scenes with their edits per attribute, and with other scenes; retrieval of the caption."""
         rng = random.Random(0)
         image_ND = self._embed(batch["scene"])
-        text_ND = self.clip.encode_text(encode([describe(scene) for scene in batch["scene"]]).to(image_ND.device), normalize=True)
+        text_ND = self.clip.encode_text(
+            encode([describe(scene) for scene in batch["scene"]]).to(image_ND.device), normalize=True
+        )
         hits = (image_ND @ text_ND.T).argmax(1).cpu() == torch.arange(len(image_ND))
-        scores = {"retrieval": hits.float().mean().item(), "other": (image_ND * image_ND.roll(1, 0)).sum(1).mean().item()}
+        scores = {
+            "retrieval": hits.float().mean().item(),
+            "other": (image_ND * image_ND.roll(1, 0)).sum(1).mean().item(),
+        }
         for attribute in ("color", "shape", "size", "place", "background"):
             edited_ND = self._embed([edit(scene, rng, attribute) for scene in batch["scene"]])
             scores[f"edit_{attribute}"] = (image_ND * edited_ND).sum(1).mean().item()
@@ -80,7 +89,10 @@ class ContrastiveObjective(Objective):
         preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
         config = {"model_cfg": clip_config(), "preprocess_cfg": preprocess}
         (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self.clip.state_dict().items()}, out / "open_clip_model.safetensors")
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in self.clip.state_dict().items()},
+            out / "open_clip_model.safetensors",
+        )
 
 
 def clip_config() -> dict[str, Any]:

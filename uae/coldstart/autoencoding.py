@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from uae.objectives.objective import Objective
+from uae.coldstart.objective import Objective
 from uae.scenes import Scene, detect, render, sample_scene
 from uae.scenes.world import CELL, GRID
 from uae.types import ImageBatch

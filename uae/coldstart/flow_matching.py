@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from uae.coldstart.objective import Objective
 from uae.models.conditioners import EmbeddingCondition
-from uae.objectives.objective import Objective
 from uae.scenes import Detail, Scene, describe, render
 from uae.systems.tiny import create_decoder, save_decoder
 from uae.types import ImageBatch

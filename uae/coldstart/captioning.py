@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uae.coldstart.objective import Objective
 from uae.models.captioner import HFCaptioner
-from uae.objectives.objective import Objective
 from uae.scenes import Detail, Scene, describe, parse
 from uae.scenes.world import COLORS, COLUMNS, GRID, ROWS, code_of
 from uae.systems.tiny import INSTRUCTION, create_captioner, processor
@@ -73,7 +73,9 @@ class CaptionObjective(Objective):
     def _tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         (captioner,) = self.frozen
         words = captioner.processor.tokenizer
-        batch = words([f"{c} {words.eos_token}" for c in captions], padding=True, padding_side="right", return_tensors="pt")
+        batch = words(
+            [f"{c} {words.eos_token}" for c in captions], padding=True, padding_side="right", return_tensors="pt"
+        )
         return batch["input_ids"].to(captioner.device), batch["attention_mask"].to(captioner.device)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from uae.objectives import Objective
+from uae.coldstart.objective import Objective
 from uae.systems.tiny import WEIGHTS, checksums
 from uae.types import ImageBatch
 
@@ -20,7 +20,7 @@ class ColdStart(L.LightningModule):
     """Minimises one objective and writes the trained modules at the end.
 
     Args:
-        objective: What to minimise; see `uae.objectives`.
+        objective: What to minimise; see `uae.coldstart`.
         learning_rate: Peak, reached after ``warmup`` steps, then a cosine to zero at ``trainer.max_steps``.
         warmup: Steps.
         weight_decay: Of AdamW.
@@ -55,7 +55,9 @@ class ColdStart(L.LightningModule):
     def on_fit_start(self) -> None:
         """A schedule needs an end."""
         if self.trainer.max_steps < 1:
-            raise ValueError(f"trainer.max_steps={self.trainer.max_steps}; a cold start needs 1 or more: set trainer.max_steps")
+            raise ValueError(
+                f"trainer.max_steps={self.trainer.max_steps}; a cold start needs 1 or more: set trainer.max_steps"
+            )
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """One step on the objective."""
@@ -81,7 +83,9 @@ class ColdStart(L.LightningModule):
         optimizer = torch.optim.AdamW(parameters, self.learning_rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)
 
         def scale(step: int) -> float:
-            return min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.trainer.max_steps)))
+            return min(1.0, (step + 1) / self.warmup) * (
+                0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.trainer.max_steps))
+            )
 
         scheduler = {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]

@@ -1,0 +1,56 @@
+# `make help` lists what there is. Needs Python 3.10+ and make; everything else lands in .venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
+
+.PHONY: help demo test unit lint types pretrain gate sweep tensorboard gpu notebooks clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version.split()[0] + '; set PYTHON=python3.x')"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev,notebooks]"
+	@touch $(READY)
+
+demo: $(READY)  ## train the miniature by reconstruction reward (minutes, two CPU cores)
+	$(RUN) -m uae.cli fit --config configs/tiny.yaml
+
+test: lint types unit  ## everything CI runs
+
+unit: $(READY)
+	$(RUN) -m pytest -m "not gpu"
+
+lint: $(READY)  ## ruff
+	$(RUN) -m ruff check .
+
+types: $(READY)  ## mypy on the maths and the types
+	$(RUN) -m mypy
+
+pretrain: $(READY)  ## rebuild the miniature's cold-start weights (about an hour on two CPU cores)
+	for stage in autoencoder decoder captioner clip judge; do \
+		$(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; \
+	done
+	$(RUN) benchmarks/miniature.py gate
+
+gate: $(READY)  ## does the cold-started decoder draw what captions say?
+	$(RUN) benchmarks/miniature.py gate
+
+sweep: $(READY)  ## LoRA, full and random reward over three seeds, with controls
+	$(RUN) benchmarks/miniature.py sweep
+
+tensorboard: $(READY)  ## look at the runs
+	$(VENV)/bin/tensorboard --logdir outputs
+
+gpu: $(READY)  ## tests that need a CUDA device
+	$(RUN) -m pytest -m gpu
+
+notebooks: $(READY)  ## execute the notebooks in place
+	$(RUN) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+clean:  ## remove the environment and the outputs
+	rm -rf $(VENV) outputs

@@ -1,0 +1,1 @@
+"""Benchmarks of captions, reconstructions and generated images."""
