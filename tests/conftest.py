@@ -1,0 +1,83 @@
+"""Random-weight models of real library classes, small enough for a test, and the parts of a run around them."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from uae.encoders import LayoutEncoder
+from uae.grpo import GRPOLoss
+from uae.rewards import CaptionFormat, EncoderSimilarity, WeightedReward
+from uae.types import UMM, Sampling
+
+
+class RandomTiny:
+    """A system whose every build is a fresh copy of the same random weights."""
+
+    def __init__(self, umm):
+        self.umm = umm
+
+    def build(self):
+        return copy.deepcopy(self.umm)
+
+
+@pytest.fixture(scope="session")
+def system():
+    from uae.models.captioner import HFCaptioner
+    from uae.systems.tiny import INSTRUCTION, create_captioner, create_decoder, processor
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = create_captioner(layers=1)
+        model.get_input_embeddings().weight.data.normal_(0, 0.035)  # tied to the head: neither uniform nor certain
+        captioner = HFCaptioner(model.eval(), processor(), INSTRUCTION)
+        conditioner, renderer = create_decoder(width=32, layers=1, steps=2)
+    captioner.end_ids += range(12, 22)  # random weights rarely end a caption: let these words do so, too
+    return RandomTiny(UMM(captioner, conditioner.requires_grad_(False).eval(), renderer))
+
+
+@pytest.fixture
+def reward():
+    parts = {"layout": EncoderSimilarity(LayoutEncoder(cells=3)), "format": CaptionFormat(r".*\ba\b.*")}
+    return WeightedReward(parts, {"layout": 1.0, "format": 0.0})
+
+
+@pytest.fixture
+def build(system, reward):
+    """A module: SGD at rate 1, so that a step is the gradient."""
+    from uae.models.finetune import Full
+    from uae.module import UnifiedGRPO
+
+    def build_module(**changes):
+        arguments = dict(
+            system=system,
+            reward=reward,
+            finetune=Full(r"language_model"),
+            loss=GRPOLoss(),
+            sampling=Sampling(max_tokens=6),
+            group=3,
+            optimizer=partial(torch.optim.SGD, lr=1.0),
+        )
+        return UnifiedGRPO(**{**arguments, **changes})
+
+    return build_module
+
+
+@pytest.fixture
+def trainer():
+    def build_trainer(**changes):
+        arguments = dict(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            inference_mode=False,
+            limit_val_batches=0,
+            max_steps=1,
+        )
+        return Trainer(**{**arguments, **changes})
+
+    return build_trainer

@@ -1,0 +1,39 @@
+"""Checkpoints of what trains, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state dict that train. Frozen aliases of tied weights go, too."""
+    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in state.items() if name in names}
+
+
+def check_trainable_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise unless a state dict holds exactly the module's trainable parameters.
+
+    Raises:
+        ValueError: A parameter is missing, unexpected or of another shape.
+    """
+    expected = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
+    }
+    faults = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for what, names in wrong.items()
+        if names
+    ]
+    if faults:
+        raise ValueError(
+            f"the checkpoint does not fit what trains here: {'; '.join(faults)}; model.finetune (or model.system) differs "
+            "from the run that wrote it"
+        )
