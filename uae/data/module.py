@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import lightning as L
+import torch
 
 from uae.data.folder import Fit, FolderSource, list_images, split_of
 from uae.data.sampler import EvalBatches, ImageLoader, ImageSource, TrainBatches
 from uae.data.scenes import SceneSource
+from uae.types import ImageBatch
 
 
 class ImageData(L.LightningDataModule):
@@ -55,6 +57,10 @@ class ImageData(L.LightningDataModule):
     def predict_dataloader(self) -> ImageLoader | list[ImageLoader]:
         """Images to caption and reconstruct."""
         return self._evaluation("predict")
+
+    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
+        """Moves the tensors; Lightning's own traversal would refuse the frozen dataclasses of ``scene``."""
+        return {**batch, "image": batch["image"].to(device), "id": batch["id"].to(device)}
 
     def _evaluation(self, stage: Literal["val", "test", "predict"]) -> ImageLoader | list[ImageLoader]:
         source = self.source(stage)

@@ -109,6 +109,8 @@ class ImageLoader:
         skipped: Filled with the names of unreadable files and the reasons.
     """
 
+    batch_sampler = None  # Lightning looks for it beside ``sampler``, where it sets the epoch
+
     def __init__(
         self,
         source: ImageSource,
