@@ -10,6 +10,7 @@ from torch import Tensor
 from uae.coldstart.objective import Objective
 from uae.scenes import Scene, detect, render, sample_scene
 from uae.scenes.world import CELL, GRID
+from uae.systems.tiny import WEIGHTS
 from uae.types import ImageBatch
 
 
@@ -22,33 +23,45 @@ class AutoencoderObjective(Objective):
     Args:
         width: Channels of the autoencoder.
         noise: Largest standard deviation of the latent noise, in units of the latent's own deviation.
+        sharpen: Folder of a trained autoencoder whose decoding half alone goes on learning; its latents stay what they
+            are, so a diffusion model trained on them still fits. "package" is the package's own.
     """
 
-    def __init__(self, width: int = 96, noise: float = 0.5) -> None:
+    def __init__(self, width: int = 96, noise: float = 0.5, sharpen: str | None = None) -> None:
         super().__init__()
-        self.width, self.noise = width, noise
+        self.width, self.noise, self.sharpen = width, noise, sharpen
 
     def build(self) -> None:
-        """A fresh autoencoder."""
+        """A fresh autoencoder, or a trained one whose encoding half is frozen."""
         from uae.models.patch_autoencoder import PatchAutoencoder
 
-        self.vae = PatchAutoencoder.create(width=self.width)
+        if self.sharpen is None:
+            self.vae = PatchAutoencoder.create(width=self.width)
+            return
+        folder = WEIGHTS / "decoder" / "vae" if self.sharpen == "package" else Path(self.sharpen)
+        self.vae = PatchAutoencoder.from_pretrained(folder, local_files_only=True)
+        self.vae.encoder.requires_grad_(False)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: weighted mean squared error in [0, 1] pixel units."""
         crowded = render([sample_scene(self.rng, (5, 7, 9)) for _ in range(len(batch["image"]))])
         images = torch.cat([batch["image"], crowded.to(batch["image"])])
         latents = self.vae.encode(images * 2 - 1).latents
-        standard = (latents - latents.mean((0, 2, 3), keepdim=True)) / (latents.std((0, 2, 3), keepdim=True) + 1e-4)
+        standard = self._standard(latents)
         strength = torch.rand(len(images), 1, 1, 1, device=images.device) * self.noise
         decoded = (self.vae.decode(standard + strength * torch.randn_like(standard)).sample + 1) / 2
         return {"loss": (inverse_area(images) * (decoded - images).square()).mean() + 1e-3 * latents.square().mean()}
 
+    def _standard(self, latents: Tensor) -> Tensor:
+        """Latents of unit variance per channel; saved ones have it already."""
+        if self.sharpen is not None:
+            return latents
+        return (latents - latents.mean((0, 2, 3), keepdim=True)) / (latents.std((0, 2, 3), keepdim=True) + 1e-4)
+
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
         """Share of scenes the exact detector still reads right after encoding and decoding."""
-        latents = self.vae.encode(batch["image"] * 2 - 1).latents
-        standard = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True)
+        standard = self._standard(self.vae.encode(batch["image"] * 2 - 1).latents)
         scores = {}
         for name, noise in (("whole", 0.0), ("whole_noise_0.3", 0.3)):
             decoded = (self.vae.decode(standard + noise * torch.randn_like(standard)).sample + 1) / 2
@@ -57,9 +70,11 @@ class AutoencoderObjective(Objective):
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
-        """Standardise the latents on fresh scenes, then write ``decoder/vae``."""
-        images = render([sample_scene(self.rng) for _ in range(4096)])
-        self.vae.cpu().standardize(self.vae.encode(images * 2 - 1).latents)
+        """Standardise the latents on fresh scenes (once), then write ``decoder/vae``."""
+        self.vae.cpu()
+        if self.sharpen is None:
+            images = render([sample_scene(self.rng) for _ in range(4096)])
+            self.vae.standardize(self.vae.encode(images * 2 - 1).latents)
         self.vae.save_pretrained(folder / "decoder" / "vae")
 
 

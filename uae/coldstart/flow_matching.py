@@ -104,6 +104,5 @@ class FlowMatchingObjective(Objective):
         return agreement(detect(images), batch["scene"])
 
     def save(self, folder: Path) -> None:
-        """Write ``decoder/``."""
-        (renderer,) = self.frozen
-        save_decoder(folder / "decoder", self.conditioner.cpu(), renderer.to("cpu"))
+        """Write ``decoder/``, but for the autoencoder."""
+        save_decoder(folder / "decoder", self.conditioner.cpu(), self.transformer.cpu())

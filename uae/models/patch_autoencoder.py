@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,14 @@ class PatchAutoencoder(AutoencoderTiny):  # type: ignore[misc]
                 module.weight.data.zero_()
                 module.weight.data[:, :, 1, 1] = centre
         return model
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Leave out what diffusers derives and would warn about on loading."""
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        file = Path(save_directory) / self.config_name
+        config = json.loads(file.read_text())
+        config.pop("block_out_channels", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Images to latents."""

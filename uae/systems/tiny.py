@@ -211,15 +211,14 @@ def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
     return conditioner, assemble_renderer(conditioner, transformer, vae, steps, guidance)
 
 
-def save_decoder(folder: Path, conditioner: Any, renderer: Any) -> None:
-    """Write what `load_decoder` reads."""
+def save_decoder(folder: Path, conditioner: Any, transformer: Any) -> None:
+    """Write what `load_decoder` reads, but for the autoencoder, which is trained (and written) on its own."""
     from safetensors.torch import save_file
 
     conditioner.language_model.save_pretrained(folder / "reader")
     conditioner.tokenizer.save_pretrained(folder / "reader")
     save_file(conditioner.projector.state_dict(), folder / "projector.safetensors")
-    renderer.pipe.transformer.save_pretrained(folder / "transformer")
-    renderer.pipe.vae.save_pretrained(folder / "vae")
+    transformer.save_pretrained(folder / "transformer")
 
 
 def checksums(folder: Path) -> dict[str, str]:
