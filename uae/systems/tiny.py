@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from uae.encoders import HFEncoder, OpenCLIPEncoder
-from uae.scenes import SIDE, WORDS
+from uae.rewards import CaptionFormat
+from uae.scenes import GRAMMAR, SIDE, WORDS
 from uae.types import UMM
 
 WEIGHTS = Path(__file__).parent / "tiny_weights"
@@ -70,6 +71,13 @@ class TinyJudge(HFEncoder):
 
     def __init__(self) -> None:
         super().__init__(str(WEIGHTS / "judge"), feature="cls")
+
+
+class SceneFormat(CaptionFormat):
+    """1 for a caption in the language of the scenes, else 0."""
+
+    def __init__(self) -> None:
+        super().__init__(GRAMMAR)
 
 
 def tokenizer() -> Any:
