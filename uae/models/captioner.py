@@ -96,8 +96,10 @@ class CaptionPolicy(nn.Module):
         out = self.base.model(**context.inputs(), use_cache=True)
         mask_BP = context.rows["attention_mask"]
         offset_B = mask_BP.sum(1)
-        if getattr(out, "rope_deltas", None) is not None:  # multimodal rope: an image takes fewer positions than tokens
-            offset_B = offset_B + out.rope_deltas.view(-1).to(offset_B.device)
+        deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
+        deltas = getattr(self.base.model, "rope_deltas", None) if deltas is None else deltas  # where newer versions keep it
+        if deltas is not None:
+            offset_B = offset_B + deltas.view(-1).to(offset_B.device)
         return _Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask_BP, offset_B)
 
     def advance(self, prefix: _Prefix, tokens_NT: Tensor) -> Tensor:
