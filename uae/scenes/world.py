@@ -39,6 +39,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 }
 SIZES: dict[str, int] = {"tiny": 3, "medium": 5, "large": 7}  # pixels
 SHAPES = ("square", "ring", "cross", "triangle")
+LEAST_LEAD = 0.04  # of a cell's picture over any other; refuses blends of two and little else
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 
@@ -152,22 +153,25 @@ def render(scenes: list[Scene]) -> Tensor:
 def detect(images_NCHW: Tensor, tolerance: float = 0.2) -> list[Scene]:
     """The scene an image shows, by exact template matching of every cell.
 
-    A cell further than ``tolerance`` (root mean square over its pixels, in [0, 1] units)
-    from its nearest picture shows no known object: it becomes an ``Object`` of shape "unknown", which equals nothing.
+    A cell shows no known object when it is further than ``tolerance`` (root mean square over its pixels, in [0, 1]
+    units) from its nearest picture, or halfway towards another picture: a blend is neither. It becomes an ``Object`` of
+    shape "unknown", which equals nothing.
 
     Args:
         images_NCHW: ``[N, 3, 24, 24]`` in [0, 1].
         tolerance: Largest distance to the nearest picture.
     """
-    pictures = cell_pictures().flatten(2)  # [P, K, 192]
+    pictures = cell_pictures()  # [P, K, 3, 8, 8]
+    kinds = pictures.shape[1]
     cells = images_NCHW.detach().cpu().float().unflatten(2, (GRID, CELL)).unflatten(4, (GRID, CELL))
-    cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(len(images_NCHW), GRID * GRID, 1, -1)  # [N, 9, 1, 192]
-    distance = torch.cdist(cells.flatten(0, 2)[None], pictures.flatten(0, 1)[None])[0].square()
-    distance = distance.view(len(images_NCHW), GRID * GRID, *pictures.shape[:2])  # [N, 9, P, K]
-    best, code = distance.min(dim=3)  # per background
-    paper = best.sum(dim=1).argmin(dim=1)  # [N]: one background for the whole image
-    best, code = best[torch.arange(len(paper)), :, paper], code[torch.arange(len(paper)), :, paper]
+    cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * CELL * CELL)  # [N * 9, 192]
+    distance = (
+        torch.cdist(cells, pictures.flatten(2).flatten(0, 1)).square().view(-1, GRID * GRID, len(pictures), kinds)
+    )
+    paper = distance.amin(3).sum(1).argmin(1)  # [N]: one background for the whole image
+    best, code = distance[torch.arange(len(paper)), :, paper].min(-1)  # [N, 9]
     unknown = (best / (3 * CELL * CELL)).sqrt() > tolerance
+    unknown |= _lead(paper[:, None] * kinds + code, best, distance.flatten(2)) < LEAST_LEAD
     scenes = []
     for n in range(len(paper)):
         objects = []
@@ -178,3 +182,17 @@ def detect(images_NCHW: Tensor, tolerance: float = 0.2) -> list[Scene]:
                 objects.append(object_of(int(code[n, cell]), cell))
         scenes.append(Scene(list(BACKGROUNDS)[paper[n]], tuple(objects)))
     return scenes
+
+
+def _lead(nearest: Tensor, best: Tensor, distance: Tensor) -> Tensor:
+    """How clearly each cell shows its nearest picture and no other, ``[N, 9]``: 1 on the picture, 0 halfway to another.
+
+    Args:
+        nearest: ``[N, 9]``, the number of the cell's picture.
+        best: ``[N, 9]``, squared distance to it.
+        distance: ``[N, 9, pictures]``, squared distances to all.
+    """
+    pictures = cell_pictures().flatten(2).flatten(0, 1)
+    apart = torch.cdist(pictures, pictures).square()[nearest]
+    lead = (distance - best[..., None]) / apart
+    return lead.scatter(2, nearest[..., None], torch.inf).amin(2)
