@@ -28,7 +28,7 @@ class Detail:
     Args:
         size, position, background: Whether these attributes are said.
         omit_tiny: Chance that a tiny object is left out (one object always stays).
-        error: Chance, per said attribute of an object, of a wrong value.
+        error: Chance, per said attribute of an object, that its value is drawn at random (now and then the right one).
         shuffle: Objects in random order rather than reading order.
     """
 
