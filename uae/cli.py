@@ -1,0 +1,189 @@
+"""The command line: ``python -m uae.cli {fit,validate,test,predict} --config FILE [--config FILE ...] [--key value ...]``.
+
+One ``--config`` is a complete run, further ones are deltas, and the last word wins. Configurations are the only truth:
+hyper-parameters stored in a checkpoint never override them. Runs write to ``outputs/<run_name>``.
+
+``UAE_DEBUG=1`` shows tracebacks and the parser's full reports.
+"""
+
+from __future__ import annotations
+
+import linecache
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import uae.strategy  # noqa: F401  registers "fsdp2"
+from uae.cli_errors import explain
+
+OUTPUTS = "outputs"
+INTERRUPTED = 130  # 128 + SIGINT, what shells expect
+_CHATTER = ("KeyboardInterrupt", "litlogger")  # messages of Lightning that say nothing our own do not
+_EXPECTED_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.11 and newer
+    r"Found \d+ module\(s\) in eval mode",  # frozen parts are meant to be
+    r".*is_gradient_checkpointing` is deprecated",  # peft 0.21 with transformers 5.23
+    r"The '\w+' does not have many workers",  # scenes are cheaper to draw than to send
+)
+_SPEAKS_TO_USERS = ("uae.", "callbacks.", "lightning.pytorch.trainer.")
+
+
+class Parser(LightningArgumentParser):
+    """Typos are errors, interpolations see the merged configuration, and an error is one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("parser_mode", "omegaconf+")  # plain "omegaconf" resolves every file alone
+        kwargs.setdefault("allow_abbrev", False)  # or --trainer.max_step would silently mean max_steps
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2 and the line that helps."""
+        if not self.exit_on_error or debugging():
+            super().error(message, ex)
+        fail(explain(message, self._keys()))
+
+    def _keys(self) -> Iterator[str]:
+        for action in self._actions:
+            yield action.dest
+            if isinstance(action.choices, dict):
+                yield from (inner.dest for parser in action.choices.values() for inner in parser._actions)
+
+
+class CLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule that a configuration names by ``class_path``."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # built before LoRA freezes; the module makes its own
+            save_config_kwargs={"overwrite": True},  # a resumed run writes to its own folder
+            trainer_defaults={
+                "num_sanity_val_steps": -1,  # the whole validation at step 0: the summary's "before"
+                "inference_mode": False,  # its tensors could not enter a later backward pass
+                "use_distributed_sampler": False,  # the data modules know their rank
+            },
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is ours."""
+        parser.add_argument("--run_name", type=str, default="run", help=f"Results go to {OUTPUTS}/<run_name>.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would merge the checkpoint's hyper-parameters over the configuration."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with TensorBoard in ``outputs/<run_name>`` unless the configuration names a logger.
+
+        Not a default of the parser, so that the saved ``config.yaml`` can be run again under another name. Only ``fit``
+        writes to the folder itself, so that a later validation does not overwrite the run's record.
+        """
+        name = self._get(self.config_init, "run_name")
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(
+                OUTPUTS, name, version="" if self.subcommand == "fit" else self.subcommand
+            )
+        if trainer.get("default_root_dir") is None:
+            kwargs["default_root_dir"] = str(Path(OUTPUTS, name))
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict" and kwargs.get("return_predictions") is None:
+            kwargs["return_predictions"] = False  # a callback writes them; memory would grow with the folder
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:  # Lightning has shut down and asks for status 1
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                interrupted(f"interrupted at step {self.trainer.global_step}")
+            raise
+
+
+def mistake(error: BaseException) -> str | None:
+    """The one line a user needs, or None where the traceback is needed: the error is a defect, not a mistake."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    if isinstance(error, (FileNotFoundError, MisconfigurationException)):
+        return _line(str(error))
+    if type(error).__module__.startswith("omegaconf"):
+        return _line(f"interpolation in the configuration: {error}")
+    return next((_line(str(link)) for link in chain if _deliberate(link)), None)
+
+
+def _deliberate(error: BaseException) -> bool:
+    """Whether a ``raise`` statement made it whose message is written for users."""
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None or not isinstance(error, (ValueError, RuntimeError, ArithmeticError)):
+        return False
+    code = innermost.tb_frame.f_code
+    written_for_users = str(innermost.tb_frame.f_globals.get("__name__")).startswith(_SPEAKS_TO_USERS)
+    return written_for_users and linecache.getline(code.co_filename, innermost.tb_lineno).lstrip().startswith("raise ")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def quieten() -> None:
+    """Silence what libraries say to their developers, so that what is left deserves to be read."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(word in str(record.msg) for word in _CHATTER)
+    )
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def debugging() -> bool:
+    """Whether ``UAE_DEBUG`` asks for everything."""
+    return bool(os.environ.get("UAE_DEBUG"))
+
+
+def fail(line: str) -> NoReturn:
+    """Say what is wrong and exit with status 2."""
+    print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def interrupted(line: str = "interrupted") -> NoReturn:
+    """Say so and exit with status 130."""
+    print(f"\n{line}", file=sys.stderr)
+    raise SystemExit(INTERRUPTED) from None
+
+
+def main(args: Sequence[str] | None = None) -> CLI:
+    """Run the command line; user mistakes are one line and status 2, Ctrl-C is one line and status 130."""
+    quieten()
+    try:
+        return CLI(args)
+    except KeyboardInterrupt:
+        interrupted()
+    except Exception as error:
+        line = None if debugging() else mistake(error)
+        if line is None:
+            raise
+        fail(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""One useful line out of a parser's report.
+
+A class given by ``class_path`` is validated against a union, and jsonargparse reports every branch of it. The reader wants
+to know which key is wrong, where it is and what was meant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+_NOISE = re.compile(
+    r"$|Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
+    r"|Not a valid subclass of|Subclass types expect"
+)
+_UNKNOWN = (
+    r"Option '(?P<key>\S+)' is not accepted",
+    r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'",
+    r"Subcommand '\S+' does not accept option '(?P<key>\S+)'",
+    r"unrecognized arguments: (?:--)?(?P<key>[^\s=]+)",
+)
+
+
+def explain(message: str, known: Iterable[str] = ()) -> str:
+    """One line that names the key at fault.
+
+    Args:
+        message: What jsonargparse reports, often many lines.
+        known: Keys of the parser itself, to suggest from; keys of classes are looked up.
+    """
+    place, owner, problem = _locate(message)
+    if place == "config" or not problem:  # a file, whose syntax errors take several lines, or every branch was noise
+        return " ".join(message.split()).removeprefix('Parser key "config": ')
+    for pattern in _UNKNOWN:
+        if unknown := re.search(pattern, problem):
+            return _unknown_key(place, owner, known, **unknown.groupdict())
+    return f"{place}: {_plain(problem, message)}" if place else _plain(problem, message)
+
+
+def _locate(message: str) -> tuple[str, str, str]:
+    """Dotted place, class path of the innermost class, and the first line that says what is wrong."""
+    path: list[str] = []
+    owner = ""
+    for line in message.splitlines():
+        line = line.strip().removeprefix("- ")
+        if function := re.match(r".*expects a function or a callable class: (.*)", line):
+            line = function[1]
+            owner = "".join(re.findall(r"class_path='([^']+)'", message)[-1:]) or owner
+            path.append("init_args")
+        if key := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
+            path.append(key[1])
+            line = key[2]
+        if given := re.match(r"Problem with given class_path '([^']+)':", line):
+            owner = given[1]
+            path.append("init_args")
+        elif not _NOISE.match(line):
+            return ".".join(path), owner, line
+    return ".".join(path), owner, ""
+
+
+def _plain(problem: str, message: str) -> str:
+    """Types as people write them, and the value at fault."""
+    problem, _, value = problem.partition(" Got value: ")
+    problem = re.sub(r"Expected an? <class '(?:\w+\.)*(\w+)'>", r"expected \1", problem)
+    problem = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", problem).rstrip(".")
+    given = value or "".join(re.findall(r"Given value: (.*)", message)[:1]).partition(". Got value: ")[0]
+    return f"{problem}, got {given[:80]}" if problem.startswith("expected") and given else problem
+
+
+def _unknown_key(place: str, owner: str, known: Iterable[str], key: str, group: str | None = None) -> str:
+    if not owner:
+        close = get_close_matches(key, set(known), n=3)
+        return f"key '{key}' is not accepted" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    if owner.startswith("lightning.Lightning"):
+        return f"no class_path is given (at {place.partition('.')[0]}); the first --config must be a complete run"
+    if group is None and "." in key:  # a group's key on the command line, or below an unknown one
+        head, _, rest = key.partition(".")
+        group, key = (head, rest) if head in parameters(owner) else (None, head)
+    allowed = parameters(owner, group)
+    close = get_close_matches(key, allowed, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed) or 'none'}"
+    return f"key '{key}' is not accepted by {owner} (at {place}{'.' + group if group else ''}); {hint}"
+
+
+def parameters(class_path: str, group: str | None = None) -> list[str]:
+    """Names a class accepts, or those its parameter ``group`` (a class itself) accepts; empty where unknown."""
+    try:
+        module, _, name = class_path.rpartition(".")
+        found = getattr(importlib.import_module(module), name)
+        if group is not None:
+            found = typing.get_type_hints(found.__init__)[group]
+    except (ImportError, AttributeError, KeyError, NameError):
+        return []
+    names: list[str] = []
+    for parent in inspect.getmro(found) if inspect.isclass(found) else ():
+        if "__init__" not in vars(parent) or parent is object:
+            continue
+        given = inspect.signature(parent.__init__).parameters.values()
+        names += [p.name for p in given if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
+        if not any(p.kind is p.VAR_KEYWORD for p in given):
+            break
+    return list(dict.fromkeys(names))
