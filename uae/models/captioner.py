@@ -93,11 +93,15 @@ class CaptionPolicy(nn.Module):
 
     def prefill(self, context: VLMContext) -> _Prefix:
         """Run the prompt of every image once."""
-        out = self.base.model(**context.inputs(), use_cache=True)
-        mask_BP = context.rows["attention_mask"]
+        inputs, mask_BP = context.inputs(), context.rows["attention_mask"]
+        if not hasattr(self.base.model, "get_rope_index"):  # by default, padding on the left would count as positions
+            inputs["position_ids"] = (mask_BP.cumsum(1) - 1).clamp(min=0)
+        out = self.base.model(**inputs, use_cache=True)
         offset_B = mask_BP.sum(1)
         deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
-        deltas = getattr(self.base.model, "rope_deltas", None) if deltas is None else deltas  # where newer versions keep it
+        deltas = (
+            getattr(self.base.model, "rope_deltas", None) if deltas is None else deltas
+        )  # where newer versions keep it
         if deltas is not None:
             offset_B = offset_B + deltas.view(-1).to(offset_B.device)
         return _Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask_BP, offset_B)
@@ -159,8 +163,9 @@ class HFCaptioner:
         pad = [self.pad_id] if self.pad_id not in self.end_ids else []
         banned = sorted({i for i in [*ids, *extra_banned_ids, *pad] if i is not None})
         for module in model.modules():  # a policy with dropout has no ratio of one
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+            for name in ("p", "dropout", "attention_dropout"):  # nn.Dropout's name, and those of attention
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
         self.policy = CaptionPolicy(model, banned)
         self.reference_policy: CaptionPolicy | None = None  # a frozen copy, where the finetuning needs one
         self._prompts: dict[str, str] = {}
