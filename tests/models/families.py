@@ -1,0 +1,108 @@
+"""Random-weight captioners of three library families, and the plain forward pass they are compared with."""
+
+import torch
+
+from uae.models.captioner import HFCaptioner
+from uae.systems.tiny import CHAT_TEMPLATE, IMAGE, INSTRUCTION, VOCABULARY, create_captioner, processor, tokenizer
+
+IDS = {word: i for i, word in enumerate(VOCABULARY)}
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava")
+WIDE = {"shortest_edge": 24 * 24, "longest_edge": 24 * 48}  # images of several sizes, so prompts of several lengths
+
+
+def create(family):
+    """A captioner in eval mode whose next-token distributions are far from uniform and from certain."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model, words = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "llava": llava}[family]()
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:  # large enough that the image and every word matter
+                torch.nn.init.normal_(
+                    weight, 0, 0.1 if "embed" in name or "lm_head" in name else 1.2 / weight[0].numel() ** 0.5
+                )
+        model.generation_config.eos_token_id = IDS["<|im_end|>"]
+        model.generation_config.pad_token_id = IDS["<|endoftext|>"]
+    captioner = HFCaptioner(model.eval(), words, INSTRUCTION)
+    captioner.end_ids += [IDS[word] for word in ("and", "gray", "tiny", "ring")]  # random weights rarely end a caption
+    return captioner
+
+
+def qwen2_5_vl():
+    words = processor()
+    words.image_processor.size = WIDE
+    return create_captioner(layers=2), words
+
+
+def qwen3_vl():
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+    words = processor()
+    words = Qwen3VLProcessor(words.image_processor, words.tokenizer, words.video_processor, CHAT_TEMPLATE)
+    words.image_processor.size = WIDE
+    text = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "vocab_size": len(VOCABULARY), "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    names = {"image": IMAGE, "video": "<|video_pad|>"}
+    marks = {f"{name}_token_id": IDS[word] for name, word in names.items()}
+    marks |= {f"vision_{side}_token_id": IDS[f"<|vision_{side}|>"] for side in ("start", "end")}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **marks)
+    return Qwen3VLForConditionalGeneration(config), words
+
+
+def llava():
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        Qwen2Config,
+    )
+
+    text = Qwen2Config(
+        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        image_size=24, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IDS[IMAGE])
+    )
+    side = {"height": 24, "width": 24}
+    pixels = CLIPImageProcessor(size=side, crop_size=side)
+    words = LlavaProcessor(
+        pixels, tokenizer(), patch_size=8, vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE, num_additional_image_tokens=1,
+    )  # fmt: skip
+    return model, words
+
+
+def plain_logprobs(captioner, rollout):
+    """Log-probs ``[N, T]``, one caption at a time: no padding, no cache, no group; the whole prompt and the caption.
+
+    Differentiable; masked positions are 0.
+    """
+    policy, context = captioner.policy, rollout.context
+    rows = []
+    for n, (tokens, mask) in enumerate(zip(rollout.tokens_NT, rollout.mask_NT, strict=True)):
+        inputs = context.index([n // rollout.group]).inputs()
+        length = int(mask.sum())
+        real = inputs["attention_mask"][0].bool()
+        said = {"input_ids": tokens[:length], "attention_mask": torch.ones_like(tokens[:length])}
+        said["mm_token_type_ids"] = torch.zeros_like(tokens[:length])  # left out, positions are silently wrong
+        for name, continuation in said.items():
+            if name in inputs:
+                inputs[name] = torch.cat([inputs[name][0][real], continuation])[None]
+        logits_TV = policy.model(**inputs, use_cache=False).logits[0, -length - 1 : -1]
+        logits_TV = logits_TV / rollout.temperature
+        logits_TV[:, captioner.policy.banned_ids] = -torch.inf
+        logp_T = logits_TV.log_softmax(-1)[range(length), tokens[:length]]
+        rows.append(torch.nn.functional.pad(logp_T, (0, len(tokens) - length)))
+    return torch.stack(rows)
