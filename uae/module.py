@@ -286,11 +286,9 @@ class UnifiedGRPO(LightningModule):
         if self.unified_score is not None:
             self.unified_score.load()
         if self.device_mesh is not None:
-            from uae.strategy import shard
-
             for policy in (captioner.policy, captioner.reference_policy):
                 if policy is not None:
-                    shard(policy, self.device_mesh)
+                    self.trainer.strategy.shard(policy)
         self.umm, self.policy = umm, captioner.policy
 
     def _gathered(self) -> AbstractContextManager[None]:

@@ -1,0 +1,214 @@
+"""Fully sharded training (FSDP2) as a Lightning strategy, ``trainer.strategy: fsdp2``.
+
+What it adds to Lightning's `ModelParallelStrategy`: every process is data-parallel, gradients are reduced once per
+accumulation window, checkpoints hold what trains and nothing else, and a rollout gathers every weight once
+(`unsharded`). Works with NCCL and, for tests, with gloo on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+
+from uae.trainable import check_trainable_state, trainable_state
+
+METADATA = "meta.pt"  # Lightning's name for what is neither weights nor optimizer states
+
+
+def shard(policy: nn.Module, mesh: DeviceMesh, precision: MixedPrecisionPolicy | None = None) -> None:
+    """Shard a policy in place, bottom-up: every block of its outermost module lists, then the rest as the root.
+
+    Args:
+        policy: The root. Whatever needs its own weights must happen in its ``forward`` or inside `unsharded`.
+        mesh: One-dimensional, or with a dimension named "data_parallel".
+        precision: Of computing and reducing. With a ``param_dtype``, what trains is kept in float32.
+    """
+    precision = precision or MixedPrecisionPolicy()
+    mesh = mesh if mesh.ndim == 1 else mesh["data_parallel"]
+    if precision.param_dtype is not None:
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    for block in _blocks(policy):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """Text layers, vision blocks and the like."""
+    if isinstance(module, nn.ModuleList):
+        return [block for block in module if next(block.parameters(), None) is not None]
+    return [block for child in module.children() for block in _blocks(child)]
+
+
+@contextmanager
+def unsharded(root: nn.Module) -> Iterator[None]:
+    """Inside, the weights of a sharded module are whole: gathered once, however many forward passes follow.
+
+    A module that is not sharded stays as it is. All ranks must enter; inside, nothing is communicated, so that ranks
+    may run different numbers of forward passes. Not for use between a backward pass and its optimizer step.
+    """
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    root._get_fsdp_state()._lazy_init()  # or the first block to run would take itself for the root
+    modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()  # the root, too: its old weights would survive the next optimizer step
+            module.set_reshard_after_forward(module is not root, recurse=False)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallelism over all processes.
+
+    Args:
+        param_dtype: Dtype of gathered weights and of computation; None keeps the weights' own. With "bfloat16" and
+            ``trainer.precision: 32-true``, weights that train stay in float32 and are gathered in half the bytes.
+        reduce_dtype: Dtype gradients are averaged in.
+        save_distributed_checkpoint: Every process writes its shard into a folder. False writes one ordinary file,
+            which other strategies can resume from, at the price of gathering everything on the first process.
+        process_group_backend: None is NCCL on GPUs and gloo on the CPU.
+        timeout: Of collectives.
+    """
+
+    def __init__(
+        self,
+        param_dtype: Literal["bfloat16", "float32"] | None = None,
+        reduce_dtype: Literal["bfloat16", "float32"] | None = "float32",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
+
+    def shard(self, policy: nn.Module) -> None:
+        """`shard` over this strategy's processes and in its precision. For ``configure_model``."""
+        dtypes = {None: None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+        precision = MixedPrecisionPolicy(param_dtype=dtypes[self.param_dtype], reduce_dtype=dtypes[self.reduce_dtype])
+        shard(policy, self.device_mesh, precision)
+
+    def setup_environment(self) -> None:
+        """Make every process data-parallel; Lightning's default would make every node so."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse inference mode, whose tensors FSDP would keep and the next training step could not update."""
+        if trainer.validate_loop.inference_mode:
+            raise ValueError(
+                "strategy fsdp2 cannot train after trainer.inference_mode=true: set trainer.inference_mode: false"
+            )
+        super().setup(trainer)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Inside, gradients accumulate without communication."""
+        modules = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """What trains; shards, or everything on the first process (nothing elsewhere)."""
+        options = StateDictOptions(
+            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
+        )
+        return trainable_state(self.model, get_model_state_dict(self.model, options=options))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """By parameter name in shards, by number in a file, as any optimizer's own ``state_dict``."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        if self._save_distributed_checkpoint or not state:
+            return state
+        numbers = {name: number for number, name in enumerate(self._names(optimizer))}
+        return _renamed(state, numbers)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Weights and optimizer states from a folder of shards or a file, whatever strategy or world size wrote it.
+
+        Raises:
+            ValueError: The checkpoint does not hold exactly what trains here.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.exists():
+            raise FileNotFoundError(f"no checkpoint at {str(path)!r}: correct ckpt_path")
+        return self._load_shards(path, weights_only) if path.is_dir() else self._load_file(path, weights_only)
+
+    def _load_shards(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        prefix = "state_dict."
+        shapes = {key: torch.empty(stored[key].size, device="meta") for key in stored if key.startswith(prefix)}
+        check_trainable_state(self.model, {key.removeprefix(prefix): value for key, value in shapes.items()})
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)
+        state = {"state_dict": trainable_state(self.model, get_model_state_dict(self.model, options=options))}
+        dcp.load(state, checkpoint_id=path)
+        set_model_state_dict(self.model, state["state_dict"], options=options)
+        for i, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
+            dcp.load(state, checkpoint_id=path)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
+        return torch.load(path / METADATA, weights_only=weights_only)
+
+    def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        weights = checkpoint.pop("state_dict")
+        check_trainable_state(self.model, weights)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.model, weights, options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
+            named = _renamed(state, dict(enumerate(self._names(optimizer))))
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return checkpoint
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Names of an optimizer's parameters, in its order."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other keys for its parameters."""
+    groups = [{**group, "params": [new[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {new[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description=str(FSDP2Strategy.__doc__))
