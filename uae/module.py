@@ -9,33 +9,28 @@ group shares the renderer's noise, and the KL term is off by default.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torch import Tensor
+from torchmetrics import Metric
 
 from uae import measure
+from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
 from uae.models.finetune import Finetune
 from uae.rewards import WeightedReward
-from uae.rollout import Experience, Plan, autoencode, now, parts, roll_out
+from uae.rollout import Experience, Plan, now, parts, roll_out
+from uae.strategy import unsharded
 from uae.trainable import check_trainable_state, trainable_state
-from uae.types import UMM, ImageBatch, Sampling, System
-
-EXAMPLES = 8
+from uae.types import ImageBatch, Sampling, System
 
 
-class UnifiedGRPO(LightningModule):
+class UnifiedGRPO(AutoEncoder):
     """Trains a captioner so that its captions can be drawn.
-
-    ``umm`` holds captioner, conditioner and renderer; ``policy``, the captioner's trainable network, is all that is
-    registered, so nothing frozen can reach the optimizer, a checkpoint or a distributed wrapper.
 
     Args:
         system: What to assemble; built in ``configure_model``.
@@ -80,7 +75,9 @@ class UnifiedGRPO(LightningModule):
         validation_temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        greedy = replace(sampling, temperature=validation_temperature)
+        evaluation = Plan(1, greedy, seed, instruction=instruction)
+        super().__init__(reward, evaluation, unified_score, metrics)
         for key, value, least in (
             ("group", group, 2), ("mini_batches", mini_batches, 1), ("num_iterations", num_iterations, 1)
         ):  # fmt: skip
@@ -88,18 +85,11 @@ class UnifiedGRPO(LightningModule):
                 raise ValueError(f"model.{key}={value}; allowed: {least} or more")
         if sampling.temperature == 0:
             raise ValueError("model.sampling.temperature=0 makes all captions of an image equal; allowed: above 0")
-        self.system, self.reward, self.finetune, self.loss = system, reward, finetune, loss
+        self.system, self.finetune, self.loss = system, finetune, loss
         self.plan = Plan(group, sampling, seed, shared_noise, advantage_scale, instruction, mini_batches)
-        greedy = replace(sampling, temperature=validation_temperature)
-        self.validation_plan = replace(self.plan, group=1, sampling=greedy, shared_noise=True)
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.unified_score, self.metrics = unified_score, nn.ModuleDict(metrics or {})
-        self.validation_reward = MeanMetric(nan_strategy="ignore")
-        self.umm: UMM | None = None
-        self.policy: nn.Module | None = None
         self.experience: Experience | None = None
-        self.validation_examples: dict[str, Any] = {}
         self.strict_loading = False  # on_load_checkpoint is stricter
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -139,7 +129,7 @@ class UnifiedGRPO(LightningModule):
         """Roll out, and refuse a run whose sampler and training code disagree about the policy."""
         accumulate = self.trainer.accumulate_grad_batches
         step = (self.global_step * accumulate + batch_idx % accumulate) // self.batches_per_rollout
-        with self._gathered():
+        with unsharded(self.policy):
             self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self.loss.beta > 0)
         tokens_M = self.experience.rollout.mask_NT.view(self.plan.mini_batches, -1).sum(1)
         if self.loss.aggregation == "dapo":
@@ -170,9 +160,9 @@ class UnifiedGRPO(LightningModule):
         """Tokens of the optimizer window, over the number of losses that Lightning and the ranks will average."""
         if self.loss.aggregation not in ("dapo", "bnpo"):
             return None
-        accumulate, parts_ = self.trainer.accumulate_grad_batches, self.plan.mini_batches
+        accumulate = self.trainer.accumulate_grad_batches
         start = batch_idx // accumulate * accumulate
-        tokens = sum(self._tokens_M[turn % parts_] for turn in range(start, start + accumulate))
+        tokens = sum(self._tokens_M[turn % self.plan.mini_batches] for turn in range(start, start + accumulate))
         return tokens / (accumulate * (self.trainer.world_size if self.loss.aggregation == "dapo" else 1))
 
     def on_train_batch_end(self, outputs: Any, batch: ImageBatch, batch_idx: int) -> None:
@@ -187,50 +177,6 @@ class UnifiedGRPO(LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
-    # --------------------------------------------------------------------------------------------------- evaluation
-
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Caption, reconstruct, score; keep the first examples."""
-        result = self.predict_step(batch)
-        if batch_idx == 0:
-            self.validation_examples = {key: value[:EXAMPLES] for key, value in result.items()}
-        self.validation_reward.update(result["reward"])
-        if self.unified_score is not None:
-            self.unified_score.update(result["reconstruction"], batch["image"], batch["id"])
-        for metric in self.metrics.values():
-            metric.update(result["caption"], result["reconstruction"], batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all ranks and start them afresh."""
-        self._log_metrics("val")
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """As in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation."""
-        self._log_metrics("test")
-
-    def predict_step(self, batch: ImageBatch, batch_idx: int = 0) -> dict[str, Any]:
-        """One caption and reconstruction per image.
-
-        Returns:
-            ``id`` [B]; ``image`` and ``reconstruction`` [B, 3, H, W]; ``caption``, B strings; ``reward`` [B] and
-            ``reward/<part>`` [B].
-        """
-        with self._gathered():
-            rollout, reconstructions_BCHW = autoencode(self.umm, batch, self.validation_plan, step=-1)
-        rewards = self.reward(batch["image"], reconstructions_BCHW, rollout.texts)
-        return {
-            "id": batch["id"],
-            "image": batch["image"],
-            "caption": rollout.texts,
-            "reconstruction": reconstructions_BCHW,
-            "reward": rewards.reward_BG.flatten(),
-            **{f"reward/{name}": part_BG.flatten() for name, part_BG in rewards.parts.items()},
-        }
-
     def _log_all(self, values: dict[str, Tensor | float]) -> dict[str, Tensor]:
         """Log over all ranks, with one collective for everything."""
         mine_K = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
@@ -239,27 +185,16 @@ class UnifiedGRPO(LightningModule):
             self.log(name, value, prog_bar=name == "reward/mean")
         return merged
 
-    def _log_metrics(self, stage: str) -> None:
-        values: dict[str, Any] = {f"{stage}_reward/mean": self.validation_reward.compute()}
-        if self.unified_score is not None:
-            values |= {f"unified_score/{name}": score for name, score in self.unified_score.compute().items()}
-        for metric in self.metrics.values():
-            values |= metric.compute()
-        self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
-        for metric in (self.validation_reward, self.unified_score, *self.metrics.values()):
-            if metric is not None:
-                metric.reset()
-
-    # ------------------------------------------------------------------------------------- where things are, and when
+    # ---------------------------------------------------------------------------------------------------------- setup
 
     def setup(self, stage: str) -> None:
         """Refuse what could only fail, or silently be wrong, later."""
-        self._first_rollout, self.experience = True, None
-        size, mini_batches = getattr(self.trainer.datamodule, "batch_size", None), self.plan.mini_batches
         if stage != "fit":
             return
+        self._first_rollout, self.experience = True, None
+        size = getattr(self.trainer.datamodule, "batch_size", None)
         if size is not None:
-            parts(size, mini_batches)
+            parts(size, self.plan.mini_batches)
         accumulate, per_rollout = self.trainer.accumulate_grad_batches, self.batches_per_rollout
         if per_rollout % accumulate and accumulate % per_rollout:
             raise ValueError(
@@ -290,28 +225,6 @@ class UnifiedGRPO(LightningModule):
                 if policy is not None:
                     self.trainer.strategy.shard(policy)
         self.umm, self.policy = umm, captioner.policy
-
-    def _gathered(self) -> AbstractContextManager[None]:
-        """Inside, the policy's weights are whole: one gather per rollout rather than one per token."""
-        if self.device_mesh is None:
-            return nullcontext()
-        from uae.strategy import unsharded
-
-        return unsharded(self.policy)
-
-    def _place(self) -> None:
-        """Move what Lightning does not know of to where the policy is."""
-        for part in (self.umm.captioner, self.umm.conditioner, self.umm.renderer):
-            part.to(self.device)
-        self.reward.load(self.device)
-        if self.unified_score is not None:
-            self.unified_score.load(self.device)
-
-    def on_fit_start(self) -> None:
-        """The policy is on its device now; the frozen parts follow."""
-        self._place()
-
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout."""

@@ -1,0 +1,114 @@
+"""Evaluation of a unified model as an auto-encoder: caption, reconstruct, score. Training adds to this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torchmetrics import MeanMetric, Metric
+
+from uae.metrics import UnifiedScore
+from uae.rewards import WeightedReward
+from uae.rollout import Plan, autoencode
+from uae.strategy import unsharded
+from uae.types import UMM, ImageBatch
+
+EXAMPLES = 8
+
+
+class AutoEncoder(LightningModule):
+    """Validation, test and prediction, and where the frozen parts live.
+
+    ``umm`` holds captioner, conditioner and renderer out of Lightning's sight; ``policy``, the captioner's trainable
+    network, is all that is registered. So nothing frozen can reach the optimizer, a checkpoint or a distributed wrapper.
+
+    Args:
+        reward: What a reconstruction is worth.
+        evaluation: How one caption per image is drawn.
+        unified_score: Logged as ``unified_score/<name>``.
+        metrics: More metrics with ``update(texts, reconstructions, batch)``; ``compute`` returns tags.
+    """
+
+    def __init__(
+        self,
+        reward: WeightedReward,
+        evaluation: Plan,
+        unified_score: UnifiedScore | None = None,
+        metrics: dict[str, Metric] | None = None,
+    ) -> None:
+        super().__init__()
+        self.umm: UMM | None = None  # configure_model sets it, and policy
+        self.policy: nn.Module | None = None
+        self.reward, self.evaluation = reward, evaluation
+        self.unified_score, self.metrics = unified_score, nn.ModuleDict(metrics or {})
+        self.mean_reward = MeanMetric(nan_strategy="ignore")
+        self.validation_examples: dict[str, Any] = {}  # of `predict_step`, the first of the last validation
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Caption, reconstruct, score; keep the first examples."""
+        result = self.predict_step(batch)
+        if batch_idx == 0:
+            self.validation_examples = {key: value[:EXAMPLES] for key, value in result.items()}
+        self.mean_reward.update(result["reward"])
+        if self.unified_score is not None:
+            self.unified_score.update(result["reconstruction"], batch["image"], batch["id"])
+        for metric in self.metrics.values():
+            metric.update(result["caption"], result["reconstruction"], batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all ranks and start them afresh."""
+        self._log_metrics("val")
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self._log_metrics("test")
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int = 0) -> dict[str, Any]:
+        """One caption and reconstruction per image.
+
+        Returns:
+            ``id`` [B]; ``image`` and ``reconstruction`` [B, 3, H, W]; ``caption``, B strings; ``reward`` [B] and
+            ``reward/<part>`` [B].
+        """
+        with unsharded(self.policy):
+            rollout, reconstructions_BCHW = autoencode(self.umm, batch, self.evaluation, step=-1)
+        rewards = self.reward(batch["image"], reconstructions_BCHW, rollout.texts)
+        return {
+            "id": batch["id"],
+            "image": batch["image"],
+            "caption": rollout.texts,
+            "reconstruction": reconstructions_BCHW,
+            "reward": rewards.reward_BG.flatten(),
+            **{f"reward/{name}": part_BG.flatten() for name, part_BG in rewards.parts.items()},
+        }
+
+    def _log_metrics(self, stage: str) -> None:
+        values: dict[str, Any] = {f"{stage}_reward/mean": self.mean_reward.compute()}
+        if self.unified_score is not None:
+            values |= {f"unified_score/{name}": score for name, score in self.unified_score.compute().items()}
+        for metric in self.metrics.values():
+            values |= metric.compute()
+        self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
+        for metric in (self.mean_reward, self.unified_score, *self.metrics.values()):
+            if metric is not None:
+                metric.reset()
+
+    def _place(self) -> None:
+        """Move what Lightning does not know of to where the policy is."""
+        for part in (self.umm.captioner, self.umm.conditioner, self.umm.renderer):
+            part.to(self.device)
+        self.reward.load(self.device)
+        if self.unified_score is not None:
+            self.unified_score.load(self.device)
+
+    def on_fit_start(self) -> None:
+        """The policy is on its device now; the frozen parts follow."""
+        self._place()
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
