@@ -168,6 +168,7 @@ class HFCaptioner:
                     setattr(module, name, 0.0)
         self.policy = CaptionPolicy(model, banned)
         self.reference_policy: CaptionPolicy | None = None  # a frozen copy, where the finetuning needs one
+        self.starting_adapter: str | None = None  # name of the adapter the run started from; "" is none at all
         self._prompts: dict[str, str] = {}
 
     @property
@@ -250,8 +251,8 @@ class HFCaptioner:
                 yield
             finally:
                 self.policy, self.reference_policy = self.reference_policy, self.policy
-        elif hasattr(self.policy.model, "disable_adapter"):
-            with _starting_adapter(self.policy.model):
+        elif self.starting_adapter is not None:
+            with _switched_to(self.starting_adapter, self.policy.model):
                 yield
         else:
             raise RuntimeError(
@@ -260,19 +261,19 @@ class HFCaptioner:
 
 
 @contextmanager
-def _starting_adapter(model: Any) -> Iterator[None]:
-    """The adapter a run started from, if it started from one; otherwise no adapter."""
-    if "reference" in model.peft_config:
-        model.set_adapter("reference")
-        try:
-            yield
-        finally:
-            model.set_adapter("default")
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("lora_" in name and ".default." in name)
-    else:
+def _switched_to(adapter: str, model: Any) -> Iterator[None]:
+    """A PeftModel with another adapter than "default", or with none ("")."""
+    if not adapter:
         with model.disable_adapter():
             yield
+        return
+    model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name and ".default." in name)
 
 
 def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:

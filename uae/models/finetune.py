@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 LANGUAGE_MODEL = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
 
 
 class Finetune:
@@ -18,7 +19,8 @@ class Finetune:
         """Freeze and unfreeze ``captioner.policy`` in place.
 
         Args:
-            captioner: An `uae.models.captioner.HFCaptioner` (or anything with ``policy`` and ``reference_policy``).
+            captioner: An `uae.models.captioner.HFCaptioner` (or anything with ``policy``, ``reference_policy`` and
+                ``starting_adapter``).
             keep_reference: Whether ``captioner.reference()`` will be needed (a KL coefficient above 0).
         """
         raise NotImplementedError
@@ -49,11 +51,13 @@ class LoRA(Finetune):
                 r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, lora_dropout=0.0
             )
             captioner.policy.model = peft.get_peft_model(model, config)
+            captioner.starting_adapter = ""
             return
         wrapped = peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
         if keep_reference:
             wrapped.load_adapter(self.adapter, adapter_name="reference", is_trainable=False)
             wrapped.set_adapter("default")
+            captioner.starting_adapter = "reference"
         captioner.policy.model = wrapped
 
 
@@ -65,7 +69,7 @@ class Full(Finetune):
             the image tower.
     """
 
-    def __init__(self, trainable: str = r"^(?!.*visual\.)") -> None:
+    def __init__(self, trainable: str = IMAGE_TOWER_ASIDE) -> None:
         self.trainable = trainable
 
     def attach(self, captioner: Any, keep_reference: bool) -> None:

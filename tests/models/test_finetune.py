@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+
+from uae.models.finetune import Full, LoRA
+from uae.types import Sampling
+
+
+@pytest.fixture
+def rollout(created, images):
+    captioner = created("qwen2_5_vl")
+    return captioner.sample(captioner.prepare(images), 3, Sampling(1.0, 6), range(6))
+
+
+def trainable(captioner):
+    return {name: p for name, p in captioner.policy.model.named_parameters() if p.requires_grad}
+
+
+def step(captioner, rollout, size=0.05):
+    """A step far enough to change log-probs by more than rounding."""
+    parameters = list(trainable(captioner).values())
+    optimizer = torch.optim.SGD(parameters, lr=size)
+    captioner.logprobs(rollout).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def logprobs(captioner, rollout):
+    return captioner.logprobs(rollout)
+
+
+@torch.no_grad()
+def reference(captioner, rollout):
+    with captioner.reference():
+        return captioner.logprobs(rollout)
+
+
+@pytest.fixture
+def adapter(fresh, rollout, tmp_path):
+    """A folder with an adapter that has learned something, and the policy's log-probs with it."""
+    captioner = copy.deepcopy(fresh)
+    LoRA(rank=2).attach(captioner, keep_reference=False)
+    step(captioner, rollout, size=0.2)
+    step(captioner, rollout, size=0.2)
+    captioner.policy.model.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter"), logprobs(captioner, rollout)
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_lora_adapts_the_language_model_only(created, family):
+    captioner = copy.deepcopy(created(family))
+    LoRA(rank=2).attach(captioner, keep_reference=True)
+    names = list(trainable(captioner))
+    assert len(names) == 2 * 7 * 2  # layers, linear maps per layer, A and B
+    assert all("lora_" in name and "language_model" in name for name in names)
+
+
+def test_lora_starts_as_the_model_and_its_reference_stays_there(fresh, rollout):
+    start = logprobs(fresh, rollout)
+    LoRA(rank=2).attach(fresh, keep_reference=True)
+    assert fresh.reference_policy is None  # no second copy
+    assert torch.equal(logprobs(fresh, rollout), start)
+    assert torch.equal(reference(fresh, rollout), start)
+    step(fresh, rollout)
+    step(fresh, rollout)  # the first moves B only
+    assert (logprobs(fresh, rollout) - start).abs().max() > 1e-3
+    assert torch.equal(reference(fresh, rollout), start)
+    assert len(trainable(fresh)) == 28  # as before
+
+
+def test_lora_trains_every_factor_and_nothing_else(fresh, rollout):
+    before = {name: p.clone() for name, p in fresh.policy.model.named_parameters()}
+    LoRA(rank=2).attach(fresh, keep_reference=False)
+    factors = {name: p.clone() for name, p in trainable(fresh).items()}
+    step(fresh, rollout)
+    step(fresh, rollout)
+    assert not any(torch.equal(p, factors[name]) for name, p in trainable(fresh).items())
+    after = fresh.policy.base.state_dict()
+    for name, p in before.items():
+        found = [value for key, value in after.items() if key.replace(".base_layer", "") == name]
+        assert torch.equal(found[0], p), name
+
+
+def test_lora_has_no_dropout(fresh, rollout):
+    LoRA(rank=2).attach(fresh, keep_reference=False)
+    fresh.policy.train()
+    assert torch.equal(logprobs(fresh, rollout), logprobs(fresh, rollout))
+
+
+def test_lora_from_an_adapter_refers_to_that_adapter(fresh, rollout, adapter):
+    folder, start = adapter
+    base = logprobs(fresh, rollout)
+    LoRA(adapter=folder).attach(fresh, keep_reference=True)
+    assert torch.equal(logprobs(fresh, rollout), start)
+    assert torch.equal(reference(fresh, rollout), start)
+    assert (start - base).abs().max() > 1e-3
+    names = set(trainable(fresh))
+    assert len(names) == 28
+    assert all(".default." in name for name in names)
+    step(fresh, rollout)
+    assert (logprobs(fresh, rollout) - start).abs().max() > 1e-3
+    assert torch.equal(reference(fresh, rollout), start)
+    assert set(trainable(fresh)) == names  # switching adapters and back leaves what trains as it was
+    step(fresh, rollout)
+    assert torch.equal(reference(fresh, rollout), start)
+
+
+def test_lora_from_an_adapter_keeps_no_second_one_unasked(fresh, rollout, adapter):
+    LoRA(adapter=adapter[0]).attach(fresh, keep_reference=False)
+    assert set(fresh.policy.model.peft_config) == {"default"}
+    assert len(trainable(fresh)) == 28
+    with pytest.raises(RuntimeError, match="keep_reference"), fresh.reference():
+        pass  # the model without the adapter is not where the run started
+
+
+def test_an_error_inside_the_reference_leaves_the_policy_in_place(fresh, rollout, adapter):
+    LoRA(adapter=adapter[0]).attach(fresh, keep_reference=True)
+    step(fresh, rollout)
+    moved = logprobs(fresh, rollout)
+    with pytest.raises(KeyError), fresh.reference():
+        raise KeyError
+    assert torch.equal(logprobs(fresh, rollout), moved)
+    assert len(trainable(fresh)) == 28
+
+
+def test_lora_that_matches_nothing_is_an_error(fresh):
+    with pytest.raises(ValueError, match="(?i)target.*modules.*nowhere"):
+        LoRA(target_modules=r".*nowhere").attach(fresh, keep_reference=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- Full
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_full_leaves_the_image_tower_frozen(created, family):
+    captioner = copy.deepcopy(created(family))
+    Full().attach(captioner, keep_reference=False)
+    model = captioner.policy.model.model
+    tower = model.vision_tower if family == "llava" else model.visual
+    assert not any(p.requires_grad for p in tower.parameters())
+    assert all(p.requires_grad for p in model.language_model.parameters())
+    assert captioner.policy.model.get_output_embeddings().weight.requires_grad
+
+
+def test_full_trains_what_it_is_told(fresh):
+    Full(trainable=r"layers\.1\.mlp").attach(fresh, keep_reference=False)
+    assert len(trainable(fresh)) == 3
+    assert all("language_model.layers.1.mlp" in name for name in trainable(fresh))
+
+
+def test_full_keeps_a_frozen_copy_only_when_asked(fresh, rollout):
+    start = logprobs(fresh, rollout)
+    lean = copy.deepcopy(fresh)
+    Full().attach(lean, keep_reference=False)
+    assert lean.reference_policy is None
+    with pytest.raises(RuntimeError, match="keep_reference"), lean.reference():
+        pass
+    Full().attach(fresh, keep_reference=True)
+    assert torch.equal(reference(fresh, rollout), start)
+    step(fresh, rollout, size=1e-3)
+    assert (logprobs(fresh, rollout) - start).abs().max() > 1e-3
+    assert torch.equal(reference(fresh, rollout), start)
+    assert not any(p.requires_grad or p.grad is not None for p in fresh.reference_policy.parameters())
+    mine = {p.data_ptr() for p in fresh.policy.parameters()}
+    assert not mine & {p.data_ptr() for p in fresh.reference_policy.parameters()}
+    assert fresh.policy.model.get_output_embeddings().weight is fresh.policy.model.get_input_embeddings().weight
+
+
+def test_an_error_inside_the_copy_leaves_the_policy_in_place(fresh):
+    Full().attach(fresh, keep_reference=True)
+    policy = fresh.policy
+    with fresh.reference():
+        assert fresh.policy is not policy
+    with pytest.raises(KeyError), fresh.reference():
+        raise KeyError
+    assert fresh.policy is policy
+
+
+def test_full_that_matches_nothing_is_an_error(fresh):
+    with pytest.raises(ValueError, match="finetune.trainable='nowhere'"):
+        Full(trainable="nowhere").attach(fresh, keep_reference=False)
