@@ -33,7 +33,7 @@ def after_one_step(build, trainer, mini_batches, loss):
 @pytest.mark.parametrize("name", LOSSES)
 def test_mini_batches_with_accumulation(system, build, trainer, name):
     whole = after_one_step(build, trainer, 1, LOSSES[name])
-    start = {name: p for name, p in system.build().captioner.policy.named_parameters()}
+    start = dict(system.build().captioner.policy.named_parameters())
     assert max((whole[name] - start[name]).abs().max() for name in whole) > 1e-2  # it moved
     for mini_batches in (2, 8):
         split = after_one_step(build, trainer, mini_batches, LOSSES[name])
