@@ -111,7 +111,9 @@ def panel(sources_BCHW: Tensor, experience: Experience, columns: int) -> Tensor:
     """One uint8 image ``[3, H, W]``: a row per source, its reconstructions beside it, numbers and captions below."""
     group = experience.rollout.group
     shown = min(group, columns)
-    texts = [textwrap.wrap(text, WIDTH) or ["(empty)"] for text in experience.rollout.texts]
+    texts = [
+        textwrap.wrap(text, WIDTH, max_lines=12, placeholder=" ...") or ["(empty)"] for text in experience.rollout.texts
+    ]
     height = TILE + LINE * (2 + max(map(len, texts)))
     canvas = Image.new("RGB", ((TILE + 8) * (shown + 1), height * len(sources_BCHW)), "white")
     for b, source in enumerate(sources_BCHW):

@@ -147,11 +147,13 @@ def _line(text: str) -> str:
 
 def quieten() -> None:
     """Silence what libraries say to their developers, so that what is left deserves to be read."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(word in str(record.msg) for word in _CHATTER)
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not any(word in str(record.msg) for word in _CHATTER)
 
 
 def debugging() -> bool:

@@ -1,0 +1,43 @@
+import json
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from callbacks.predictions import file_name
+from tests.callbacks.conftest import ROOT
+from uae.scenes import render, scene_of
+
+
+def test_a_folder_is_captioned_and_drawn(command, tmp_path):
+    names = ["a.png", "a.jpg", "deep/er/b.webp"]
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(render([scene_of(i, "test", 0, (1, 2))])[0]).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    words = ["--config", ROOT / "configs/data/folder.yaml", "--data.predict_root", tmp_path, "--data.num_workers", 0]
+    finished = command("predict", *words, "--run_name", "folder", "--data.image_size", 24, "--data.batch_size", 2)
+    written = command.folder / "outputs/folder/predict/predictions"
+    rows = json.loads((written / "captions.json").read_text())
+    assert [row["name"] for row in rows] == sorted(names)
+    assert sorted(str(file.relative_to(written)) for file in written.rglob("*.png")) == [
+        "a.jpg.png",
+        "a.png",
+        "deep/er/b.webp.png",
+    ]
+    module = finished.model
+    for row in rows:  # one by one, by hand
+        source = pil_to_tensor(Image.open(tmp_path / row["name"]).convert("RGB"))[None] / 255
+        expected = module.predict_step({"image": source, "id": torch.tensor([row["id"]]), "name": [row["name"]]})
+        assert row["caption"] == expected["caption"][0]
+        assert row["reward"] == expected["reward"].item() or abs(row["reward"] - expected["reward"].item()) < 1e-5
+        drawn = pil_to_tensor(Image.open(written / row["reconstruction"])) / 255
+        assert (drawn - expected["reconstruction"][0].clamp(0, 1)).abs().max() < 2 / 255
+
+
+def test_names_stay_inside_the_folder_and_apart():
+    assert file_name("../../etc/x") == "etc/x.png"
+    assert file_name("/abs/x.PNG") == "abs/x.PNG"
+    assert (
+        len({file_name(name) for name in ("a.png", "a.jpg", "a", "b/a.png")}) == 4 - 1
+    )  # "a" and "a.png" are one file
