@@ -10,7 +10,7 @@ from torch import Tensor
 from uae.coldstart.objective import Objective
 from uae.models.conditioners import EmbeddingCondition
 from uae.scenes import Detail, Scene, describe, render
-from uae.systems.tiny import create_decoder, save_decoder
+from uae.systems.tiny import WEIGHTS, create_decoder, load_decoder, save_decoder
 from uae.types import ImageBatch
 
 
@@ -26,30 +26,41 @@ class FlowMatchingObjective(Objective):
         draws: Noise draws per caption; they share one pass of the text encoder.
         dropout: Share of empty captions (for guidance).
         detailed: Share of detailed captions; the rest is split between terse ones and ones that leave out some attributes.
+        start: Continue from these weights, with all objects from the first step; "package" is the package's own.
     """
 
     def __init__(
-        self, width: int = 128, layers: int = 5, draws: int = 2, dropout: float = 0.05, detailed: float = 0.5
+        self,
+        width: int = 128,
+        layers: int = 5,
+        draws: int = 2,
+        dropout: float = 0.05,
+        detailed: float = 0.5,
+        start: str | None = None,
     ) -> None:
         super().__init__()
-        self.width, self.layers, self.draws, self.dropout, self.detailed = width, layers, draws, dropout, detailed
+        self.width, self.layers, self.draws = width, layers, draws
+        self.dropout, self.detailed, self.start = dropout, detailed, start
 
     def build(self) -> None:
-        """A fresh transformer and conditioner around the trained autoencoder."""
+        """Transformer and conditioner, fresh or trained, around the trained autoencoder."""
         from uae.models.patch_autoencoder import PatchAutoencoder
-        from uae.systems.tiny import WEIGHTS
 
-        conditioner, renderer = create_decoder(self.width, self.layers)
-        renderer.pipe.register_modules(vae=PatchAutoencoder.from_pretrained(WEIGHTS / "decoder" / "vae"))
+        if self.start is not None:
+            folder = WEIGHTS if self.start == "package" else Path(self.start)
+            conditioner, renderer = load_decoder(folder / "decoder", steps=8, guidance=1.0)
+        else:
+            conditioner, renderer = create_decoder(self.width, self.layers)
+            renderer.pipe.register_modules(vae=PatchAutoencoder.from_pretrained(WEIGHTS / "decoder" / "vae"))
         renderer.pipe.vae.requires_grad_(False).eval()
-        self.conditioner = conditioner
+        self.conditioner = conditioner.requires_grad_(True)
         self.transformer = renderer.pipe.transformer.requires_grad_(True)
         self.frozen = (renderer,)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: mean squared error of the velocity, latent units."""
         (renderer,) = self.frozen
-        most = 1 if progress < 0.12 else 2 if progress < 0.3 else 3
+        most = 3 if self.start is not None or progress >= 0.3 else 2 if progress >= 0.12 else 1
         scenes = [self._simplified(scene, most) for scene in batch["scene"]]
         device = batch["image"].device
         with torch.no_grad():

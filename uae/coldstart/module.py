@@ -48,10 +48,6 @@ class ColdStart(L.LightningModule):
             self.objective.build()
             self._built = True
 
-    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
-        """Move the tensors only; Lightning's own traversal refuses frozen dataclasses such as scenes."""
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}  # type: ignore[return-value]
-
     def on_fit_start(self) -> None:
         """A schedule needs an end."""
         if self.trainer.max_steps < 1:
