@@ -32,6 +32,7 @@ _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.11 and newer
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are meant to be
     r".*is_gradient_checkpointing` is deprecated",  # peft 0.21 with transformers 5.23
+    r"It is recommended to use `self\.log\(.*sync_dist=True",  # metrics and measurements are reduced before they are logged
     r"The '\w+' does not have many workers",  # scenes are cheaper to draw than to send
 )
 _SPEAKS_TO_USERS = ("uae.", "callbacks.", "lightning.pytorch.trainer.")
@@ -112,9 +113,9 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as stop:  # Lightning has shut down and asks for status 1
-            if isinstance(stop.__context__, KeyboardInterrupt):
-                interrupted(f"interrupted at step {self.trainer.global_step}")
-            raise
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            interrupted(f"interrupted at step {self.trainer.global_step}" if self.trainer.is_global_zero else "")
 
 
 def mistake(error: BaseException) -> str | None:
@@ -169,7 +170,8 @@ def fail(line: str) -> NoReturn:
 
 def interrupted(line: str = "interrupted") -> NoReturn:
     """Say so and exit with status 130."""
-    print(f"\n{line}", file=sys.stderr)
+    if line:
+        print(f"\n{line}", file=sys.stderr)
     raise SystemExit(INTERRUPTED) from None
 
 
