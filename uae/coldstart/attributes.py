@@ -11,15 +11,16 @@ from torch.nn import functional as F
 from uae.coldstart.captioning import cell_codes
 from uae.coldstart.objective import Objective
 from uae.scenes import SIDE
-from uae.scenes.world import BACKGROUNDS, COLORS, GRID
+from uae.scenes.world import BACKGROUNDS, CELL, COLORS, GRID
 from uae.types import ImageBatch
 
 
 class AttributeObjective(Objective):
     """Cross-entropy of what every cell holds and of the background, read from the class token by a linear head.
 
-    A small term keeps the vectors of different scenes apart, so that the cosine has a low floor. The head is thrown
-    away. Nothing here sees a caption or another encoder.
+    Every patch token reads its own cell as well, which teaches the lower layers. A small term keeps the vectors of
+    different scenes apart, so that the cosine has a low floor. The heads are thrown away. Nothing here sees a caption or
+    another encoder.
 
     Args:
         width: Width of the DINOv2 model.
@@ -36,29 +37,37 @@ class AttributeObjective(Objective):
         from transformers import Dinov2Config, Dinov2Model
 
         config = Dinov2Config(
-            hidden_size=self.width, num_hidden_layers=self.layers, num_attention_heads=4, image_size=SIDE, patch_size=4,
+            hidden_size=self.width, num_hidden_layers=self.layers, num_attention_heads=4, image_size=SIDE, patch_size=CELL,
             layerscale_value=1.0,
         )  # fmt: skip
         self.model = Dinov2Model(config)
+        nn.init.normal_(
+            self.model.embeddings.position_embeddings, std=0.5
+        )  # small tables leave places unlearned for long
         self.kinds = 1 + 12 * len(COLORS)
         self.head = nn.Linear(self.width, GRID * GRID * self.kinds + len(BACKGROUNDS))
+        self.patch_head = nn.Linear(self.width, self.kinds)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: nats per cell plus nats per background."""
         images = batch["image"] + self.noise * torch.rand(1, device=batch["image"].device) * torch.randn_like(
             batch["image"]
         )
-        vector_ND = self._embed(images)
-        cells, papers = self._read(vector_ND)
+        tokens_NTD = self._tokens(images)
+        cells, papers = self._read(tokens_NTD[:, 0])
         codes, truth = self._truth(batch)
-        unit_ND = F.normalize(vector_ND, dim=1)
+        unit_ND = F.normalize(tokens_NTD[:, 0], dim=1)
         alike = (unit_ND @ unit_ND.T).square().mean()
-        loss = 5 * F.cross_entropy(cells.flatten(0, 1), codes.flatten()) + F.cross_entropy(papers, truth) + alike
-        return {"loss": loss, "alike": alike.detach()}
+        loss = (
+            balanced(cells, codes)
+            + balanced(self.patch_head(tokens_NTD[:, 1:]), codes)
+            + F.cross_entropy(papers, truth)
+        )
+        return {"loss": loss + alike, "alike": alike.detach()}
 
-    def _embed(self, images_NCHW: Tensor) -> Tensor:
-        """The class token ``[N, D]``."""
-        return self.model(pixel_values=(images_NCHW - 0.5) / 0.5).last_hidden_state[:, 0]
+    def _tokens(self, images_NCHW: Tensor) -> Tensor:
+        """The class token and one token per cell, ``[N, 10, D]``."""
+        return self.model(pixel_values=(images_NCHW - 0.5) / 0.5).last_hidden_state
 
     def _read(self, vector_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of cells ``[N, 9, kinds]`` and of the background ``[N, 4]``."""
@@ -74,7 +83,7 @@ class AttributeObjective(Objective):
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
         """Accuracy on occupied cells; share of scenes read entirely right; cosine between different scenes."""
-        vector_ND = self._embed(batch["image"])
+        vector_ND = self._tokens(batch["image"])[:, 0]
         cells, papers = self._read(vector_ND)
         codes, truth = self._truth(batch)
         right = cells.argmax(-1) == codes
@@ -94,3 +103,10 @@ class AttributeObjective(Objective):
         BitImageProcessor(
             size={"shortest_edge": SIDE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
         ).save_pretrained(folder / "judge")
+
+
+def balanced(logits_NCK: Tensor, codes_NC: Tensor) -> Tensor:
+    """Cross-entropy of occupied and of empty cells in equal parts: most cells are empty and teach nothing."""
+    occupied = codes_NC > 0
+    parts = (F.cross_entropy(logits_NCK[mask], codes_NC[mask]) for mask in (occupied, ~occupied))
+    return sum(parts, torch.zeros((), device=logits_NCK.device)) / 2

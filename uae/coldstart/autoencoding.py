@@ -39,7 +39,7 @@ class AutoencoderObjective(Objective):
             self.vae = PatchAutoencoder.create(width=self.width)
             return
         folder = WEIGHTS / "decoder" / "vae" if self.sharpen == "package" else Path(self.sharpen)
-        self.vae = PatchAutoencoder.from_pretrained(folder, local_files_only=True)
+        self.vae = PatchAutoencoder.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         self.vae.encoder.requires_grad_(False)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class AutoencoderObjective(Objective):
         if self.sharpen is None:
             images = render([sample_scene(self.rng) for _ in range(4096)])
             self.vae.standardize(self.vae.encode(images * 2 - 1).latents)
-        self.vae.save_pretrained(folder / "decoder" / "vae")
+        self.vae.half().save_pretrained(folder / "decoder" / "vae")  # half the size; read back as float32
 
 
 def inverse_area(images_NCHW: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from uae.coldstart.objective import Objective
 from uae.models.captioner import HFCaptioner
 from uae.scenes import Detail, Scene, describe, parse
 from uae.scenes.world import COLORS, COLUMNS, GRID, ROWS, code_of
-from uae.systems.tiny import INSTRUCTION, create_captioner, processor
+from uae.systems.tiny import INSTRUCTION, WEIGHTS, create_captioner, load_captioner, processor
 from uae.types import ImageBatch, Sampling
 
 
@@ -38,15 +38,19 @@ class CaptionObjective(Objective):
     Args:
         styles: The mixture of captions. Few detailed ones, with mistakes, leave something for the reward to teach.
         reading: Weight of the auxiliary loss.
+        start: Continue from these weights; "package" is the package's own.
     """
 
-    def __init__(self, styles: list[CaptionStyle], reading: float = 1.0) -> None:
+    def __init__(self, styles: list[CaptionStyle], reading: float = 1.0, start: str | None = None) -> None:
         super().__init__()
-        self.styles, self.reading = styles, reading
+        self.styles, self.reading, self.start = styles, reading, start
 
     def build(self) -> None:
-        """A fresh captioner."""
-        captioner = HFCaptioner(create_captioner(), processor(), INSTRUCTION)
+        """A captioner, fresh or trained."""
+        model = create_captioner()
+        if self.start is not None:
+            model = load_captioner((WEIGHTS if self.start == "package" else Path(self.start)) / "captioner")
+        captioner = HFCaptioner(model, processor(), INSTRUCTION)
         self.policy = captioner.policy
         self.reader = nn.Linear(self.policy.base.config.text_config.hidden_size, 1 + 12 * len(COLORS))
         self.frozen = (captioner,)

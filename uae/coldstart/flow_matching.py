@@ -51,7 +51,9 @@ class FlowMatchingObjective(Objective):
             conditioner, renderer = load_decoder(folder / "decoder", steps=8, guidance=1.0)
         else:
             conditioner, renderer = create_decoder(self.width, self.layers)
-            renderer.pipe.register_modules(vae=PatchAutoencoder.from_pretrained(WEIGHTS / "decoder" / "vae"))
+            renderer.pipe.register_modules(
+                vae=PatchAutoencoder.from_pretrained(WEIGHTS / "decoder" / "vae", torch_dtype=torch.float32)
+            )
         renderer.pipe.vae.requires_grad_(False).eval()
         self.conditioner = conditioner.requires_grad_(True)
         self.transformer = renderer.pipe.transformer.requires_grad_(True)

@@ -45,7 +45,7 @@ class Tiny:
         guidance: Classifier-free guidance; 1 means none.
     """
 
-    def __init__(self, weights: str | None = None, steps: int = 8, guidance: float = 1.0) -> None:
+    def __init__(self, weights: str | None = None, steps: int = 4, guidance: float = 1.0) -> None:
         self.weights, self.steps, self.guidance = weights, steps, guidance
 
     def build(self) -> UMM:
@@ -200,9 +200,10 @@ def assemble_renderer(conditioner: Any, transformer: Any, vae: Any, steps: int, 
 
 def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
     """Conditioner and renderer, each part by its library's own loader."""
+    import torch
     from diffusers import SD3Transformer2DModel
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer, Qwen2Model
+    from transformers import PreTrainedTokenizerFast, Qwen2Model
 
     from uae.models.conditioners import HiddenStateConditioner, mlp_projector
     from uae.models.patch_autoencoder import PatchAutoencoder
@@ -211,11 +212,14 @@ def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
     weights = load_file(folder / "projector.safetensors")
     projector = mlp_projector(weights["0.weight"].shape[1], *weights["2.weight"].shape[::-1])
     projector.load_state_dict(weights)
-    words = AutoTokenizer.from_pretrained(folder / "reader", local_files_only=True)
+    # AutoTokenizer would build a byte-pair Qwen2 tokenizer around the words, because of the model type beside them.
+    words = PreTrainedTokenizerFast.from_pretrained(folder / "reader", local_files_only=True)
     conditioner = HiddenStateConditioner(reader, words, projector, template="{caption} " + END)
     conditioner.requires_grad_(False).eval()
-    transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", local_files_only=True)
-    vae = PatchAutoencoder.from_pretrained(folder / "vae", local_files_only=True)
+    transformer = SD3Transformer2DModel.from_pretrained(
+        folder / "transformer", torch_dtype=torch.float32, local_files_only=True
+    )
+    vae = PatchAutoencoder.from_pretrained(folder / "vae", torch_dtype=torch.float32, local_files_only=True)
     return conditioner, assemble_renderer(conditioner, transformer, vae, steps, guidance)
 
 
@@ -226,7 +230,7 @@ def save_decoder(folder: Path, conditioner: Any, transformer: Any) -> None:
     conditioner.language_model.save_pretrained(folder / "reader")
     conditioner.tokenizer.save_pretrained(folder / "reader")
     save_file(conditioner.projector.state_dict(), folder / "projector.safetensors")
-    transformer.save_pretrained(folder / "transformer")
+    transformer.half().save_pretrained(folder / "transformer")  # half the size; read back as float32
 
 
 def checksums(folder: Path) -> dict[str, str]:
