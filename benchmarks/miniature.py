@@ -13,11 +13,14 @@ import argparse
 import itertools
 import json
 import logging
+import os
 import random
 import statistics
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +48,9 @@ COLUMNS = {
     "caption/tiny_full": "tiny full", "reconstruction/whole": "whole", "reconstruction/faithful": "faithful",
 }  # fmt: skip
 VARIANTS = {
-    "lora": ["configs/finetune/lora.yaml"],
-    "full": ["configs/finetune/full.yaml"],
-    "random": ["configs/finetune/lora.yaml", "configs/reward/random.yaml"],
+    "lora": ("configs/finetune/lora.yaml",),
+    "full": ("configs/finetune/full.yaml",),
+    "random": ("configs/finetune/lora.yaml", "configs/reward/random.yaml"),
 }
 
 
@@ -168,15 +171,51 @@ def variation(umm: UMM, text: str = "a red square") -> dict[str, int]:
     }
 
 
-def train(name: str, seed: int, configs: list[str], steps: int, extra: list[str]) -> Path:
-    """One run through the command line, unless it has been done; returns its folder."""
-    folder = RUNS / f"{name}_seed{seed}"
-    if not (folder / "summary.json").is_file():
-        files = [part for config in ["configs/tiny.yaml", *configs] for part in ("--config", config)]
-        options = [f"--run_name=miniature/{folder.name}", f"--seed_everything={seed}", f"--model.init_args.seed={seed}"]
-        command = [sys.executable, "-m", "uae.cli", "fit", *files, *options, f"--trainer.max_steps={steps}", *extra]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return folder
+@dataclass(frozen=True)
+class Run:
+    """One training through the command line.
+
+    Args:
+        name: Of its folder, with the seed.
+        seed: Of everything.
+        configs: Deltas to configs/tiny.yaml.
+        options: Further arguments.
+    """
+
+    name: str
+    seed: int
+    configs: tuple[str, ...]
+    options: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return RUNS / f"{self.name}_seed{self.seed}"
+
+    def __call__(self, threads: int) -> None:
+        """Train, unless it has been done."""
+        if (self.folder / "summary.json").is_file():
+            return
+        files = [part for config in ("configs/tiny.yaml", *self.configs) for part in ("--config", config)]
+        options = [f"--run_name=miniature/{self.folder.name}", f"--seed_everything={self.seed}", *self.options]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.txt").open("w") as log:
+            subprocess.run(
+                [sys.executable, "-m", "uae.cli", "fit", *files, *options],
+                check=True,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+
+
+def train(runs: list[Run], jobs: int) -> None:
+    """All runs, several at a time, one line each when done."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        for run, _ in zip(runs, pool.map(lambda run: run(threads), runs), strict=True):
+            print(f"trained {run.folder}", flush=True)
 
 
 def trained(folder: Path, full: bool) -> UMM:
@@ -202,9 +241,13 @@ def sweep(args: argparse.Namespace) -> None:
         rows.setdefault("start, T=1", []).append(score(base, scenes, caption(base, scenes, 1.0, seed)))
     rows["start, greedy"] = [score(base, scenes, caption(base, scenes, 0.0))]
     show(rows)
+    options = (f"--trainer.max_steps={args.steps}", *args.extra)
+    runs = [
+        Run(variant, seed, VARIANTS[variant], options) for seed, variant in itertools.product(args.seeds, args.variants)
+    ]
+    train(runs, args.jobs)
     for variant, seed in itertools.product(args.variants, args.seeds):
-        folder = train(variant, seed, VARIANTS[variant], args.steps, args.extra)
-        umm = trained(folder, full=variant == "full")
+        umm = trained(Run(variant, seed, (), ()).folder, full=variant == "full")
         rows.setdefault(f"{variant}, T=1", []).append(score(umm, scenes, caption(umm, scenes, 1.0, seed)))
         rows.setdefault(f"{variant}, greedy", []).append(score(umm, scenes, caption(umm, scenes, 0.0)))
         write("sweep", {"steps": args.steps, "scenes": args.scenes, "rows": rows}, show(rows))
@@ -212,7 +255,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 def ablate(args: argparse.Namespace) -> None:
     """Noise, KL coefficient and group size at a reduced number of steps."""
-    cases = {
+    cases: dict[str, list[str]] = {
         "reference (G=8, shared noise, beta 0)": [],
         "independent noise": ["--model.init_args.shared_noise=false"],
         "beta 0.02": ["--model.init_args.loss.beta=0.02"],
@@ -221,9 +264,15 @@ def ablate(args: argparse.Namespace) -> None:
     }
     scenes = [scene_of(i, "test") for i in range(args.scenes)]
     rows: dict[str, list[dict[str, float]]] = {}
-    for (name, options), seed in itertools.product(cases.items(), args.seeds):
-        slug = "ablate_" + "".join(c if c.isalnum() else "_" for c in name)
-        umm = trained(train(slug, seed, VARIANTS["lora"], args.steps, options), full=False)
+    fixed = (f"--trainer.max_steps={args.steps}", f"--trainer.val_check_interval={args.steps}", *args.extra)
+    runs = {
+        (name, seed): Run(f"ablate{i}", seed, VARIANTS["lora"], (*fixed, *options))
+        for seed in args.seeds
+        for i, (name, options) in enumerate(cases.items())
+    }
+    train(list(runs.values()), args.jobs)
+    for name, seed in itertools.product(cases, args.seeds):
+        umm = trained(runs[name, seed].folder, full=False)
         rows.setdefault(name, []).append(score(umm, scenes, caption(umm, scenes, 1.0, seed)))
         write("ablation", {"steps": args.steps, "scenes": args.scenes, "rows": rows}, show(rows))
 
@@ -259,6 +308,7 @@ if __name__ == "__main__":
         sub.set_defaults(run=command)
         sub.add_argument("--scenes", type=int, default=512)
         sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        sub.add_argument("--jobs", type=int, default=2, help="runs at a time")
         sub.add_argument("--steps", type=int, default=240 if command is sweep else 60)
         sub.add_argument("--variants", nargs="+", default=list(VARIANTS))
         sub.add_argument("--extra", nargs="*", default=[])
