@@ -1,6 +1,6 @@
 """Write the first and the last image panel of a run's TensorBoard events as PNG files.
 
-    python benchmarks/panel_pictures.py outputs/tiny docs/panel
+python benchmarks/panel_pictures.py outputs/tiny docs/panel
 """
 
 from __future__ import annotations
