@@ -1,0 +1,79 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from uae.coldstart import ColdStart, Objective
+from uae.systems.tiny import verify
+
+
+class Line(Objective):
+    """Fits one number to 3."""
+
+    def build(self):
+        self.number = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.number.weight)
+        self.seen = []
+
+    def forward(self, batch, progress):
+        self.seen.append(progress)
+        return {"loss": (self.number.weight - 3).square().sum(), "other": torch.tensor(1.0)}
+
+    def score(self, batch):
+        return {"number": self.number.weight.item()}
+
+    def save(self, folder):
+        from safetensors.torch import save_file
+
+        assert not self.training
+        (folder / "line").mkdir(parents=True)
+        save_file(self.number.state_dict(), folder / "line" / "number.safetensors")
+
+
+def fit(model, **changes):
+    batches = [{"image": torch.zeros(2, 3, 24, 24), "id": torch.arange(2)}] * 100
+    arguments = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(**{**arguments, "enable_model_summary": False, "max_steps": 20, "max_epochs": -1, **changes})
+    with pytest.warns(match="num_workers|val_dataloader|loop|validation_step"):
+        trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
+    return trainer
+
+
+def test_a_fit_lowers_the_loss_and_leaves_verified_weights(tmp_path):
+    model = ColdStart(Line(), learning_rate=0.5, warmup=4, weight_decay=0.0, folder=str(tmp_path / "weights"))
+    trainer = fit(model)
+    assert abs(model.objective.number.weight.item() - 3) < 1
+    assert model.objective.seen == [step / 20 for step in range(20)]
+    verify(tmp_path / "weights")
+    assert list(json.loads((tmp_path / "weights/checksums.json").read_text())) == ["line/number.safetensors"]
+    assert set(trainer.callback_metrics) == {"test_module/loss", "test_module/other"}
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    fit(ColdStart(Line(), folder=str(tmp_path / "weights")), fast_dev_run=2)
+    assert not (tmp_path / "weights").exists()
+
+
+def test_the_rate_rises_and_falls():
+    model = ColdStart(Line(), learning_rate=2.0, warmup=10)
+    model.configure_model()
+    model.configure_model()  # idempotent
+    model.trainer = type("T", (), {"max_steps": 100})()
+    optimizers = model.configure_optimizers()
+    schedule, optimizer = optimizers["lr_scheduler"]["scheduler"], optimizers["optimizer"]
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == pytest.approx(2.0, rel=0.03)
+    assert 8 <= rates.index(max(rates)) <= 10
+    assert rates[50] == pytest.approx(1.0)  # half of the cosine
+    assert rates[100] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_schedule_needs_an_end(tmp_path):
+    with pytest.raises(ValueError, match="trainer.max_steps=-1"):
+        fit(ColdStart(Line(), folder=str(tmp_path)), max_steps=-1, max_epochs=1)
