@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
-THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
 .PHONY: help demo test unit lint types pretrain gate sweep tensorboard gpu notebooks clean
 .DEFAULT_GOAL := help
@@ -23,7 +22,7 @@ demo: $(READY)  ## train the miniature by reconstruction reward (minutes, two CP
 test: lint types unit  ## everything CI runs
 
 unit: $(READY)
-	$(RUN) -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --durations 10
 
 lint: $(READY)  ## ruff
 	$(RUN) -m ruff check .
@@ -32,7 +31,7 @@ types: $(READY)  ## mypy on the maths and the types
 	$(RUN) -m mypy
 
 pretrain: $(READY)  ## rebuild the miniature's cold-start weights (about an hour on two CPU cores)
-	for stage in autoencoder decoder captioner clip judge; do \
+	for stage in autoencoder sharpen decoder refine captioner clip judge; do \
 		$(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; \
 	done
 	$(RUN) benchmarks/miniature.py gate

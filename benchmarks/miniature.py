@@ -232,6 +232,11 @@ def trained(folder: Path, full: bool) -> UMM:
 
 def sweep(args: argparse.Namespace) -> None:
     """Every variant over the seeds, sampled and greedy, beside the start and its style controls."""
+    options = (f"--trainer.max_steps={args.steps}", *args.extra)
+    runs = [
+        Run(variant, seed, VARIANTS[variant], options) for seed, variant in itertools.product(args.seeds, args.variants)
+    ]
+    train(runs, args.jobs)
     scenes = [scene_of(i, "test") for i in range(args.scenes)]
     base = Tiny().build()
     rows: dict[str, list[dict[str, float]]] = {}
@@ -241,11 +246,6 @@ def sweep(args: argparse.Namespace) -> None:
         rows.setdefault("start, T=1", []).append(score(base, scenes, caption(base, scenes, 1.0, seed)))
     rows["start, greedy"] = [score(base, scenes, caption(base, scenes, 0.0))]
     show(rows)
-    options = (f"--trainer.max_steps={args.steps}", *args.extra)
-    runs = [
-        Run(variant, seed, VARIANTS[variant], options) for seed, variant in itertools.product(args.seeds, args.variants)
-    ]
-    train(runs, args.jobs)
     for variant, seed in itertools.product(args.variants, args.seeds):
         umm = trained(Run(variant, seed, (), ()).folder, full=variant == "full")
         rows.setdefault(f"{variant}, T=1", []).append(score(umm, scenes, caption(umm, scenes, 1.0, seed)))
