@@ -179,7 +179,7 @@ def fit_and_predict(rank, folder):
 
 
 def test_two_processes_share_the_images(tmp_path):
-    (first, first_predicted), (second, second_predicted) = run_on_two(fit_and_predict, str(tmp_path))
+    (first, first_predicted), (second, second_predicted) = run_on_two(fit_and_predict, str(tmp_path), timeout=300)
     assert [step[:2] for step in first] == [step[:2] for step in second]
     assert len(first) == 3 * 1 * 2  # 7 images, 4 per batch: 1 batch, twice, 3 epochs
     for (*_, ids), (*_, other) in zip(first, second, strict=True):

@@ -1,0 +1,294 @@
+"""FSDP2 against DDP and against one process with twice the batch: the same run, whatever divides it."""
+
+from collections import Counter
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.two_processes import run_on_two
+from uae.data import SceneData
+from uae.grpo import GRPOLoss
+from uae.models.finetune import Full, LoRA
+from uae.module import UnifiedGRPO
+from uae.rewards import CaptionFormat, WeightedReward
+from uae.strategy import FSDP2Strategy, unsharded
+from uae.types import UMM, Sampling
+
+LAYERS = 2
+
+
+class RandomTiny:
+    """The miniature's architecture with random weights, the same in every process."""
+
+    def build(self):
+        from uae.models.captioner import HFCaptioner
+        from uae.systems.tiny import INSTRUCTION, create_captioner, create_decoder, processor
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = create_captioner(layers=LAYERS)
+            model.get_input_embeddings().weight.data.normal_(0, 0.05)  # tied to the head: neither uniform nor certain
+            captioner = HFCaptioner(model.eval(), processor(), INSTRUCTION)
+            conditioner, renderer = create_decoder(width=32, layers=1, steps=2)
+        captioner.end_ids += range(12, 22)  # random weights rarely end a caption: let these words do so, too
+        return UMM(captioner, conditioner.requires_grad_(False).eval(), renderer)
+
+
+class Recorder(L.Callback):
+    """Loss and gradient norm of every optimizer step, and what is left at the end."""
+
+    def __init__(self):
+        self.losses, self.norms, self.window = [], [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.window.append(trainer.callback_metrics["policy/loss"].item())
+        if len(self.window) == trainer.accumulate_grad_batches:
+            self.losses.append(sum(self.window) / len(self.window))
+            self.window = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        grads = [whole(p.grad).flatten() for p in module.parameters() if p.grad is not None]
+        self.norms.append(torch.cat(grads).norm().item())
+
+    def on_train_end(self, trainer, module):
+        trained = {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.result = {"losses": self.losses, "norms": self.norms, "weights": trained}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def module(finetune="full", mini_batches=1, optimizer=None, beta=0.05):
+    return UnifiedGRPO(
+        system=RandomTiny(),
+        reward=WeightedReward({"format": CaptionFormat(r".*e.*")}, {"format": 1.0}),  # exact: nothing to round
+        finetune=LoRA(rank=4) if finetune == "lora" else Full(r"^(?!.*visual\.)"),
+        loss=GRPOLoss(beta=beta),
+        sampling=Sampling(max_tokens=6),
+        group=4,
+        mini_batches=mini_batches,
+        num_iterations=2,
+        optimizer=optimizer or partial(torch.optim.SGD, lr=0.05),
+    )
+
+
+def trainer(strategy, folder, max_steps=4, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    devices = 1 if strategy == "auto" else 2
+    options = {"enable_checkpointing": False, "limit_val_batches": 0, "inference_mode": False, **quiet, **options}
+    return L.Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, default_root_dir=folder, max_steps=max_steps, **options
+    )
+
+
+def run(strategy, folder, finetune, accumulate=1, ckpt_path=None, optimizer=None, callbacks=(), **options):
+    recorder, model = Recorder(), module(finetune, mini_batches=accumulate, optimizer=optimizer)
+    clip = 0.05 if accumulate > 1 else None
+    fit = trainer(
+        strategy,
+        folder,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        callbacks=[recorder, *callbacks],
+        **options,
+    )
+    fit.fit(model, SceneData(batch_size=4 if strategy == "auto" else 2, train_size=16), ckpt_path=ckpt_path)
+    return recorder.result
+
+
+SCENARIOS = [(finetune, accumulate) for finetune in ("lora", "full") for accumulate in (1, 2)]
+
+
+def run_all(rank, strategy, folder):
+    return {scenario: run(strategy, folder, *scenario) for scenario in SCENARIOS}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("runs"))
+    results = {"one": run_all(0, "auto", folder)}
+    for strategy in ("ddp", "fsdp2"):
+        first, second = run_on_two(run_all, strategy, folder, timeout=300)
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        results[strategy] = first
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(runs, strategy, scenario):
+    one, two = runs["one"][scenario], runs[strategy][scenario]
+    assert len(one["losses"]) == len(one["norms"]) == 4
+    assert max(map(abs, one["losses"])) > 1e-3  # off-policy and with a KL, or the losses would be zero
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+
+
+class Communication(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counting(rank, folder, accumulate, steps):
+    """What one rollout gathers, what one optimizer step reduces, and the policy's number of sharded modules."""
+    model = module("full", mini_batches=2, beta=0.0)
+    collect, rollout = model._collect, Communication()
+
+    def counted(*args):
+        with rollout:
+            collect(*args)
+
+    model._collect = counted
+    with Communication() as everything:
+        fit = trainer("fsdp2", folder, max_steps=steps, accumulate_grad_batches=accumulate)
+        fit.fit(model, SceneData(batch_size=2, train_size=16))
+    assert model.experience.rollout.tokens_NT.shape[1] > 2
+    groups = sum(isinstance(m, FSDPModule) for m in model.policy.modules())
+    return rollout.counts["_allgather_base_"], everything.counts["_reduce_scatter_base_"] / steps, groups
+
+
+def counting_both(rank, folder):
+    return counting(rank, folder, accumulate=2, steps=2), counting(rank, folder, accumulate=4, steps=1)
+
+
+def test_a_rollout_gathers_every_weight_once_and_a_window_reduces_as_often_as_half_of_it(tmp_path):
+    for two, four in run_on_two(counting_both, str(tmp_path), timeout=300):
+        gathers, reduces, groups = two
+        assert groups == LAYERS + 2 + 1  # text layers, image blocks, root
+        assert gathers == four[0] == groups
+        assert reduces == four[1] > 0
+
+
+MOMENTUM = partial(torch.optim.SGD, lr=0.05, momentum=0.9)  # a state, but none that magnifies rounding as Adam's does
+
+
+def keeping(folder):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+
+def options(folder, finetune):
+    """Two optimizer steps per rollout, so that step 2 is between rollouts."""
+    return {
+        "folder": folder,
+        "finetune": finetune,
+        "accumulate": 2,
+        "optimizer": MOMENTUM,
+        "enable_checkpointing": True,
+    }
+
+
+def resume_shards(rank, folder):
+    arguments = options(folder, "full")
+    straight = run("fsdp2", callbacks=[keeping(folder)], **arguments)
+    path = f"{folder}/step=2.ckpt"
+    resumed = run("fsdp2", ckpt_path=path, **arguments)
+    try:
+        run("fsdp2", ckpt_path=path, **options(folder, "lora"))
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    return straight, resumed, refusal
+
+
+def assert_continues(resumed, straight):
+    torch.testing.assert_close(resumed["losses"], straight["losses"][2:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(resumed["norms"], straight["norms"][2:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(resumed["weights"], straight["weights"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_shards_hold_what_trains_and_resume_exactly(tmp_path):
+    for straight, resumed, refusal in run_on_two(resume_shards, str(tmp_path), timeout=300):
+        assert_continues(resumed, straight)
+        assert "model.finetune" in refusal
+    stored = FileSystemReader(tmp_path / "step=2.ckpt").read_metadata().state_dict_metadata
+    assert {key.removeprefix("state_dict.") for key in stored if key.startswith("state_dict.")} == set(
+        straight["weights"]
+    )
+    assert not any("visual" in key or "lm_head" in key for key in stored)  # frozen; tied to what trains
+
+
+def resume_file(rank, folder):
+    arguments, file = options(folder, "lora"), FSDP2Strategy(save_distributed_checkpoint=False)
+    straight = run(file, callbacks=[keeping(f"{folder}/fsdp2")], **arguments)
+    run("ddp", callbacks=[keeping(f"{folder}/ddp")], **arguments)
+    paths = {"fsdp2": f"{folder}/ddp/step=2.ckpt", "ddp": f"{folder}/fsdp2/step=2.ckpt"}
+    return straight, [run(strategy, ckpt_path=path, **arguments) for strategy, path in paths.items()]
+
+
+@pytest.mark.slow
+def test_files_hold_what_trains_and_go_from_one_strategy_to_the_other(tmp_path):
+    for straight, crossed in run_on_two(resume_file, str(tmp_path), timeout=300):
+        for resumed in crossed:
+            assert_continues(resumed, straight)
+    stored = torch.load(tmp_path / "fsdp2" / "step=2.ckpt", weights_only=False)
+    assert set(stored["state_dict"]) == set(straight["weights"])
+    assert all("lora_" in name for name in stored["state_dict"])
+    assert len(stored["optimizer_states"][0]["state"]) == len(straight["weights"])
+
+
+def mixed(rank, folder):
+    model = module("lora")
+    dtypes = {}
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            dtypes["kept"] = {p.dtype for p in module.parameters() if p.requires_grad}
+            dtypes["reduced"] = {p.grad.dtype for p in module.parameters() if p.grad is not None}
+            with unsharded(module.policy):
+                dtypes["computed"] = {p.dtype for p in module.policy.parameters()}
+
+    model.ratio_tolerance = 0.2
+    model.system = HalfTiny()
+    fit = trainer(FSDP2Strategy(param_dtype="bfloat16"), folder, max_steps=1, callbacks=[Watch()])
+    fit.fit(model, SceneData(batch_size=2, train_size=16))
+    return dtypes
+
+
+class HalfTiny(RandomTiny):
+    def build(self):
+        umm = super().build()
+        umm.captioner.policy.to(torch.bfloat16)
+        return umm
+
+
+def test_bfloat16_computation_keeps_float32_masters(tmp_path):
+    for dtypes in run_on_two(mixed, str(tmp_path), timeout=300):
+        assert dtypes == {"kept": {torch.float32}, "reduced": {torch.float32}, "computed": {torch.bfloat16}}
+
+
+def evaluate(rank, folder):
+    """Evaluation of uneven shards, outside and inside a fit; then a fit with the default inference mode."""
+    data = SceneData(batch_size=2, train_size=8, val_size=5, eval_batch_size=2)
+    fit = trainer("fsdp2", folder, max_steps=2, limit_val_batches=1.0, num_sanity_val_steps=-1)
+    fit.validate(module(), data)
+    fit.fit(module(), data)
+    with pytest.raises(ValueError, match="trainer.inference_mode"):
+        trainer("fsdp2", folder, inference_mode=True).fit(module(), data)
+    return fit.global_step
+
+
+def test_evaluation_and_training_alternate(tmp_path):
+    assert run_on_two(evaluate, str(tmp_path), timeout=300) == [2, 2]
+
+
+def test_unsharded_leaves_an_ordinary_module_alone():
+    ordinary = torch.nn.Linear(2, 2)
+    with unsharded(ordinary):
+        assert type(ordinary.weight) is torch.nn.Parameter
