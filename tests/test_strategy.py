@@ -244,21 +244,23 @@ def test_files_hold_what_trains_and_go_from_one_strategy_to_the_other(tmp_path):
 
 
 def mixed(rank, folder):
-    model = module("lora")
-    dtypes = {}
+    model, seen = module("lora"), {}
+    model.ratio_tolerance, model.system = 0.2, HalfTiny()
 
     class Watch(L.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
-            dtypes["kept"] = {p.dtype for p in module.parameters() if p.requires_grad}
-            dtypes["reduced"] = {p.grad.dtype for p in module.parameters() if p.grad is not None}
+            trains = {name: p for name, p in module.named_parameters() if p.requires_grad}
+            seen["kept"] = {p.dtype for p in trains.values()}
+            seen["reduced"] = {p.grad.dtype for p in trains.values()}
             with unsharded(module.policy):
-                dtypes["computed"] = {p.dtype for p in module.policy.parameters()}
+                seen["computed"] = {p.dtype for p in module.policy.parameters()}
+                seen["sharded inside"] = {isinstance(p, DTensor) for p in module.policy.parameters()}
+            seen["sharded after"] = {isinstance(p, DTensor) for p in module.policy.parameters()}
+            seen["stores what trains"] = trainer.strategy.lightning_module_state_dict().keys() == trains.keys()
 
-    model.ratio_tolerance = 0.2
-    model.system = HalfTiny()
     fit = trainer(FSDP2Strategy(param_dtype="bfloat16"), folder, max_steps=1, callbacks=[Watch()])
     fit.fit(model, SceneData(batch_size=2, train_size=16))
-    return dtypes
+    return seen
 
 
 class HalfTiny(RandomTiny):
@@ -268,9 +270,16 @@ class HalfTiny(RandomTiny):
         return umm
 
 
-def test_bfloat16_computation_keeps_float32_masters(tmp_path):
-    for dtypes in run_on_two(mixed, str(tmp_path), timeout=300):
-        assert dtypes == {"kept": {torch.float32}, "reduced": {torch.float32}, "computed": {torch.bfloat16}}
+def test_bfloat16_gathers_keep_float32_masters(tmp_path):
+    for seen in run_on_two(mixed, str(tmp_path), timeout=300):
+        assert seen == {
+            "kept": {torch.float32},
+            "reduced": {torch.float32},
+            "computed": {torch.bfloat16},
+            "sharded inside": {False},
+            "sharded after": {True},
+            "stores what trains": True,  # not even the frozen head that is tied to the embedding
+        }
 
 
 def evaluate(rank, folder):
