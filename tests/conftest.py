@@ -46,13 +46,13 @@ def system():
     return RandomTiny(UMM(captioner, conditioner.requires_grad_(False).eval(), renderer))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def reward():
     parts = {"layout": EncoderSimilarity(LayoutEncoder(cells=3)), "letters": Letters()}
     return WeightedReward(parts, {"layout": 1.0, "letters": 0.5})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build(system, reward):
     """A module: SGD at rate 1, so that a step is the gradient."""
     from uae.models.finetune import Full
@@ -73,7 +73,7 @@ def build(system, reward):
     return build_module
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def trainer():
     def build_trainer(**changes):
         arguments = {

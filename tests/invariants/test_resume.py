@@ -4,67 +4,71 @@ from lightning.pytorch import Callback
 
 from uae.data.module import SceneData
 from uae.grpo import GRPOLoss
-from uae.models.finetune import LoRA
+from uae.models.finetune import Full, LoRA
 
 WARMUP = {"scheduler": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 10)}
 
 
 class Save(Callback):
-    """Saves after one optimizer step, and notes which steps were rollout boundaries."""
+    """Saves after some optimizer steps, and notes which were rollout boundaries."""
 
-    def __init__(self, path, at):
-        self.path, self.at, self.boundaries = path, at, []
+    def __init__(self, folder, steps=()):
+        self.folder, self.steps, self.boundaries = folder, steps, []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if module.at_rollout_boundary:
             self.boundaries.append(trainer.global_step)
-        if trainer.global_step == self.at:
-            trainer.save_checkpoint(self.path)
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
-def module_of(build):
+def module_of(build, **changes):
     adam = lambda parameters: torch.optim.AdamW(parameters, lr=0.01)  # noqa: E731
-    return build(
-        mini_batches=2, num_iterations=2, loss=GRPOLoss(beta=0.1), finetune=LoRA(rank=2), optimizer=adam, **WARMUP
-    )
+    settings = {"mini_batches": 2, "num_iterations": 2, "loss": GRPOLoss(beta=0.1), "finetune": LoRA(rank=2), **WARMUP}
+    return build(**{**settings, "optimizer": adam, **changes})
 
 
-def fit(build, trainer, path, at, resume=None):
-    module, save = module_of(build), Save(path, at)
-    data = SceneData(batch_size=4, train_size=16)  # four rollouts of four steps per epoch
+def fit(module, trainer, save, resume=None):
     torch.manual_seed(len(str(resume)))  # global state must not matter
-    trainer(max_steps=24, callbacks=[save]).fit(module, data, ckpt_path=resume)
-    return {name: p.detach().clone() for name, p in module.named_parameters()}, save.boundaries, module
+    data = SceneData(batch_size=4, train_size=8)  # two rollouts of four steps per epoch
+    trainer(max_steps=16, callbacks=[save]).fit(module, data, ckpt_path=resume)
+    return module
 
 
-@pytest.mark.parametrize("at", [8, 16])  # inside an epoch, and between two
-def test_resumed_at_a_rollout_boundary_is_uninterrupted(build, trainer, tmp_path, at):
-    straight, boundaries, module = fit(build, trainer, tmp_path / "saved.ckpt", at)
-    assert boundaries == [4, 8, 12, 16, 20, 24]
-    resumed, boundaries, again = fit(build, trainer, tmp_path / "other.ckpt", -1, resume=tmp_path / "saved.ckpt")
-    assert boundaries == [step for step in (12, 16, 20, 24) if step > at]
-    assert again.experience.rollout.texts == module.experience.rollout.texts
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+@pytest.fixture(scope="module")
+def straight(build, trainer, tmp_path_factory):
+    save = Save(tmp_path_factory.mktemp("straight"), steps=(4, 6, 8))
+    return fit(module_of(build), trainer, save), save
+
+
+@pytest.mark.parametrize("at", [4, 8])  # inside an epoch, and between two
+def test_resumed_at_a_rollout_boundary_is_uninterrupted(build, trainer, straight, at):
+    module, saved = straight
+    assert saved.boundaries == [4, 8, 12, 16]
+    save = Save(saved.folder)
+    resumed = fit(module_of(build), trainer, save, resume=saved.folder / f"{at}.ckpt")
+    assert save.boundaries == [step for step in saved.boundaries if step > at]
+    assert resumed.experience.rollout.texts == module.experience.rollout.texts
     begun = module_of(build)
     begun.configure_model()
-    assert any(not torch.equal(straight[name], p) for name, p in begun.named_parameters())
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name))
+        assert torch.equal(parameter, begun.get_parameter(name)) == (not parameter.requires_grad)
 
 
-def test_resume_inside_a_rollout_is_refused(build, trainer, tmp_path):
-    fit(build, trainer, tmp_path / "inside.ckpt", 6)
+def test_resume_inside_a_rollout_is_refused(build, trainer, straight):
+    _, saved = straight
     with pytest.raises(RuntimeError, match="inside a rollout"):
-        fit(build, trainer, tmp_path / "other.ckpt", -1, resume=tmp_path / "inside.ckpt")
+        fit(module_of(build), trainer, Save(saved.folder), resume=saved.folder / "6.ckpt")
 
 
-def test_a_checkpoint_of_something_else_is_refused(build, trainer, tmp_path):
-    fit(build, trainer, tmp_path / "saved.ckpt", 8)
-    content = torch.load(tmp_path / "saved.ckpt", weights_only=True)  # nothing but tensors and plain Python
-    module = module_of(build)
-    module.configure_model()
+def test_a_checkpoint_holds_what_trains_and_nothing_else_fits_it(build, trainer, straight):
+    module, saved = straight
+    content = torch.load(saved.folder / "8.ckpt", weights_only=True)  # nothing but tensors and plain Python
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     assert set(content["state_dict"]) == trained
     assert all("lora_" in name for name in trained)
-    for finetune, fault in ((LoRA(rank=3), "of another shape"), (None, "missing")):
-        other = build(**({"finetune": finetune} if finetune else {}))
+    for finetune, fault in ((LoRA(rank=3), "of another shape"), (Full(), "missing")):
+        other = module_of(build, finetune=finetune)
         with pytest.raises(ValueError, match=rf"{fault} \(policy.*model\.finetune"):
-            trainer(max_steps=9).fit(other, SceneData(batch_size=4, train_size=16), ckpt_path=tmp_path / "saved.ckpt")
+            fit(other, trainer, Save(saved.folder), resume=saved.folder / "8.ckpt")
