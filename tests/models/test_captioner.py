@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models.families import IDS, plain_logprobs
-from uae.models.captioner import HFCaptioner, VLMContext
+from uae.models.captioner import HFCaptioner, VLMContext, _draw
 from uae.types import Rollout, Sampling
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -270,3 +270,10 @@ def test_images_are_rounded_to_eight_bits_and_clamped(captioner, images):
     assert plain.std() > 0.3  # not divided by 255 twice
     white = captioner.prepare([images[0] * 0 + 3.0]).inputs()["pixel_values"]
     torch.testing.assert_close(white, captioner.prepare([images[0] * 0 + 1.0]).inputs()["pixel_values"])
+
+
+def test_draws_invert_the_cumulative_distribution():
+    """Also at the very ends: a word of probability 0 is never drawn, wherever it stands."""
+    logp_NV = torch.tensor([[0.0, 0.25, 0.5, 0.0, 0.25, 0.0]]).log().expand(7, -1)
+    uniform_N = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9, 1 - 2**-53], dtype=torch.float64)
+    assert _draw(logp_NV, uniform_N).tolist() == [1, 1, 2, 2, 4, 4, 4]
