@@ -119,7 +119,6 @@ def gate(args: argparse.Namespace) -> None:
 
     rows = {"detailed": reward([describe(s) for s in scenes])}
     exact = agreement(detect(draw([describe(s) for s in scenes])), scenes)
-    print("gate, detailed ground-truth captions:", {k: round(v, 3) for k, v in exact.items()})
     for attribute in ("color", "shape", "size", "place", "background"):
         rows[f"wrong {attribute}"] = reward([describe(edit(s, rng, attribute)) for s in scenes])
     rows["no background"] = reward([describe(s, Detail(background=False)) for s in scenes])
@@ -133,11 +132,14 @@ def gate(args: argparse.Namespace) -> None:
     table = ["| caption | reward | cost |", "|---|---|---|"]
     for name, values in rows.items():
         table.append(f"| {name} | {values.mean():.3f} | {(rows['detailed'] - values).mean():+.3f} |")
+    unsaid, geneval = variation(umm), mini_geneval(umm)
+    for title, numbers in (
+        (f"Detailed ground-truth captions of {args.scenes} scenes, by the exact detector", exact),
+        ("One terse caption under 64 noises: distinct values of what it does not say", unsaid),
+        ("Mini-GenEval, strict, 64 prompts per task", geneval),
+    ):
+        table.append(f"\n{title}: " + ", ".join(f"{name} {value:.3g}" for name, value in numbers.items()) + ".")
     print("\n".join(table))
-    unsaid = variation(umm)
-    print("unsaid attributes over 64 noises of one terse caption, distinct values:", unsaid)
-    geneval = mini_geneval(umm)
-    print("mini-GenEval, strict:", {k: round(v, 3) for k, v in geneval.items()})
     report = {
         "gate": exact,
         "ladder": {k: float(v.mean()) for k, v in rows.items()},
