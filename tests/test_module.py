@@ -342,3 +342,18 @@ def test_a_batch_that_changes_within_a_rollout_is_refused(build, trainer):
 
     with pytest.raises(RuntimeError, match="the batch changed within a rollout"):
         trainer(max_steps=4).fit(build(mini_batches=2), Unrepeated(batch_size=4, train_size=16))
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [1, 3, 5]), (2, [1, 3, 5]), (4, [3, 5])])
+def test_a_boundary_needs_the_whole_rollout_and_the_optimizer_step(build, trainer, accumulate, expected):
+    class Boundaries(Callback):
+        def __init__(self):
+            self.found = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.found += [batch_idx] * module.at_rollout_boundary
+
+    seen = Boundaries()
+    run = trainer(max_steps=-1, max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[seen])
+    run.fit(build(mini_batches=2), data(train_size=12))  # three rollouts; the epoch's end completes the last window
+    assert seen.found == expected
