@@ -44,9 +44,7 @@ class DiffusersRenderer:
         pipe.set_progress_bar_config(disable=True)
         for module in self.modules():
             module.requires_grad_(False).eval()
-        self.masked = hasattr(pipe.transformer.config, "joint_attention_dim") and hasattr(
-            pipe.transformer, "set_attn_processor"
-        )
+        self.masked = _attends_jointly(pipe.transformer)
         if self.masked:
             pipe.transformer.set_attn_processor(MaskedJointAttention())
 
@@ -118,3 +116,12 @@ class DiffusersRenderer:
         if self.masked:
             arguments["joint_attention_kwargs"] = {"text_mask": torch.cat(masks)}
         return arguments
+
+
+def _attends_jointly(transformer: Any) -> bool:
+    """Whether every attention is the stock joint one, which lacks a text mask (Stable Diffusion 3)."""
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+    processors = getattr(transformer, "attn_processors", {}).values()
+    known = (JointAttnProcessor2_0, MaskedJointAttention)
+    return bool(processors) and all(isinstance(processor, known) for processor in processors)
