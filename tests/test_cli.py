@@ -164,7 +164,13 @@ def subprocess_of(code, cwd, *words):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=heed_ctrl_c,
     )
+
+
+def heed_ctrl_c():
+    """A shell's background jobs ignore Ctrl-C, and their children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_help_loads_nothing_heavy_that_lightning_does_not(tmp_path):
