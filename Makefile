@@ -30,7 +30,7 @@ lint: $(READY)  ## ruff
 types: $(READY)  ## mypy on the maths and the types
 	$(RUN) -m mypy
 
-pretrain: $(READY)  ## rebuild the miniature's cold-start weights (about an hour on two CPU cores)
+pretrain: $(READY)  ## rebuild the miniature's cold-start weights (about an hour of one CPU core)
 	for stage in autoencoder sharpen decoder refine captioner clip judge; do \
 		$(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; \
 	done
