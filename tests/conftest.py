@@ -7,14 +7,15 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from tests.tiny_random import RandomTiny
 from uae.encoders import LayoutEncoder
 from uae.grpo import GRPOLoss
 from uae.rewards import BaseReward, EncoderSimilarity, WeightedReward
-from uae.types import UMM, Sampling
+from uae.types import Sampling
 
 
-class RandomTiny:
-    """A system whose every build is a fresh copy of the same random weights."""
+class Copies:
+    """A system whose every build is a fresh copy of the same model."""
 
     def __init__(self, umm):
         self.umm = umm
@@ -33,17 +34,7 @@ class Letters(BaseReward):
 
 @pytest.fixture(scope="session")
 def system():
-    from uae.models.captioner import HFCaptioner
-    from uae.systems.tiny import INSTRUCTION, create_captioner, create_decoder, processor
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = create_captioner(layers=1)
-        model.get_input_embeddings().weight.data.normal_(0, 0.025)  # tied to the head: neither uniform nor certain
-        captioner = HFCaptioner(model.eval(), processor(), INSTRUCTION)
-        conditioner, renderer = create_decoder(width=32, layers=1, steps=2)
-    captioner.end_ids += range(12, 22)  # random weights rarely end a caption: let these words do so, too
-    return RandomTiny(UMM(captioner, conditioner.requires_grad_(False).eval(), renderer))
+    return Copies(RandomTiny(spread=0.025).build())
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.tiny_random import RandomTiny
 from tests.two_processes import run_on_two
 from uae.data import SceneData
 from uae.grpo import GRPOLoss
@@ -19,26 +20,9 @@ from uae.models.finetune import Full, LoRA
 from uae.module import UnifiedGRPO
 from uae.rewards import CaptionFormat, WeightedReward
 from uae.strategy import FSDP2Strategy, unsharded
-from uae.types import UMM, Sampling
+from uae.types import Sampling
 
 LAYERS = 2
-
-
-class RandomTiny:
-    """The miniature's architecture with random weights, the same in every process."""
-
-    def build(self):
-        from uae.models.captioner import HFCaptioner
-        from uae.systems.tiny import INSTRUCTION, create_captioner, create_decoder, processor
-
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = create_captioner(layers=LAYERS)
-            model.get_input_embeddings().weight.data.normal_(0, 0.05)  # tied to the head: neither uniform nor certain
-            captioner = HFCaptioner(model.eval(), processor(), INSTRUCTION)
-            conditioner, renderer = create_decoder(width=32, layers=1, steps=2)
-        captioner.end_ids += range(12, 22)  # random weights rarely end a caption: let these words do so, too
-        return UMM(captioner, conditioner.requires_grad_(False).eval(), renderer)
 
 
 class Recorder(L.Callback):
@@ -68,7 +52,7 @@ def whole(tensor):
 
 def module(finetune="full", mini_batches=1, optimizer=None, beta=0.05):
     return UnifiedGRPO(
-        system=RandomTiny(),
+        system=RandomTiny(LAYERS, spread=0.05),
         reward=WeightedReward({"format": CaptionFormat(r".*e.*")}, {"format": 1.0}),  # exact: nothing to round
         finetune=LoRA(rank=4) if finetune == "lora" else Full(r"^(?!.*visual\.)"),
         loss=GRPOLoss(beta=beta),

@@ -11,10 +11,11 @@ class RandomTiny:
     Args:
         captioner_layers: Depth of the captioner.
         denoising_steps: Steps of the renderer.
+        spread: Standard deviation of the word embeddings, tied to the head: captions neither uniform nor certain.
     """
 
-    def __init__(self, captioner_layers: int = 1, denoising_steps: int = 2) -> None:
-        self.captioner_layers, self.denoising_steps = captioner_layers, denoising_steps
+    def __init__(self, captioner_layers: int = 1, denoising_steps: int = 2, spread: float = 0.035) -> None:
+        self.captioner_layers, self.denoising_steps, self.spread = captioner_layers, denoising_steps, spread
 
     def build(self) -> UMM:
         from uae.models.captioner import HFCaptioner
@@ -32,5 +33,5 @@ class RandomTiny:
 
         torch.manual_seed(0)
         model = create_captioner(layers=self.captioner_layers)
-        model.get_input_embeddings().weight.data.normal_(0, 0.035)  # tied to the head: neither uniform nor certain
+        model.get_input_embeddings().weight.data.normal_(0, self.spread)
         return model.eval()
