@@ -106,19 +106,22 @@ def gate(args: argparse.Namespace) -> None:
     """The decoder on ground-truth captions, and what an error in the caption costs the reward."""
     umm, rng = Tiny().build(), random.Random(0)
     scenes = [scene_of(i, "test") for i in range(args.scenes)]
-    sources = render(scenes)
     encoder = TinyCLIP().load("cpu")
+    source_vectors = encoder.embed(render(scenes))
 
     def draw(texts: list[str]) -> torch.Tensor:
         with torch.no_grad():
             parts = [range(i, min(i + 64, len(texts))) for i in range(0, len(texts), 64)]
             return torch.cat([umm.renderer.render(umm.conditioner.encode([texts[n] for n in p]), p) for p in parts])
 
-    def reward(texts: list[str]) -> torch.Tensor:
-        return similarity(encoder.embed(draw(texts)), encoder.embed(sources))
+    def closeness(images: torch.Tensor) -> torch.Tensor:
+        return similarity(encoder.embed(images), source_vectors)
 
-    rows = {"detailed": reward([describe(s) for s in scenes])}
-    exact = agreement(detect(draw([describe(s) for s in scenes])), scenes)
+    def reward(texts: list[str]) -> torch.Tensor:
+        return closeness(draw(texts))
+
+    detailed = draw([describe(s) for s in scenes])
+    rows, exact = {"detailed": closeness(detailed)}, agreement(detect(detailed), scenes)
     for attribute in ("color", "shape", "size", "place", "background"):
         rows[f"wrong {attribute}"] = reward([describe(edit(s, rng, attribute)) for s in scenes])
     rows["no background"] = reward([describe(s, Detail(background=False)) for s in scenes])

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from tests.tiny_random import RandomTiny
+from uae.data.module import SceneData
 from uae.encoders import LayoutEncoder
 from uae.grpo import GRPOLoss
 from uae.rewards import BaseReward, EncoderSimilarity, WeightedReward
@@ -30,6 +31,11 @@ class Letters(BaseReward):
     def __call__(self, sources_BCHW, reconstructions_NCHW, texts):
         values = [sum(map(ord, text)) % 17 / 17 for text in texts]
         return torch.tensor(values).view(len(sources_BCHW), -1)
+
+
+def data(**changes):
+    """Few scenes in small batches."""
+    return SceneData(**{"batch_size": 4, "train_size": 16, "val_size": 6, "eval_batch_size": 4, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,10 @@ import pytest
 import torch
 from torchmetrics import Metric
 
-from tests.conftest import Letters
-from uae.data.module import SceneData
+from tests.conftest import Letters, data
 from uae.encoders import LayoutEncoder
 from uae.metrics import UnifiedScore
 from uae.types import Sampling
-
-
-def data(**changes):
-    return SceneData(**{"batch_size": 4, "train_size": 16, "val_size": 6, "eval_batch_size": 4, **changes})
 
 
 class Texts(Metric):

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
+from tests.conftest import data
 from uae.data.module import SceneData
 from uae.grpo import GRPOLoss
 from uae.models.conditioners import HiddenStateConditioner, mlp_projector
@@ -30,10 +31,6 @@ class Recorded(Logger):
 
     def log_hyperparams(self, *args, **kwargs):
         pass
-
-
-def data(**changes):
-    return SceneData(**{"batch_size": 4, "train_size": 16, "val_size": 6, "eval_batch_size": 4, **changes})
 
 
 def frozen_bytes(module):

@@ -232,7 +232,7 @@ class UnifiedGRPO(AutoEncoder):
         if batches != float("inf") and batches % self.batches_per_rollout:
             raise ValueError(
                 f"an epoch of {batches} training batches ends inside a rollout; allowed: a multiple of model.mini_batches * "
-                f"model.num_iterations={self.batches_per_rollout} (trainer.limit_train_batches, or the data module's repeats)"
+                f"model.num_iterations={self.batches_per_rollout} (trainer.limit_train_batches, data.train_size)"
             )
 
     def _check_gap(self, gap: float) -> None:

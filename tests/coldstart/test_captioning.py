@@ -3,8 +3,8 @@ import torch
 from tests.coldstart.objectives import built
 from tests.models.families import plain_logprobs
 from uae.coldstart import CaptionObjective, CaptionStyle
-from uae.coldstart.attributes import cell_codes
 from uae.scenes import Detail, Object, Scene, describe, scene_of
+from uae.scenes.world import cell_codes
 from uae.types import Rollout
 
 
@@ -31,15 +31,15 @@ def test_cells_are_read_in_the_order_of_the_image_tokens(batch):
     scene = Scene(
         "navy", (Object("middle", "left", "red", "ring", "tiny"), Object("bottom", "right", "cyan", "cross", "large"))
     )
-    codes = cell_codes(scene)
+    (codes,) = cell_codes([scene])
     assert codes.nonzero().flatten().tolist() == [3, 8]
     moved = Scene("navy", (scene.objects[0],))
-    assert (cell_codes(moved) != codes).nonzero().flatten().tolist() == [8]
+    assert (cell_codes([moved])[0] != codes).nonzero().flatten().tolist() == [8]
     assert codes.max() < 1 + 12 * 8
     every = [
         Object("top", "left", c, s, z) for c in ("red", "pink") for s in ("ring", "cross") for z in ("tiny", "large")
     ]
-    assert len({int(cell_codes(Scene("black", (obj,)))[0]) for obj in every}) == 8
+    assert len({int(cell_codes([Scene("black", (obj,))])[0, 0]) for obj in every}) == 8
 
 
 def test_caption_styles_are_mixed_by_their_shares():

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uae.coldstart.captioning import cell_codes
 from uae.coldstart.objective import Objective
 from uae.scenes import SIDE
-from uae.scenes.world import BACKGROUNDS, CELL, COLORS, GRID
+from uae.scenes.world import BACKGROUNDS, CELL, GRID, KINDS, cell_codes
 from uae.types import ImageBatch
 
 
@@ -41,12 +40,10 @@ class AttributeObjective(Objective):
             layerscale_value=1.0,
         )  # fmt: skip
         self.model = Dinov2Model(config)
-        nn.init.normal_(
-            self.model.embeddings.position_embeddings, std=0.5
-        )  # small tables leave places unlearned for long
-        self.kinds = 1 + 12 * len(COLORS)
-        self.head = nn.Linear(self.width, GRID * GRID * self.kinds + len(BACKGROUNDS))
-        self.patch_head = nn.Linear(self.width, self.kinds)
+        # Small tables leave places unlearned for long.
+        nn.init.normal_(self.model.embeddings.position_embeddings, std=0.5)
+        self.head = nn.Linear(self.width, GRID * GRID * KINDS + len(BACKGROUNDS))
+        self.patch_head = nn.Linear(self.width, KINDS)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: nats per cell plus nats per background."""
@@ -72,13 +69,13 @@ class AttributeObjective(Objective):
     def _read(self, vector_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of cells ``[N, 9, kinds]`` and of the background ``[N, 4]``."""
         logits = self.head(vector_ND)
-        cells, papers = logits.split([GRID * GRID * self.kinds, len(BACKGROUNDS)], dim=1)
-        return cells.unflatten(1, (GRID * GRID, self.kinds)), papers
+        cells, papers = logits.split([GRID * GRID * KINDS, len(BACKGROUNDS)], dim=1)
+        return cells.unflatten(1, (GRID * GRID, KINDS)), papers
 
     def _truth(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         device = batch["image"].device
         papers = torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in batch["scene"]], device=device)
-        return torch.stack([cell_codes(scene) for scene in batch["scene"]]).to(device), papers
+        return cell_codes(batch["scene"]).to(device), papers
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from uae.coldstart.objective import Objective
-from uae.scenes import Scene, detect, render, sample_scene
+from uae.metrics.scenes import agreement
+from uae.scenes import detect, render, sample_scene
 from uae.scenes.world import CELL, GRID
-from uae.systems.tiny import WEIGHTS
+from uae.systems.tiny import WEIGHTS, load_autoencoder
 from uae.types import ImageBatch
 
 
@@ -39,7 +40,7 @@ class AutoencoderObjective(Objective):
             self.vae = PatchAutoencoder.create(width=self.width)
             return
         folder = WEIGHTS / "decoder" / "vae" if self.sharpen == "package" else Path(self.sharpen)
-        self.vae = PatchAutoencoder.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        self.vae = load_autoencoder(folder)
         self.vae.encoder.requires_grad_(False)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
@@ -65,7 +66,7 @@ class AutoencoderObjective(Objective):
         scores = {}
         for name, noise in (("whole", 0.0), ("whole_noise_0.3", 0.3)):
             decoded = (self.vae.decode(standard + noise * torch.randn_like(standard)).sample + 1) / 2
-            scores[name] = share_right(decoded.clamp(0, 1), batch["scene"])
+            scores[name] = agreement(detect(decoded.clamp(0, 1)), batch["scene"])["whole"]
         return scores
 
     @torch.no_grad()
@@ -88,8 +89,3 @@ def inverse_area(images_NCHW: Tensor) -> Tensor:
     box = ink.amax(3, keepdim=True) * ink.amax(5, keepdim=True)
     weights = 1 + 40 * box / box.sum((3, 5), keepdim=True).clamp(min=1)
     return weights.flatten(4, 5).flatten(2, 3)
-
-
-def share_right(images_NCHW: Tensor, scenes: list[Scene]) -> float:
-    """Share of images that show exactly their scene."""
-    return sum(found == scene for found, scene in zip(detect(images_NCHW), scenes, strict=True)) / len(scenes)

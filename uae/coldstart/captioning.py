@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from uae.coldstart.objective import Objective
 from uae.models.captioner import HFCaptioner
 from uae.scenes import Detail, Scene, describe, parse
-from uae.scenes.world import COLORS, COLUMNS, GRID, ROWS, code_of
+from uae.scenes.world import KINDS, cell_codes
 from uae.systems.tiny import INSTRUCTION, WEIGHTS, create_captioner, load_captioner, processor
 from uae.types import ImageBatch, Sampling
 
@@ -47,12 +47,13 @@ class CaptionObjective(Objective):
 
     def build(self) -> None:
         """A captioner, fresh or trained."""
-        model = create_captioner()
-        if self.start is not None:
+        if self.start is None:
+            model = create_captioner()
+        else:
             model = load_captioner((WEIGHTS if self.start == "package" else Path(self.start)) / "captioner")
         captioner = HFCaptioner(model, processor(), INSTRUCTION)
         self.policy = captioner.policy
-        self.reader = nn.Linear(self.policy.base.config.text_config.hidden_size, 1 + 12 * len(COLORS))
+        self.reader = nn.Linear(self.policy.base.config.text_config.hidden_size, KINDS)
         self.frozen = (captioner,)
 
     def caption(self, scene: Scene) -> str:
@@ -70,7 +71,7 @@ class CaptionObjective(Objective):
         seen = self.policy.base.model.get_image_features(
             torch.cat(context.patches), context.rows["image_grid_thw"], return_dict=True
         ).pooler_output
-        cells = torch.stack([cell_codes(scene) for scene in batch["scene"]]).to(tokens_NT.device)
+        cells = cell_codes(batch["scene"]).to(tokens_NT.device)
         reading = F.cross_entropy(self.reader(torch.cat(list(seen))), cells.flatten())
         return {"loss": caption + self.reading * reading, "caption": caption.detach(), "reading": reading.detach()}
 
@@ -104,11 +105,3 @@ class CaptionObjective(Objective):
         (captioner,) = self.frozen
         self.policy.base.cpu().save_pretrained(folder / "captioner")
         captioner.processor.save_pretrained(folder / "captioner")
-
-
-def cell_codes(scene: Scene) -> Tensor:
-    """What each cell holds, ``[9]``; 0 is empty."""
-    codes = torch.zeros(GRID * GRID, dtype=torch.long)
-    for obj in scene.objects:
-        codes[ROWS.index(obj.row or "") * GRID + COLUMNS.index(obj.column or "")] = code_of(obj)
-    return codes

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from uae.coldstart.objective import Objective
+from uae.metrics.scenes import agreement
 from uae.models.conditioners import EmbeddingCondition
-from uae.scenes import Detail, Scene, describe, render
-from uae.systems.tiny import WEIGHTS, create_decoder, load_decoder, save_decoder
+from uae.scenes import Detail, Scene, describe, detect, render
+from uae.systems.tiny import WEIGHTS, create_decoder, load_autoencoder, load_decoder, save_decoder
 from uae.types import ImageBatch
 
 
@@ -44,16 +45,12 @@ class FlowMatchingObjective(Objective):
 
     def build(self) -> None:
         """Transformer and conditioner, fresh or trained, around the trained autoencoder."""
-        from uae.models.patch_autoencoder import PatchAutoencoder
-
         if self.start is not None:
             folder = WEIGHTS if self.start == "package" else Path(self.start)
             conditioner, renderer = load_decoder(folder / "decoder", steps=8, guidance=1.0)
         else:
             conditioner, renderer = create_decoder(self.width, self.layers)
-            renderer.pipe.register_modules(
-                vae=PatchAutoencoder.from_pretrained(WEIGHTS / "decoder" / "vae", torch_dtype=torch.float32)
-            )
+            renderer.pipe.register_modules(vae=load_autoencoder(WEIGHTS / "decoder" / "vae"))
         renderer.pipe.vae.requires_grad_(False).eval()
         self.conditioner = conditioner.requires_grad_(True)
         self.transformer = renderer.pipe.transformer.requires_grad_(True)
@@ -105,9 +102,6 @@ class FlowMatchingObjective(Objective):
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
         """The detector's scores on detailed ground-truth captions."""
-        from uae.metrics.scenes import agreement
-        from uae.scenes import detect
-
         (renderer,) = self.frozen
         training = self.transformer.training
         self.transformer.eval()

@@ -99,9 +99,8 @@ class CaptionPolicy(nn.Module):
         out = self.base.model(**inputs, use_cache=True)
         offset_B = mask_BP.sum(1)
         deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
-        deltas = (
-            getattr(self.base.model, "rope_deltas", None) if deltas is None else deltas
-        )  # where newer versions keep it
+        if deltas is None:  # newer versions keep it on the model
+            deltas = getattr(self.base.model, "rope_deltas", None)
         if deltas is not None:
             offset_B = offset_B + deltas.view(-1).to(offset_B.device)
         return _Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask_BP, offset_B)

@@ -40,6 +40,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 SIZES: dict[str, int] = {"tiny": 3, "medium": 5, "large": 7}  # pixels
 SHAPES = ("square", "ring", "cross", "triangle")
 LEAST_LEAD = 0.04  # of a cell's picture over any other; refuses blends of two and little else
+KINDS = 1 + len(SHAPES) * len(SIZES) * len(COLORS)  # what a cell can hold: nothing, or one of these objects
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 
@@ -139,14 +140,19 @@ def cell_pictures() -> Tensor:
     return torch.cat([empty, drawn], dim=1)
 
 
-def render(scenes: list[Scene]) -> Tensor:
-    """Images ``[N, 3, 24, 24]`` in [0, 1] of complete scenes."""
+def cell_codes(scenes: list[Scene]) -> Tensor:
+    """What each cell holds, ``[N, 9]``: `code_of` its object, 0 where it is empty."""
     codes = torch.zeros(len(scenes), GRID * GRID, dtype=torch.long)
     for n, scene in enumerate(scenes):
         for obj in scene.objects:
             codes[n, ROWS.index(obj.row or "") * GRID + COLUMNS.index(obj.column or "")] = code_of(obj)
+    return codes
+
+
+def render(scenes: list[Scene]) -> Tensor:
+    """Images ``[N, 3, 24, 24]`` in [0, 1] of complete scenes."""
     papers = torch.tensor([list(BACKGROUNDS).index(scene.background or "") for scene in scenes])
-    cells = cell_pictures()[papers[:, None], codes]  # [N, 9, 3, 8, 8]
+    cells = cell_pictures()[papers[:, None], cell_codes(scenes)]  # [N, 9, 3, 8, 8]
     return cells.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIDE, SIDE)
 
 
@@ -162,16 +168,15 @@ def detect(images_NCHW: Tensor, tolerance: float = 0.2) -> list[Scene]:
         tolerance: Largest distance to the nearest picture.
     """
     pictures = cell_pictures()  # [P, K, 3, 8, 8]
-    kinds = pictures.shape[1]
     cells = images_NCHW.detach().cpu().float().unflatten(2, (GRID, CELL)).unflatten(4, (GRID, CELL))
     cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * CELL * CELL)  # [N * 9, 192]
     distance = (
-        torch.cdist(cells, pictures.flatten(2).flatten(0, 1)).square().view(-1, GRID * GRID, len(pictures), kinds)
+        torch.cdist(cells, pictures.flatten(2).flatten(0, 1)).square().view(-1, GRID * GRID, len(pictures), KINDS)
     )
     paper = distance.amin(3).sum(1).argmin(1)  # [N]: one background for the whole image
     best, code = distance[torch.arange(len(paper)), :, paper].min(-1)  # [N, 9]
     unknown = (best / (3 * CELL * CELL)).sqrt() > tolerance
-    unknown |= _lead(paper[:, None] * kinds + code, best, distance.flatten(2)) < LEAST_LEAD
+    unknown |= _lead(paper[:, None] * KINDS + code, best, distance.flatten(2)) < LEAST_LEAD
     scenes = []
     for n in range(len(paper)):
         objects = []
@@ -192,7 +197,12 @@ def _lead(nearest: Tensor, best: Tensor, distance: Tensor) -> Tensor:
         best: ``[N, 9]``, squared distance to it.
         distance: ``[N, 9, pictures]``, squared distances to all.
     """
-    pictures = cell_pictures().flatten(2).flatten(0, 1)
-    apart = torch.cdist(pictures, pictures).square()[nearest]
-    lead = (distance - best[..., None]) / apart
+    lead = (distance - best[..., None]) / _apart()[nearest]
     return lead.scatter(2, nearest[..., None], torch.inf).amin(2)
+
+
+@lru_cache(maxsize=1)
+def _apart() -> Tensor:
+    """Squared distances of every picture to every other, ``[pictures, pictures]``."""
+    pictures = cell_pictures().flatten(2).flatten(0, 1)
+    return torch.cdist(pictures, pictures).square()

@@ -206,7 +206,6 @@ def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
     from transformers import PreTrainedTokenizerFast, Qwen2Model
 
     from uae.models.conditioners import HiddenStateConditioner, mlp_projector
-    from uae.models.patch_autoencoder import PatchAutoencoder
 
     reader = Qwen2Model.from_pretrained(folder / "reader", local_files_only=True)
     weights = load_file(folder / "projector.safetensors")
@@ -219,8 +218,17 @@ def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
     transformer = SD3Transformer2DModel.from_pretrained(
         folder / "transformer", torch_dtype=torch.float32, local_files_only=True
     )
-    vae = PatchAutoencoder.from_pretrained(folder / "vae", torch_dtype=torch.float32, local_files_only=True)
+    vae = load_autoencoder(folder / "vae")
     return conditioner, assemble_renderer(conditioner, transformer, vae, steps, guidance)
+
+
+def load_autoencoder(folder: Path) -> Any:
+    """The autoencoder, in float32 whatever it was written in."""
+    import torch
+
+    from uae.models.patch_autoencoder import PatchAutoencoder
+
+    return PatchAutoencoder.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
 
 
 def save_decoder(folder: Path, conditioner: Any, transformer: Any) -> None:
