@@ -124,7 +124,7 @@ def autoencode(
         context = umm.captioner.prepare(batch["image"], plan.instruction)
         rollout = umm.captioner.sample(context, group, plan.sampling, caption_seeds(plan, ids, step))
     with watch("condition"):
-        condition = umm.conditioner.encode(rollout.texts)
+        condition = umm.conditioner.encode(rollout.texts, rollout)
     with watch("render"):
         reconstructions_NCHW = umm.renderer.render(condition, noise_seeds(plan, ids, step))
     return rollout, reconstructions_NCHW

@@ -149,10 +149,16 @@ class Captioner(Protocol):
 
 
 class Conditioner(Protocol):
-    """Text to whatever the renderer is conditioned on. Never sees the image."""
+    """Text to whatever the renderer is conditioned on."""
 
-    def encode(self, texts: list[str]) -> Condition:
-        """N captions to a condition of N rows."""
+    truncated: int  # captions so far that were longer than the conditioner reads
+
+    def encode(self, texts: list[str], rollout: Rollout | None = None) -> Condition:
+        """N captions to a condition of N rows.
+
+        ``rollout`` is where the captions come from, if they come from one. It holds the images, so whoever reads it
+        leaks past the text bottleneck, and says so in its name and docstring; all others ignore it.
+        """
         ...
 
 

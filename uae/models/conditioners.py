@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from uae.types import Rollout
+
 
 @dataclass(frozen=True)
 class TextCondition:
@@ -53,7 +55,9 @@ class EmbeddingCondition:
 class TextConditioner:
     """Hands the caption over as text."""
 
-    def encode(self, texts: list[str]) -> TextCondition:
+    truncated = 0
+
+    def encode(self, texts: list[str], rollout: Rollout | None = None) -> TextCondition:
         """N captions to N rows."""
         return TextCondition(list(texts))
 
@@ -89,12 +93,13 @@ class HiddenStateConditioner(nn.Module):
         pooled: Literal["mean", "none"] = "mean",
     ) -> None:
         super().__init__()
+        self.truncated = 0
         if "{caption}" not in template:
             raise ValueError(f"conditioner template {template!r} has no {{caption}}")
         self.language_model, self.projector = language_model, projector
         self.tokenizer, self.template, self.max_tokens, self.pooled = tokenizer, template, max_tokens, pooled
 
-    def encode(self, texts: list[str]) -> EmbeddingCondition:
+    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
         """N captions to embeddings, right-padded; a row does not depend on the padding."""
         prompts = [self.template.format(caption=text) for text in texts]
         batch = self.tokenizer(
