@@ -17,11 +17,60 @@ def locate(name: str) -> str:
     Raises:
         FileNotFoundError: The name is written like a path, and nothing is there.
     """
-    mirror = os.environ.get(ROOT)
-    for path in (Path(name).expanduser(), *([Path(mirror).expanduser() / name] if mirror else [])):
-        if path.exists():
-            return str(path)
+    here = _here(name)
+    if here is not None:
+        return str(here)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        mirror = os.environ.get(ROOT)
         below = f" or below {ROOT}={mirror}" if mirror else f" ({ROOT} is not set)"
         raise FileNotFoundError(f"nothing at {name!r}{below}; give a folder that exists or a hub id (owner/model)")
     return name
+
+
+def local_folder(name: str, key: str) -> Path:
+    """A checkpoint folder on this disk, for layouts that are read file by file; a hub id is downloaded (once).
+
+    Raises:
+        FileNotFoundError: It is not here and cannot be had from the hub; names ``key``.
+    """
+    import huggingface_hub
+
+    here = _here(name)
+    if here is not None and here.is_dir():
+        return here
+    try:
+        return Path(huggingface_hub.snapshot_download(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"checkpoint {name!r} is no folder here, not below {ROOT}, and cannot be had from the hub ({reason}); set {key}"
+        ) from error
+
+
+def local_file(name: str, key: str) -> Path:
+    """A checkpoint file on this disk; ``owner/model/path`` of a hub repository is downloaded (once).
+
+    Raises:
+        FileNotFoundError: As `local_folder`.
+    """
+    import huggingface_hub
+
+    here = _here(name)
+    if here is not None and here.is_file():
+        return here
+    owner, _, rest = name.partition("/")
+    model, _, file = rest.partition("/")
+    try:
+        return Path(huggingface_hub.hf_hub_download(f"{owner}/{model}", file))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"checkpoint {name!r} is no file here, not below {ROOT}, and cannot be had from the hub ({reason}); set {key}"
+        ) from error
+
+
+def _here(name: str) -> Path | None:
+    """The name as a path, then below the mirror."""
+    mirror = os.environ.get(ROOT)
+    paths = (Path(name).expanduser(), *([Path(mirror).expanduser() / name] if mirror else []))
+    return next((path for path in paths if path.exists()), None)

@@ -135,7 +135,10 @@ class UnifiedGRPO(AutoEncoder):
         if self.loss.aggregation == "dapo":
             tokens_M = self.all_gather(tokens_M).view(-1, self.plan.mini_batches).sum(0)
         self._tokens_M = tokens_M
-        seen = self._log_all(measure.of_rollout(self.experience, self.plan.sampling.max_tokens))
+        seen = self._log_all(
+            measure.of_rollout(self.experience, self.plan.sampling.max_tokens)
+            | {"condition/truncated": float(self.umm.conditioner.truncated)}  # captions since the start of the run
+        )
         if self._first_rollout:
             self._check_gap(float(seen["policy/sampler_gap"]))
             self._first_rollout = False
@@ -216,7 +219,7 @@ class UnifiedGRPO(AutoEncoder):
         captioner = umm.captioner
         with torch.random.fork_rng(devices=[]):  # the adapter's start is the same on every rank
             torch.manual_seed(self.plan.seed)
-            self.finetune.attach(captioner, keep_reference=self.loss.beta > 0)
+            self.finetune.attach(captioner, keep_reference=self.loss.beta > 0 or umm.needs_reference)
         self.reward.load()
         if self.unified_score is not None:
             self.unified_score.load()

@@ -225,11 +225,18 @@ class Rewards:
 
 @dataclass(frozen=True)
 class UMM:
-    """A unified multimodal model: three roles, which may share weights."""
+    """A unified multimodal model: three roles, which may share weights.
+
+    Args:
+        captioner, conditioner, renderer: The roles.
+        needs_reference: The conditioner reads with the weights the run started from (``captioner.reference``), so they
+            must be kept even if the loss has no KL term.
+    """
 
     captioner: Captioner
     conditioner: Conditioner
     renderer: Renderer
+    needs_reference: bool = False
 
 
 class System(Protocol):
