@@ -1,139 +1,21 @@
 """Image to text with any Hugging Face vision-language model of the ``AutoModelForImageTextToText`` call shape.
 
-The prompt (image included) runs once per image, in sampling and in log-probs: its key-value cache is expanded to the
-group. That is exact, also in the gradient, and the image tower never sees a picture twice.
+How to load one from a checkpoint is in `uae.models.vision_language`, its trainable part in `uae.models.caption_policy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uae.grpo import token_logprobs
+from uae.models.caption_policy import CaptionPolicy, VLMContext
 from uae.types import Rollout, Sampling
 
 SPECIAL_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-
-
-@dataclass(frozen=True)
-class VLMContext:
-    """The processor's output for B images, left-padded.
-
-    Args:
-        rows: Tensors whose first dimension is B (``input_ids``, ``attention_mask``, ``image_grid_thw``, ...).
-        patches: One tensor of flattened patches per image (models that pack ``pixel_values``), or empty.
-    """
-
-    rows: dict[str, Tensor]
-    patches: tuple[Tensor, ...] = ()
-
-    def __len__(self) -> int:
-        """B, the number of images."""
-        return len(self.rows["input_ids"])
-
-    def index(self, images: Sequence[int]) -> VLMContext:
-        """The same context for a subset of its images."""
-        patches = tuple(self.patches[i] for i in images) if self.patches else ()
-        return VLMContext({key: value[list(images)] for key, value in self.rows.items()}, patches)
-
-    def repeat(self, group: int) -> VLMContext:
-        """Every image ``group`` times in a row."""
-        return self.index([image for image in range(len(self)) for _ in range(group)])
-
-    def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward."""
-        return {**self.rows, "pixel_values": torch.cat(self.patches)} if self.patches else dict(self.rows)
-
-
-@dataclass
-class _Prefix:
-    """A prompt that has been run: what continuing it needs."""
-
-    cache: Any
-    hidden_ND: Tensor  # of the last prompt token
-    mask_NP: Tensor
-    offset_N: Tensor  # position of the first caption token
-
-    def expand(self, group: int) -> _Prefix:
-        self.cache.batch_repeat_interleave(group)
-        return _Prefix(
-            self.cache, *(x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
-        )
-
-
-class CaptionPolicy(nn.Module):
-    """The trainable part of a captioner: a vision-language model that scores captions.
-
-    It is the root that a distributed strategy shards, so everything that needs the model's own parameters (embeddings,
-    final norm, output head) happens inside its ``forward``.
-    """
-
-    def __init__(self, model: nn.Module, banned_ids: Sequence[int] = ()) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("banned_ids", torch.tensor(list(banned_ids), dtype=torch.long), persistent=False)
-
-    @property
-    def base(self) -> Any:
-        """The Hugging Face model, whether or not an adapter wraps it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
-    def forward(self, context: VLMContext, tokens_NT: Tensor, group: int, temperature: float) -> Tensor:
-        """Teacher-forced log-probs ``[N, T]``, float32, with gradient."""
-        prefix = self.prefill(context).expand(group)
-        hidden_NTD = prefix.hidden_ND[:, None]
-        if tokens_NT.shape[1] > 1:
-            hidden_NTD = torch.cat([hidden_NTD, self.advance(prefix, tokens_NT[:, :-1])], dim=1)
-        return self.score(hidden_NTD, tokens_NT, temperature)
-
-    def prefill(self, context: VLMContext) -> _Prefix:
-        """Run the prompt of every image once."""
-        inputs, mask_BP = context.inputs(), context.rows["attention_mask"]
-        if not hasattr(self.base.model, "get_rope_index"):  # by default, padding on the left would count as positions
-            inputs["position_ids"] = (mask_BP.cumsum(1) - 1).clamp(min=0)
-        out = self.base.model(**inputs, use_cache=True)
-        offset_B = mask_BP.sum(1)
-        deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
-        if deltas is None:  # newer versions keep it on the model
-            deltas = getattr(self.base.model, "rope_deltas", None)
-        if deltas is not None:
-            offset_B = offset_B + deltas.view(-1).to(offset_B.device)
-        return _Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask_BP, offset_B)
-
-    def advance(self, prefix: _Prefix, tokens_NT: Tensor) -> Tensor:
-        """Feed caption tokens after a prefix (whose cache grows); their final hidden states ``[N, T, D]``."""
-        N, T = tokens_NT.shape
-        position_NT = prefix.offset_N[:, None] + torch.arange(T, device=tokens_NT.device)
-        if hasattr(self.base.model, "get_rope_index"):
-            position_NT = position_NT.expand(3, N, T)
-        prefix.mask_NP = torch.cat([prefix.mask_NP, prefix.mask_NP.new_ones(N, T)], dim=1)
-        prefix.offset_N = prefix.offset_N + T
-        out = self.base.model(
-            input_ids=tokens_NT,
-            attention_mask=prefix.mask_NP,
-            position_ids=position_NT,
-            past_key_values=prefix.cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state
-
-    def score(self, hidden_NTD: Tensor, tokens_NT: Tensor, temperature: float) -> Tensor:
-        """Log-probs ``[N, T]`` of tokens from the hidden states that predict them."""
-        head = self.base.get_output_embeddings()
-        logp_NT, _ = token_logprobs(
-            hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=getattr(head, "bias", None)
-        )
-        return logp_NT
-
-    def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
-        """float32 logits ``[N, V]`` of the policy: temperature applied, banned tokens at -inf."""
-        logits_NV = self.base.get_output_embeddings()(hidden_ND).float() / temperature
-        return logits_NV.index_fill(1, self.banned_ids, -torch.inf)
 
 
 class HFCaptioner:
@@ -145,16 +27,27 @@ class HFCaptioner:
         processor: The model's processor, with a chat template.
         instruction: The question put beside every image.
         extra_banned_ids: Token ids that are never sampled, besides the vision placeholders.
+        image_first: The image stands before the question, or behind it.
     """
 
-    def __init__(self, model: Any, processor: Any, instruction: str, extra_banned_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        instruction: str,
+        extra_banned_ids: Sequence[int] = (),
+        image_first: bool = True,
+    ) -> None:
         if not getattr(processor, "chat_template", None):
             raise ValueError(
-                "the captioner's processor has no chat template: point the system at an instruction-tuned checkpoint"
+                "the captioner's processor has no chat template: set system.init_args.captioner to an instruction-tuned "
+                "checkpoint"
             )
         self.processor = processor
-        self.instruction = instruction
+        self.instruction, self.image_first = instruction, image_first
         ids = [getattr(model.config, name, None) for name in SPECIAL_VISION_TOKENS]
+        for name in ("image_token_ids", "video_token_ids"):  # of the processor; some surround an image with more of them
+            ids += getattr(processor, name, None) or []
         tokenizer = processor.tokenizer
         ends = model.generation_config.eos_token_id
         self.end_ids = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
@@ -175,6 +68,15 @@ class HFCaptioner:
         """Where the policy is."""
         return self.policy.banned_ids.device
 
+    @property
+    def language_model(self) -> nn.Module:
+        """The text decoder of the weights in force, adapter included: token ids or embeddings to hidden states.
+
+        Its ``last_hidden_state`` is after the final norm. It counts positions from the first token, so padding goes to
+        the right, or ``position_ids`` along.
+        """
+        return self.policy.base.get_decoder()
+
     def to(self, device: Any) -> HFCaptioner:
         """Move the policy (and the frozen copy, if any)."""
         self.policy.to(device)
@@ -187,7 +89,9 @@ class HFCaptioner:
         if instruction not in self._prompts:
             content = [{"type": "image"}, {"type": "text", "text": instruction}]
             self._prompts[instruction] = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": content if self.image_first else content[::-1]}],
+                tokenize=False,
+                add_generation_prompt=True,
             )
         return self._prompts[instruction]
 
@@ -198,11 +102,14 @@ class HFCaptioner:
         inputs = self.processor(
             text=[prompt] * len(images), images=images, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.device)
-        rows = dict(inputs)
-        patches: tuple[Tensor, ...] = ()
+        rows, patches = dict(inputs), ()
         if "image_grid_thw" in rows:
             patches = rows.pop("pixel_values").split(rows["image_grid_thw"].prod(1).tolist())
-        return VLMContext(rows, patches)
+        elif len(rows["pixel_values"]) != len(images):  # tiles, all of which take equally many tokens
+            tokens_B = (rows["input_ids"] == self.policy.base.config.image_token_id).sum(1)
+            tiles_B = tokens_B * len(rows["pixel_values"]) // tokens_B.sum()
+            patches = rows.pop("pixel_values").split(tiles_B.tolist())
+        return VLMContext(rows, patches, tuple(images_BCHW))
 
     @torch.no_grad()
     def sample(self, context: VLMContext, group: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout:
