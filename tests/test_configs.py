@@ -9,6 +9,7 @@ import yaml
 from uae import cli
 from uae.data import ImageData, ImageFolderData, SceneData
 from uae.encoders import HFEncoder, LayoutEncoder, OpenCLIPEncoder
+from uae.encoders.tower import Tower
 from uae.models.finetune import Finetune, Full, LoRA
 from uae.rewards import CaptionFormat, EncoderSimilarity, RandomReward
 
@@ -87,6 +88,15 @@ def test_random_reward_replaces_and_leaks_nothing(parse):
     assert [type(part) for part in run.model.reward.parts.values()] == [RandomReward]
 
 
+@pytest.mark.parametrize(("name", "parts"), [("clip_l14", ["clip"]), ("ensemble", ["clip", "longclip"])])
+def test_rewards_at_full_size_replace_the_miniatures_and_load_nothing(parse, name, parts):
+    reward = parse(CONFIGS / "tiny.yaml", CONFIGS / "reward" / f"{name}.yaml").model.reward
+    assert reward.weights == dict.fromkeys(parts, 1 / len(parts))
+    encoders = [reward.parts[part].encoder for part in parts]
+    assert [type(encoder) for encoder in encoders] == [HFEncoder] * len(parts)
+    assert all(encoder._loaded is None and encoder.placement.dtype == "float32" for encoder in encoders)
+
+
 def test_a_part_of_the_same_name_takes_no_arguments_of_the_old_class(parse, tmp_path):
     delta = {
         "clip": {"class_path": "uae.rewards.RandomReward"},
@@ -112,7 +122,7 @@ def test_full_finetuning_replaces_lora_and_back(parse):
 @pytest.mark.parametrize("siblings", [
     (Finetune, LoRA, Full),
     (object, EncoderSimilarity, CaptionFormat, RandomReward),
-    (object, HFEncoder, OpenCLIPEncoder, LayoutEncoder),
+    (Tower, HFEncoder, OpenCLIPEncoder, LayoutEncoder),
     (ImageData, SceneData, ImageFolderData),
 ])  # fmt: skip
 def test_siblings_share_only_what_their_parent_has(siblings):

@@ -116,7 +116,7 @@ def test_errors_name_the_key(models, tmp_path):
         HFEncoder("x", "mean")
     with pytest.raises(ValueError, match="no image projection.*init_args.feature"):
         HFEncoder(models["dinov2"], "projection").embed(photo() / 255)
-    with pytest.raises(FileNotFoundError, match="does not exist.*init_args.path") as missing:
+    with pytest.raises(FileNotFoundError, match="nothing at.*init_args.path") as missing:
         HFEncoder(str(tmp_path / "nothing")).load()
     with pytest.raises((FileNotFoundError, ValueError), match="init_args.path") as empty:
         HFEncoder(str(tmp_path)).load()

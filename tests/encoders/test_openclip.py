@@ -99,7 +99,8 @@ def test_first_use_in_validation_under_a_bf16_default(tiny, tmp_path):
         ("ViT-L-14", "no/such/file.pt", "init_args.pretrained"),
         ("ViT-L-14", None, "init_args.pretrained"),
         ("no-such-model", "openai-file.pt", "init_args.name"),
-        ("local-dir:/no/such/folder", None, "does not exist.*init_args.name"),
+        ("local-dir:/no/such/folder", None, "nothing at.*init_args.name"),
+        ("local-dir:no/folder", None, "does not exist.*init_args.name"),
         ("local-dir:/no/such/folder", "openai", "must have none"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from uae.encoders import LayoutEncoder
+from uae.placement import Placement
 from uae.rewards import BaseReward, CaptionFormat, EncoderSimilarity, RandomReward, WeightedReward
 
 
@@ -131,7 +132,11 @@ def test_configurable_from_yaml():
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--reward", type=WeightedReward)
     parser.add_argument("--part", type=BaseReward)
-    encoder = {"class_path": "uae.encoders.HFEncoder", "init_args": {"path": "not/there", "feature": "cls"}}
+    placement = {"dtype": "bfloat16", "offload": True}
+    encoder = {
+        "class_path": "uae.encoders.HFEncoder",
+        "init_args": {"path": "not/there", "feature": "cls", "placement": placement},
+    }
     layout = {"class_path": "uae.encoders.LayoutEncoder", "init_args": {"cells": 5}}
     tower = {"class_path": "uae.encoders.OpenCLIPEncoder", "init_args": {"name": "ViT-B-32", "pretrained": "x.pt"}}
     parts = {
@@ -144,6 +149,8 @@ def test_configurable_from_yaml():
     config = parser.parse_object({"reward": {"parts": parts, "weights": weights}, "part": parts["noise"]})
     built = parser.instantiate(config)
     assert built.reward.parts["dino"].encoder.path == "not/there"
+    assert built.reward.parts["dino"].encoder.placement == Placement("bfloat16", offload=True)
+    assert built.reward.parts["clip"].encoder.placement == Placement("float32")
     assert built.reward.parts["layout"].encoder.cells == 5
     assert built.reward.parts["clip"].encoder.name == "ViT-B-32"
     assert built.part.seed == 3

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from uae.encoders.preprocessing import Preprocessing, from_image_processor
-from uae.encoders.tower import Tower
+from uae.encoders.tower import EXACT, Tower, located
+from uae.placement import Placement
 
 
 class HFEncoder(Tower):
@@ -23,12 +24,17 @@ class HFEncoder(Tower):
     ``feature="projection"``; the official ``longclip-L.pt`` loads with ``OpenCLIPEncoder``.
 
     Args:
-        path: A local folder or a model id on the hub, e.g. ``openai/clip-vit-large-patch14``.
+        path: A folder, a folder below ``UAE_CHECKPOINTS`` or a model id on the hub, e.g.
+            ``openai/clip-vit-large-patch14``.
         feature: "projection": the embedding in the joint image-text space (CLIP-like models). "cls": the first token of
             the last hidden state (DINOv2, DINOv3).
+        placement: dtype and device, see `Tower`.
     """
 
-    def __init__(self, path: str, feature: Literal["projection", "cls"] = "projection") -> None:
+    def __init__(
+        self, path: str, feature: Literal["projection", "cls"] = "projection", placement: Placement = EXACT
+    ) -> None:
+        super().__init__(placement)
         if feature not in ("projection", "cls"):
             raise ValueError(f"feature={feature!r}; allowed: projection, cls; set the encoder's init_args.feature")
         self.path = path
@@ -36,19 +42,19 @@ class HFEncoder(Tower):
 
     def weights(self) -> Hashable:
         """The folder or id; both features come from one module."""
-        return "transformers", os.path.realpath(self.path) if os.path.isdir(self.path) else self.path
+        path = located(self.path, "path")
+        return "transformers", os.path.realpath(path) if os.path.isdir(path) else path
 
     def read(self) -> tuple[nn.Module, Preprocessing]:
         """Config, image processor and weights; the text tower is dropped."""
-        local = os.path.isdir(self.path)
-        if not local and self.path.startswith(("/", ".", "~")):
-            raise FileNotFoundError(f"encoder folder {self.path!r} does not exist; set the encoder's init_args.path")
+        path = located(self.path, "path")
         import transformers
 
+        local = os.path.isdir(path)
         try:
-            config = transformers.AutoConfig.from_pretrained(self.path, local_files_only=local)
-            processor = transformers.AutoImageProcessor.from_pretrained(self.path, local_files_only=local)
-            module, missing = self._pretrained(transformers, config, local)
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=local)
+            processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=local)
+            module, missing = _pretrained(transformers, path, config, local)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
@@ -61,18 +67,6 @@ class HFEncoder(Tower):
                 "set the encoder's init_args.path to a complete model"
             )
         return module, from_image_processor(processor.to_dict())
-
-    def _pretrained(self, transformers: Any, config: Any, local: bool) -> tuple[nn.Module, list[str]]:
-        # AutoModel maps a vision-only CLIP folder to the class without the projection.
-        projected = config.model_type == "clip_vision_model"
-        kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
-        module, report = kind.from_pretrained(
-            self.path, config=config, dtype=torch.float32, local_files_only=local, output_loading_info=True
-        )
-        for part in ("text_model", "text_projection"):
-            if hasattr(module, part):
-                setattr(module, part, None)
-        return module, sorted(report["missing_keys"])
 
     def features(self, module: nn.Module, pixels_NCHW: Tensor) -> Tensor:
         """Projected embedding or class token ``[N, D]``."""
@@ -88,3 +82,16 @@ class HFEncoder(Tower):
             f"the model at {self.path!r} ({type(module).__name__}) has no image projection; "
             "set the encoder's init_args.feature to cls"
         )
+
+
+def _pretrained(transformers: Any, path: str, config: Any, local: bool) -> tuple[nn.Module, list[str]]:
+    # AutoModel maps a vision-only CLIP folder to the class without the projection.
+    projected = config.model_type == "clip_vision_model"
+    kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
+    module, report = kind.from_pretrained(
+        path, config=config, dtype=torch.float32, local_files_only=local, output_loading_info=True
+    )
+    for part in ("text_model", "text_projection"):
+        if hasattr(module, part):
+            setattr(module, part, None)
+    return module, sorted(report["missing_keys"])

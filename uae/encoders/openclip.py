@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from uae.encoders.preprocessing import Preprocessing
-from uae.encoders.tower import Tower
+from uae.encoders.tower import EXACT, Tower, located
+from uae.locations import locate
+from uae.placement import Placement
 
 # Left in the state dict by OpenAI's and LongCLIP's own code; both trained with QuickGELU.
 _OPENAI_MARKS = {"input_resolution", "positional_embedding_res"}
@@ -22,14 +23,18 @@ class OpenCLIPEncoder(Tower):
     LongCLIP: ``name="ViT-L-14-quickgelu"`` and ``pretrained`` the path of the official ``longclip-L.pt``. From a file
     only the image tower (``visual.*``) is read, so its longer text positions are no obstacle.
 
+    Folders, files and hub ids are also looked up below ``UAE_CHECKPOINTS``.
+
     Args:
         name: A registered architecture, e.g. ``ViT-L-14-quickgelu``; or ``local-dir:DIR`` (a folder with
             ``open_clip_config.json`` and weights); or ``hf-hub:ID``.
         pretrained: A tag of that architecture, e.g. ``openai``, or a weights file. None with a ``local-dir:`` or
             ``hf-hub:`` name, which bring their own weights.
+        placement: dtype and device, see `Tower`.
     """
 
-    def __init__(self, name: str, pretrained: str | None = None) -> None:
+    def __init__(self, name: str, pretrained: str | None = None, placement: Placement = EXACT) -> None:
+        super().__init__(placement)
         if (pretrained is None) != (":" in name):
             raise ValueError(
                 f"name={name!r} with pretrained={pretrained!r}: a registered name needs a tag or a weights file in "
@@ -42,19 +47,40 @@ class OpenCLIPEncoder(Tower):
 
     def weights(self) -> Hashable:
         """Architecture and weights source."""
-        return "open_clip", self.name, self.pretrained
+        return "open_clip", self._model_name(), self._weights_file() or self.pretrained
+
+    def _model_name(self) -> str:
+        """The name as open_clip wants it; a hub id that is mirrored on disk becomes that folder."""
+        scheme, _, place = self.name.partition(":")
+        if not place:
+            return self.name
+        path = located(place, "name")
+        if os.path.isdir(path):
+            return f"local-dir:{os.path.realpath(path)}"
+        if scheme == "local-dir":
+            raise FileNotFoundError(f"{self.name!r}: the folder does not exist; set the encoder's init_args.name")
+        return self.name
+
+    def _weights_file(self) -> str | None:
+        """None if ``pretrained`` is no file here, so that it can only be a tag."""
+        if self.pretrained is None:
+            return None
+        try:
+            path = locate(self.pretrained)
+        except FileNotFoundError:
+            return None
+        return os.path.realpath(path) if os.path.isfile(path) else None
 
     def read(self) -> tuple[nn.Module, Preprocessing]:
         """Build the model, keep its image tower."""
         import open_clip
 
-        if self.name.startswith("local-dir:") and not Path(self.name.removeprefix("local-dir:")).is_dir():
-            raise FileNotFoundError(f"{self.name!r}: the folder does not exist; set the encoder's init_args.name")
+        name, file = self._model_name(), self._weights_file()
         try:
             if self.pretrained is None:
-                model = open_clip.create_model(self.name, require_pretrained=True)
-            elif os.path.isfile(self.pretrained):
-                model = self._from_file(open_clip, self.pretrained)
+                model = open_clip.create_model(name, require_pretrained=True)
+            elif file is not None:
+                model = self._from_file(open_clip, file)
             else:
                 model = self._from_tag(open_clip, self.pretrained)
         except (RuntimeError, OSError) as error:
