@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from uae.models.prompts import PLACEHOLDER, check_template, prompt_ids
 from uae.types import Rollout
 
 
@@ -66,58 +68,122 @@ class TextConditioner:
         return self
 
 
-def mlp_projector(width_in: int, width: int, width_out: int) -> nn.Sequential:
-    """Linear, GELU, Linear: the projector g of the paper (UMM-1), from hidden states to the renderer's conditioning."""
-    return nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width_out))
+def mlp_projector(
+    width_in: int, width: int, width_out: int, activation: Literal["gelu", "silu"] = "gelu"
+) -> nn.Sequential:
+    """Linear, activation, Linear: the projector g of the paper (UMM-1), from hidden states to the renderer's conditioning.
+
+    UAE's activation is the exact GELU; UniWorld-V1's is SiLU, though its configuration says "mlp2x_gelu".
+    """
+    activations = {"gelu": nn.GELU, "silu": nn.SiLU}
+    if activation not in activations:
+        raise ValueError(f"projector activation={activation!r}; allowed: {', '.join(activations)}")
+    return nn.Sequential(nn.Linear(width_in, width), activations[activation](), nn.Linear(width, width_out))
 
 
-class HiddenStateConditioner(nn.Module):
-    """Final hidden states of a language model that reads the caption, through an MLP projector (paper: c = g(h_T)).
+class LanguageReader(nn.Module):
+    """A language model that reads text for a conditioner: its own, or one that belongs to somebody else.
 
     Args:
-        language_model: A decoder-only Hugging Face model; called with ``input_ids`` and ``attention_mask``.
-        tokenizer: Its tokenizer.
-        projector: Maps ``[..., D]`` to the renderer's embedding width.
-        template: Text around the caption; must contain "{caption}".
-        max_tokens: Longest encoded caption; a longer one is an error, never silently cut.
-        pooled: "mean" of the projected embeddings, or "none".
+        language_model: A decoder-only Hugging Face model. A module is owned: it is moved, trained and saved along. A
+            function that returns one borrows it: it is asked at every call, so it may hand out the policy in force, and
+            what it returns is never moved, trained or saved from here.
+        weights: Context manager that is entered around every call, such as ``captioner.reference``.
     """
 
     def __init__(
         self,
-        language_model: nn.Module,
-        tokenizer: Any,
-        projector: nn.Module,
-        template: str = "{caption}",
-        max_tokens: int = 512,
-        pooled: Literal["mean", "none"] = "mean",
+        language_model: nn.Module | Callable[[], nn.Module],
+        weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
         self.truncated = 0
-        if "{caption}" not in template:
-            raise ValueError(f"conditioner template {template!r} has no {{caption}}")
-        self.language_model, self.projector = language_model, projector
-        self.tokenizer, self.template, self.max_tokens, self.pooled = tokenizer, template, max_tokens, pooled
+        owned = isinstance(language_model, nn.Module)  # which is callable, too
+        self.language_model = language_model if owned else None
+        self._borrow = None if owned else language_model
+        self.weights = weights
+
+    @contextmanager
+    def reading(self) -> Iterator[nn.Module]:
+        """The model to call, with the weights to call it with."""
+        with self.weights():
+            yield self._borrow() if self._borrow is not None else self.language_model
+
+
+class HiddenStateConditioner(LanguageReader):
+    """Final hidden states of a language model that reads the caption, through an MLP projector (paper: c = g(h_T)).
+
+    Args:
+        language_model: A decoder-only Hugging Face model, called with ``input_ids`` and ``attention_mask``; or a function
+            that returns the one to call, see `LanguageReader`.
+        tokenizer: Its tokenizer.
+        projector: Maps ``[..., D]`` to the renderer's embedding width, in a precision of its own.
+        template: Text around the caption; must contain one "{caption}". See `uae.models.prompts.chat_template`.
+        max_tokens: Longest prompt, template included. A longer caption is cut, counted in ``truncated`` and warned of.
+        pooled: "mean" of the projected embeddings, "none", or one vector ``[P]`` or ``[1, P]`` that serves every caption.
+        weights: Context manager entered around the language model, such as ``captioner.reference`` for the weights the
+            run started from.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module | Callable[[], nn.Module],
+        tokenizer: Any,
+        projector: nn.Module,
+        template: str = PLACEHOLDER,
+        max_tokens: int = 512,
+        pooled: Literal["mean", "none"] | Tensor = "mean",
+        weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        super().__init__(language_model, weights)
+        check_template(template)
+        self.projector = projector
+        self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
+        keep_pooled(self, pooled)
 
     def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
         """N captions to embeddings, right-padded; a row does not depend on the padding."""
-        prompts = [self.template.format(caption=text) for text in texts]
-        batch = self.tokenizer(
-            prompts, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False
-        )
-        ids_NL, mask_NL = batch["input_ids"], batch["attention_mask"]
-        if ids_NL.shape[1] > self.max_tokens:
-            raise ValueError(
-                f"a caption has {ids_NL.shape[1]} tokens; the conditioner takes {self.max_tokens}: raise max_tokens"
-            )
-        device = next(self.projector.parameters()).device
-        ids_NL, mask_NL = ids_NL.to(device), mask_NL.to(device)
-        hidden_NLD = self.language_model(input_ids=ids_NL, attention_mask=mask_NL).last_hidden_state
-        embeds_NLD = self.projector(hidden_NLD) * mask_NL[..., None]
-        pooled = None
-        if self.pooled == "mean":
-            pooled = embeds_NLD.sum(1) / mask_NL.sum(1, keepdim=True)
-        return EmbeddingCondition(embeds_NLD, mask_NL, pooled)
+        rows, cut = prompt_ids(self.tokenizer, self.template, texts, self.max_tokens)
+        self.truncated += cut
+        with self.reading() as reader:
+            ids_NL, mask_NL = right_padded(rows, self.tokenizer, next(reader.parameters()).device)
+            hidden_NLD = reader(input_ids=ids_NL, attention_mask=mask_NL, use_cache=False).last_hidden_state
+        return projected(self.projector, hidden_NLD, mask_NL, self.pooled)
+
+
+def right_padded(rows: list[list[int]], tokenizer: Any, device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids ``[N, L]`` and their mask, int64. A row without tokens reads one padding token."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    rows = [row or [pad] for row in rows]
+    length = max(map(len, rows))
+    ids_NL = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
+    mask_NL = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    return ids_NL, mask_NL
+
+
+def keep_pooled(conditioner: nn.Module, pooled: Literal["mean", "none"] | Tensor) -> None:
+    """Remember how a conditioner pools; a constant vector moves with it, but is no weight of its own."""
+    if isinstance(pooled, Tensor):
+        conditioner.register_buffer("pooled", pooled.detach().reshape(1, -1), persistent=False)
+    elif pooled in ("mean", "none"):
+        conditioner.pooled = pooled
+    else:
+        raise ValueError(f"conditioner pooled={pooled!r}; allowed: mean, none or a vector")
+
+
+def projected(
+    projector: nn.Module, hidden_NLD: Tensor, mask_NL: Tensor, pooled: Literal["mean", "none"] | Tensor
+) -> EmbeddingCondition:
+    """Hidden states through a projector, where and in what precision it works; zero where the mask is."""
+    weight = next(projector.parameters(), hidden_NLD)
+    mask_NL = mask_NL.to(weight.device)
+    embeds_NLD = projector(hidden_NLD.to(weight.device, weight.dtype)) * mask_NL[..., None]
+    pooled_NP = None
+    if isinstance(pooled, Tensor):
+        pooled_NP = pooled.to(embeds_NLD).expand(len(embeds_NLD), -1)
+    elif pooled == "mean":
+        pooled_NP = embeds_NLD.sum(1) / mask_NL.sum(1, keepdim=True)
+    return EmbeddingCondition(embeds_NLD, mask_NL, pooled_NP)
 
 
 def pad_to_length(condition: EmbeddingCondition, length: int) -> EmbeddingCondition:

@@ -1,0 +1,196 @@
+"""Bidirectional transformers between a language model's query states and a diffusion decoder's conditioning.
+
+Two published ones, with the names of their weights: OpenUni's (arXiv 2505.23661; keys ``layers.0.self_attn.q_proj.weight``
+and so on fit the released files) and MetaQuery's (arXiv 2504.06256; keys ``0.layers.0.self_attn.q_norm.gamma``, ``1.weight``,
+``3.weight``, ``4.weight``). Both see a fixed number of queries, so there is no padding and no mask.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class OpenUniConnector(nn.Module):
+    """Pre-norm encoder layers as in SigLIP: LayerNorm, biased attention, tanh-GELU MLP; no positions, no final norm.
+
+    Args:
+        width: Of the language model and of the connector.
+        inner_width: Of the MLP.
+        layers, heads: Counts; the released models have 6 layers and heads of 64.
+    """
+
+    def __init__(self, width: int, inner_width: int, layers: int = 6, heads: int | None = None) -> None:
+        super().__init__()
+        heads = heads_of(width, heads)
+        self.layers = nn.ModuleList([_OpenUniLayer(width, inner_width, heads) for _ in range(layers)])
+
+    def forward(self, hidden_NQD: Tensor) -> Tensor:
+        """``[N, Q, D]`` to the same shape; every query sees all others."""
+        for layer in self.layers:
+            hidden_NQD = layer(hidden_NQD)
+        return hidden_NQD
+
+
+class _OpenUniLayer(nn.Module):
+    def __init__(self, width: int, inner_width: int, heads: int) -> None:
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.self_attn, self.mlp = _OpenUniAttention(width, heads), _OpenUniMLP(width, inner_width)
+
+    def forward(self, hidden_NQD: Tensor) -> Tensor:
+        hidden_NQD = hidden_NQD + self.self_attn(self.layer_norm1(hidden_NQD))
+        return hidden_NQD + self.mlp(self.layer_norm2(hidden_NQD))
+
+
+class _OpenUniAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear = nn.Linear(width, width)
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.add_module(name, linear)
+
+    def forward(self, hidden_NQD: Tensor) -> Tensor:
+        query, key, value = (_split(p(hidden_NQD), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(_merge(F.scaled_dot_product_attention(query, key, value)))
+
+
+class _OpenUniMLP(nn.Module):
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, inner_width), nn.Linear(inner_width, width)
+        for linear in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.normal_(linear.bias, std=1e-6)
+
+    def forward(self, hidden_NQD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_NQD), approximate="tanh"))
+
+
+def metaquery_connector(
+    width: int, width_out: int, layers: int = 24, heads: int | None = None, scale: float = math.sqrt(5.5)
+) -> nn.Sequential:
+    """MetaQuery's connector: bidirectional Qwen2 layers, then Linear, tanh-GELU, Linear, RMSNorm.
+
+    Args:
+        width: Of the language model and of the layers.
+        width_out: Of the renderer's conditioning.
+        layers: Their count.
+        heads: Their count; heads of 64 by default.
+        scale: Starting weight of the last norm, so that the output is as large as what the renderer is used to
+            (Sana: sqrt(5.5)).
+    """
+    norm = nn.RMSNorm(width_out, eps=1e-5)
+    nn.init.constant_(norm.weight, scale)
+    encoder = MetaQueryEncoder(width, layers, heads)
+    return nn.Sequential(
+        encoder, nn.Linear(width, width_out), nn.GELU(approximate="tanh"), nn.Linear(width_out, width_out), norm
+    )
+
+
+class MetaQueryEncoder(nn.Module):
+    """Qwen2 layers without a causal mask and without a final norm; rotary positions, then a norm of queries and keys.
+
+    Args:
+        width: Of the hidden states; the MLP is four times as wide.
+        layers, heads: Counts; heads of 64 by default.
+    """
+
+    def __init__(self, width: int, layers: int = 24, heads: int | None = None) -> None:
+        super().__init__()
+        self.head_width = width // heads_of(width, heads)
+        self.layers = nn.ModuleList([_Qwen2Layer(width, self.head_width) for _ in range(layers)])
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.014)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, hidden_NQD: Tensor) -> Tensor:
+        """``[N, Q, D]`` to the same shape; every query sees all others."""
+        rotation = _rotation(hidden_NQD.shape[1], self.head_width, hidden_NQD)
+        for layer in self.layers:
+            hidden_NQD = layer(hidden_NQD, rotation)
+        return hidden_NQD
+
+
+class _Qwen2Layer(nn.Module):
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(width, eps=1e-6) for _ in range(2))
+        self.self_attn, self.mlp = _Qwen2Attention(width, head_width), _Qwen2MLP(width, 4 * width)
+
+    def forward(self, hidden_NQD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        hidden_NQD = hidden_NQD + self.self_attn(self.input_layernorm(hidden_NQD), rotation)
+        return hidden_NQD + self.mlp(self.post_attention_layernorm(hidden_NQD))
+
+
+class _Qwen2Attention(nn.Module):
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = width // head_width
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_norm, self.k_norm = _HeadNorm(self.heads, head_width), _HeadNorm(self.heads, head_width)
+
+    def forward(self, hidden_NQD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        query, key, value = (_split(p(hidden_NQD), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = self.q_norm(_rotated(query, rotation)), self.k_norm(_rotated(key, rotation))
+        return self.o_proj(_merge(F.scaled_dot_product_attention(query, key, value)))
+
+
+class _HeadNorm(nn.Module):
+    """Unit length times sqrt(width), per head, with a gain per head."""
+
+    def __init__(self, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(heads, 1, head_width))
+
+    def forward(self, x_NHQD: Tensor) -> Tensor:
+        return F.normalize(x_NHQD, dim=-1) * self.gamma * x_NHQD.shape[-1] ** 0.5
+
+
+class _Qwen2MLP(nn.Module):
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, inner_width, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(inner_width, width, bias=False)
+
+    def forward(self, hidden_NQD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_NQD)) * self.up_proj(hidden_NQD))
+
+
+def heads_of(width: int, heads: int | None) -> int:
+    """Heads of 64 unless a count is given."""
+    heads = heads or width // 64
+    if heads < 1 or width % heads:
+        raise ValueError(f"connector width {width} does not split into {heads} heads: give a count that divides it")
+    return heads
+
+
+def _split(x_NQD: Tensor, heads: int) -> Tensor:
+    return x_NQD.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge(x_NHQD: Tensor) -> Tensor:
+    return x_NHQD.transpose(1, 2).flatten(2)
+
+
+def _rotation(length: int, head_width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[Q, D]`` of the rotary positions 0, 1, ... (base 10000), in the precision of ``like``."""
+    exponent = torch.arange(0, head_width, 2, device=like.device, dtype=torch.float32) / head_width
+    angle = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * 10000.0**-exponent
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def _rotated(x_NHQD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cosine_QD, sine_QD = rotation
+    first, second = x_NHQD.chunk(2, dim=-1)
+    return x_NHQD * cosine_QD + torch.cat([-second, first], dim=-1) * sine_QD
