@@ -1,20 +1,21 @@
-"""Random-weight captioners of three library families, and the plain forward pass they are compared with."""
+"""Random-weight captioners of several library families, and the plain forward pass they are compared with."""
 
 import torch
 
 from uae.models.captioner import HFCaptioner
-from uae.systems.tiny import CHAT_TEMPLATE, IMAGE, INSTRUCTION, VOCABULARY, create_captioner, processor, tokenizer
+from uae.systems import tiny
+from uae.systems.tiny import CHAT_TEMPLATE, IMAGE, INSTRUCTION, VOCABULARY, create_captioner, processor
 
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "internvl")
 WIDE = {"shortest_edge": 24 * 24, "longest_edge": 24 * 48}  # images of several sizes, so prompts of several lengths
 
 
-def create(family):
+def create(family, **settings):
     """A captioner in eval mode whose next-token distributions are far from uniform and from certain."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model, words = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "llava": llava}[family]()
+        model, words = globals()[family](**settings)
         for name, weight in model.named_parameters():
             if weight.ndim > 1:  # large enough that the image and every word matter
                 torch.nn.init.normal_(
@@ -27,20 +28,29 @@ def create(family):
     return captioner
 
 
-def qwen2_5_vl():
+def tokenizer(**marks):
+    """One token per word; ``marks`` are special tokens by the name an attribute has, which a saved folder keeps."""
+    words = tiny.tokenizer()
+    return type(words)(
+        tokenizer_object=words.backend_tokenizer, eos_token=words.eos_token, pad_token=words.pad_token,
+        unk_token=words.unk_token, extra_special_tokens=marks, padding_side="left",
+    )  # fmt: skip
+
+
+def qwen2_5_vl(layers=2):
     words = processor()
     words.image_processor.size = WIDE
-    return create_captioner(layers=2), words
+    return create_captioner(layers=layers), words
 
 
-def qwen3_vl():
+def qwen3_vl(layers=2):
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
     words = processor()
     words = Qwen3VLProcessor(words.image_processor, words.tokenizer, words.video_processor, CHAT_TEMPLATE)
     words.image_processor.size = WIDE
     text = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4, "head_dim": 16,
         "num_key_value_heads": 2, "vocab_size": len(VOCABULARY), "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
     }  # fmt: skip
@@ -55,20 +65,16 @@ def qwen3_vl():
     return Qwen3VLForConditionalGeneration(config), words
 
 
-def llava():
+def llava(layers=2):
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
-        Qwen2Config,
     )
 
-    text = Qwen2Config(
-        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
+    text = text_config(layers)
     vision = CLIPVisionConfig(
         image_size=24, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
@@ -82,6 +88,43 @@ def llava():
         image_token=IMAGE, num_additional_image_tokens=1,
     )  # fmt: skip
     return model, words
+
+
+def internvl(layers=2):
+    """Pictures are cut into tiles of 16 x 16: four of a square one, two of a wide one, and a thumbnail of the whole."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        InternVLVisionConfig,
+    )
+
+    vision = InternVLVisionConfig(
+        image_size=16, patch_size=4, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    config = InternVLConfig(
+        vision_config=vision, text_config=text_config(layers), image_token_id=IDS[IMAGE], image_seq_length=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    marks = {"start_image_token": "<|vision_start|>", "end_image_token": "<|vision_end|>", "context_image_token": IMAGE,
+             "video_token": "<|video_pad|>"}  # fmt: skip
+    sides = {"size": {"height": 16, "width": 16}}
+    words = InternVLProcessor(
+        GotOcr2ImageProcessor(**sides, max_patches=4), tokenizer(**marks), InternVLVideoProcessor(**sides),
+        image_seq_length=4, chat_template=CHAT_TEMPLATE.replace("<|vision_start|> ", "").replace("<|vision_end|> ", ""),
+    )  # fmt: skip
+    return InternVLForConditionalGeneration(config), words
+
+
+def text_config(layers):
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
 
 
 def plain_logprobs(captioner, rollout):

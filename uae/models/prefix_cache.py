@@ -48,8 +48,9 @@ def foreign_memory(model: Any) -> set[str]:
 
 def prompt_cache(model: Any) -> Any:
     """An empty cache for a prompt whose pass may be computed again."""
-    from transformers import Cache
+    from transformers.cache_utils import Cache, CacheLayerMixin
 
+    CacheLayerMixin.register(PromptLayer)  # as good as a subclass, without importing the library at the top
     return Cache(layers=[PromptLayer() for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)])
 
 

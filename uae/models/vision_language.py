@@ -1,0 +1,119 @@
+"""Any vision-language checkpoint in transformers format as a captioner."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from uae.locations import locate
+from uae.models.captioner import HFCaptioner
+from uae.models.prefix_cache import foreign_memory
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a captioner reads images.
+
+    Args:
+        instruction: The question put beside every image; None is the system's own.
+        image_first: Whether the image stands before the question; None is the system's own order.
+        dtype: Of the weights. Adapters stay in float32.
+        min_pixels, max_pixels: Images are scaled to an area between these, in pixels (Qwen-like processors; a multiple
+            of the squared token size, 28 x 28 for Qwen2.5-VL). None is the checkpoint's own.
+        attention: Implementation in transformers: "sdpa", "eager", "flash_attention_2", ...; None is the library's choice.
+        gradient_checkpointing: Compute the insides of layers again in the backward pass instead of keeping them.
+    """
+
+    instruction: str | None = None
+    image_first: bool | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+
+
+def load_captioner(name: str, reading: Reading, instruction: str, image_first: bool = True) -> HFCaptioner:
+    """The captioner of a checkpoint. Nothing of it is trainable or not yet: see `uae.models.finetune`.
+
+    Args:
+        name: Of the checkpoint, see `uae.locations.locate`.
+        reading: What is not None there wins over the arguments.
+        instruction, image_first: The system's own question, and order.
+
+    Raises:
+        FileNotFoundError: The checkpoint, or a part of it, is not there.
+        ValueError: It lacks weights, or has no chat template, or cannot do what ``reading`` asks for.
+    """
+    import transformers
+
+    path = locate(name)
+    local = os.path.isdir(path)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=local)
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=getattr(torch, reading.dtype),
+            attn_implementation=reading.attention,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        kind = ValueError if isinstance(error, ImportError) else FileNotFoundError
+        raise kind(
+            f"captioner {name!r} cannot be read as a vision-language model in transformers format ({reason}); "
+            "correct system.init_args.captioner"
+        ) from error
+    wrong = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+    if wrong:
+        raise ValueError(
+            f"captioner {name!r} lacks {len(wrong)} weights ({wrong[0]}, ...), left random; set "
+            "system.init_args.captioner to a complete checkpoint"
+        )
+    return assemble_captioner(model, processor, reading, instruction, image_first)
+
+
+def assemble_captioner(
+    model: Any, processor: Any, reading: Reading, instruction: str, image_first: bool = True
+) -> HFCaptioner:
+    """A captioner around a model (of any device, ``meta`` too) and its processor, changed as ``reading`` says."""
+    _set_pixels(processor, reading)
+    foreign = foreign_memory(model)
+    if foreign:
+        raise ValueError(
+            f"{type(model).__name__} remembers more than keys and values ({', '.join(sorted(foreign))}), so that a group "
+            "of captions cannot continue one prompt exactly; set system.init_args.captioner to a model with full attention"
+        )
+    captioner = HFCaptioner(
+        model,
+        processor,
+        reading.instruction if reading.instruction is not None else instruction,
+        image_first=reading.image_first if reading.image_first is not None else image_first,
+    )
+    captioner.policy.gradient_checkpointing = reading.gradient_checkpointing
+    return captioner
+
+
+def _set_pixels(processor: Any, reading: Reading) -> None:
+    """Apply the pixel budget; "edges" is what Qwen's processors call areas."""
+    asked = {"shortest_edge": reading.min_pixels, "longest_edge": reading.max_pixels}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if not asked:
+        return
+    images = processor.image_processor
+    if not hasattr(images, "merge_size"):
+        key = "min_pixels" if reading.min_pixels is not None else "max_pixels"
+        raise ValueError(
+            f"reading.{key}={getattr(reading, key)}, but {type(images).__name__} has no pixel budget; remove reading.{key}"
+        )
+    size = {key: images.size[key] for key in ("shortest_edge", "longest_edge")} | asked
+    if not 0 < size["shortest_edge"] <= size["longest_edge"]:
+        raise ValueError(
+            f"an image cannot have between {size['shortest_edge']} and {size['longest_edge']} pixels; allowed: "
+            "0 < reading.min_pixels <= reading.max_pixels (the checkpoint's own where not given)"
+        )
+    images.size = size
