@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uae.models.prompts import PLACEHOLDER, check_template, prompt_ids
+from uae.models.prompts import chat_template as chat_template  # beside what it is an argument of
 from uae.types import Rollout
 
 
