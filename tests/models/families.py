@@ -7,7 +7,10 @@ from uae.systems import tiny
 from uae.systems.tiny import CHAT_TEMPLATE, IMAGE, INSTRUCTION, VOCABULARY, create_captioner, processor
 
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "internvl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "internvl", "qwen3_5")
+FULL_ATTENTION = FAMILIES[:4]  # the last has layers of linear attention
+VISION_TOKENS = {"image_token_id": IDS[IMAGE], "video_token_id": IDS["<|video_pad|>"]}
+VISION_TOKENS |= {f"vision_{side}_token_id": IDS[f"<|vision_{side}|>"] for side in ("start", "end")}
 WIDE = {"shortest_edge": 24 * 24, "longest_edge": 24 * 48}  # images of several sizes, so prompts of several lengths
 
 
@@ -44,11 +47,8 @@ def qwen2_5_vl(layers=2):
 
 
 def qwen3_vl(layers=2):
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    words = processor()
-    words = Qwen3VLProcessor(words.image_processor, words.tokenizer, words.video_processor, CHAT_TEMPLATE)
-    words.image_processor.size = WIDE
     text = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4, "head_dim": 16,
         "num_key_value_heads": 2, "vocab_size": len(VOCABULARY), "tie_word_embeddings": True,
@@ -58,11 +58,36 @@ def qwen3_vl(layers=2):
         "hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     }  # fmt: skip
-    names = {"image": IMAGE, "video": "<|video_pad|>"}
-    marks = {f"{name}_token_id": IDS[word] for name, word in names.items()}
-    marks |= {f"vision_{side}_token_id": IDS[f"<|vision_{side}|>"] for side in ("start", "end")}
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **marks)
-    return Qwen3VLForConditionalGeneration(config), words
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **VISION_TOKENS)
+    return Qwen3VLForConditionalGeneration(config), qwen3_processor()
+
+
+def qwen3_5(layers=2):
+    """Every second layer is linear attention."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "vocab_size": len(VOCABULARY), "tie_word_embeddings": True, "full_attention_interval": 2,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
+                            "partial_rotary_factor": 1.0},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 64,
+    }  # fmt: skip
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **VISION_TOKENS)
+    return Qwen3_5ForConditionalGeneration(config), qwen3_processor()
+
+
+def qwen3_processor():
+    from transformers import Qwen3VLProcessor
+
+    words = processor()
+    words = Qwen3VLProcessor(words.image_processor, words.tokenizer, words.video_processor, CHAT_TEMPLATE)
+    words.image_processor.size = WIDE
+    return words
 
 
 def llava(layers=2):

@@ -28,8 +28,9 @@ def test_the_fixture_holds_the_hard_cases(captioner, rollout):
     assert lengths.max() == 8  # ... and never
     assert not torch.isin(rollout.tokens_NT[lengths == 8, -1], torch.tensor(captioner.end_ids)).all()
     assert len(set(rollout.texts)) > 6
-    if "image_grid_thw" in rollout.context.rows:
-        assert rollout.context.rows["attention_mask"][:, 0].tolist() == [0, 1]  # left padding
+    if rollout.context.patches:  # pictures of two sizes: left padding
+        assert len({len(x) for x in rollout.context.patches}) == 2
+        assert sorted(rollout.context.rows["attention_mask"][:, 0].tolist()) == [0, 1]
 
 
 # ------------------------------------------------------------------------------------------------- one policy
@@ -50,13 +51,15 @@ def test_logprobs_and_gradients_equal_one_plain_forward_per_caption(captioner, r
     rows = {name: x.double() if x.is_floating_point() else x for name, x in context.rows.items()}
     rollout = replace(rollout, context=VLMContext(rows, tuple(x.double() for x in context.patches)))
     ours_NT, plain_NT = captioner.logprobs(rollout), plain_logprobs(captioner, rollout)
-    torch.testing.assert_close(ours_NT.double(), plain_NT, atol=1e-6, rtol=0)
+    hybrid = hasattr(captioner.language_model.layers[0], "linear_attn")  # computes in float32, whatever it is given
+    torch.testing.assert_close(ours_NT.double(), plain_NT, atol=2e-5 if hybrid else 1e-6, rtol=0)
     ours, plain = (gradients(captioner, x_NT, weights_of(rollout)) for x_NT in (ours_NT, plain_NT))
     assert sum(gradient is not None for gradient in ours) > 20
     for a, b in zip(ours, plain, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            torch.testing.assert_close(a, b, atol=1e-7 + 1e-6 * float(b.abs().max()), rtol=0)
+            largest = float(b.abs().max())
+            torch.testing.assert_close(a, b, atol=1e-5 + 1e-4 * largest if hybrid else 1e-7 + 1e-6 * largest, rtol=0)
     image_tower = [p for name, p in captioner.policy.named_parameters() if "vis" in name and p.ndim > 1]
     assert gradients(captioner, ours_NT, weights_of(rollout))  # the prompt is part of the graph, up to the image:
     assert sum(

@@ -51,7 +51,7 @@ def gradients(captioner, rollout):
 
 
 @pytest.mark.parametrize("finetune", [LoRA(rank=2), LoRA(rank=2, target_modules="all-linear"), Full(ALL)])
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", families.FULL_ATTENTION)
 def test_checkpointing_changes_no_number_and_keeps_less(deep, family, finetune):
     captioner, rollout = deep(family)
     captioner = copy.deepcopy(captioner)

@@ -62,7 +62,7 @@ class Prefix:
     def expand(self, group: int) -> Prefix:
         """Every row ``group`` times; this one must not be used any more."""
         rows = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
-        return Prefix(expand(self.cache, group), *rows)
+        return Prefix(expand(self.cache, len(self.hidden_ND), group), *rows)
 
 
 class CaptionPolicy(nn.Module):

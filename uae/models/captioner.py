@@ -108,6 +108,11 @@ class HFCaptioner:
         elif len(rows["pixel_values"]) != len(images):  # tiles, all of which take equally many tokens
             tokens_B = (rows["input_ids"] == self.policy.base.config.image_token_id).sum(1)
             tiles_B = tokens_B * len(rows["pixel_values"]) // tokens_B.sum()
+            if tiles_B.sum() != len(rows["pixel_values"]):
+                raise ValueError(
+                    f"{type(self.processor).__name__} makes {len(rows['pixel_values'])} tiles of {len(images)} images, not "
+                    "all with equally many tokens: set system.init_args.captioner to another model"
+                )
             patches = rows.pop("pixel_values").split(tiles_B.tolist())
         return VLMContext(rows, patches, tuple(images_BCHW))
 

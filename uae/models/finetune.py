@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-LANGUAGE_MODEL = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids
+    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
+)
 IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
 
 
@@ -29,10 +31,13 @@ class Finetune:
 class LoRA(Finetune):
     """A low-rank adapter on the language model; the reference is the model with the adapter off, so it costs nothing.
 
+    Its weights are float32 also beside a bfloat16 model: updates of 1e-6 would be rounded away in bfloat16.
+
     Args:
         rank: Rank of the adapter.
         alpha: Scale; the update is ``alpha / rank * B A``.
-        target_modules: A regular expression over module names, or "all-linear" (which also adapts the image tower).
+        target_modules: A regular expression over module names, or "all-linear": every linear map but the output head,
+            those of the image tower too, as UAE was trained. The default is the maps of the language model.
         adapter: Folder of a PEFT adapter to start from; the reference is then a frozen copy of it.
     """
 

@@ -39,11 +39,25 @@ def recomputing(model: nn.Module) -> Iterator[None]:
                 block.forward = forward
 
 
-def foreign_memory(model: Any) -> set[str]:
-    """What a model's layers remember, by the name of the library's class, besides keys and values of all tokens."""
+def check_memory(model: Any, gradient_checkpointing: bool) -> None:
+    """Refuse a model whose layers remember a prompt in a way that has not been shown to be continued exactly.
+
+    Raises:
+        ValueError: There is such a layer.
+    """
     from transformers import DynamicCache
 
-    return {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    if kinds - {"DynamicLayer", "LinearAttentionLayer"}:
+        raise ValueError(
+            f"{type(model).__name__} remembers a prompt as {', '.join(sorted(kinds))}; allowed: keys and values of all "
+            "tokens, and linear attention; set system.init_args.captioner to another model"
+        )
+    if gradient_checkpointing and kinds != {"DynamicLayer"}:
+        raise ValueError(
+            f"reading.gradient_checkpointing=true, but {type(model).__name__} has layers of linear attention, which "
+            "overwrite what would be computed again; set it to false"
+        )
 
 
 def prompt_cache(model: Any) -> Any:
@@ -54,13 +68,19 @@ def prompt_cache(model: Any) -> Any:
     return Cache(layers=[PromptLayer() for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)])
 
 
-def expand(cache: Any, group: int) -> Any:
-    """The cache of a prompt for ``group`` continuations of every row. The library's own is changed in place."""
+def expand(cache: Any, rows: int, group: int) -> Any:
+    """The cache of ``rows`` prompts for ``group`` continuations of each. The library's own is changed in place."""
     from transformers import Cache
 
     if all(isinstance(layer, PromptLayer) for layer in cache.layers):
         return Cache(layers=[ContinuedLayer(layer.keys, layer.values, group) for layer in cache.layers])
-    cache.batch_repeat_interleave(group)
+    for layer in cache.layers:
+        if hasattr(layer, "batch_repeat_interleave"):
+            layer.batch_repeat_interleave(group)
+            continue
+        layer.reorder_cache(torch.arange(rows).repeat_interleave(group))
+        if torch.is_grad_enabled():  # captions are fed at once; overwriting the state would break its gradient
+            layer.update_recurrent_state = lambda state, *args, **kwargs: state
     return cache
 
 
@@ -108,5 +128,6 @@ class ContinuedLayer(PromptLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What attention sees: ``[B*group, H, P + T, D]``."""
+        assert self.keys is not None and self.values is not None
         keys, values = (x.repeat_interleave(self.group, 0) for x in (self.keys, self.values))
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)

@@ -10,7 +10,7 @@ import torch
 
 from uae.locations import locate
 from uae.models.captioner import HFCaptioner
-from uae.models.prefix_cache import foreign_memory
+from uae.models.prefix_cache import check_memory
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def assemble_captioner(
     model: Any, processor: Any, reading: Reading, instruction: str, image_first: bool = True
 ) -> HFCaptioner:
     """A captioner around a model (of any device, ``meta`` too) and its processor, changed as ``reading`` says."""
-    _set_pixels(processor, reading)
-    foreign = foreign_memory(model)
-    if foreign:
+    if not hasattr(processor, "image_processor"):
         raise ValueError(
-            f"{type(model).__name__} remembers more than keys and values ({', '.join(sorted(foreign))}), so that a group "
-            "of captions cannot continue one prompt exactly; set system.init_args.captioner to a model with full attention"
+            f"the captioner's processor ({type(processor).__name__}) reads no images: set system.init_args.captioner to a "
+            "vision-language checkpoint with its preprocessor_config.json (or processor_config.json)"
         )
+    check_memory(model, reading.gradient_checkpointing)
+    _set_pixels(processor, reading)
     captioner = HFCaptioner(
         model,
         processor,
