@@ -1,0 +1,57 @@
+"""Functions of the user's own code: how a configuration names them, and what they are called on disk."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from operator import attrgetter
+from types import FunctionType
+from typing import Any
+
+
+def import_client(client: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, from "package.module:function" or "package.module.function".
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    function: Any = client
+    if isinstance(client, str):
+        module, _, name = _path(client).partition(":")
+        try:
+            function = attrgetter(name)(importlib.import_module(module))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"client={client!r} cannot be imported ({one_line(error)}); allowed: package.module:function; "
+                "set the renderer's client"
+            ) from error
+    if not callable(function):
+        raise ValueError(f"client={client!r} is no function; allowed: package.module:function; set the renderer's client")
+    return function
+
+
+def client_name(client: str | Callable[..., Any], version: str) -> str:
+    """What a client's answers are filed under, equal in every process: "package.module:function".
+
+    Raises:
+        ValueError: Two different clients could have this name (lambdas, methods, partials, functions of a script), and
+            no version tells them apart.
+    """
+    if isinstance(client, str):
+        return _path(client)
+    name = f"{getattr(client, '__module__', '')}:{getattr(client, '__qualname__', type(client).__qualname__)}"
+    if not version and (not isinstance(client, FunctionType) or "<" in name or name.startswith("__main__:")):
+        raise ValueError(
+            f"the client {name!r} has no name of its own to file its pictures under; set the renderer's version"
+        )
+    return name
+
+
+def one_line(error: BaseException) -> str:
+    """An error of somebody else's code, for a message of one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _path(client: str) -> str:
+    module, _, name = client.rpartition("." if ":" not in client else ":")
+    return f"{module}:{name}"
