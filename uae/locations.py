@@ -17,9 +17,9 @@ def locate(name: str) -> str:
     Raises:
         FileNotFoundError: The name is written like a path, and nothing is there.
     """
-    here = _here(name)
-    if here is not None:
-        return str(here)
+    place = here(name)
+    if place is not None:
+        return str(place)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         mirror = os.environ.get(ROOT)
         below = f" or below {ROOT}={mirror}" if mirror else f" ({ROOT} is not set)"
@@ -35,9 +35,9 @@ def local_folder(name: str, key: str) -> Path:
     """
     import huggingface_hub
 
-    here = _here(name)
-    if here is not None and here.is_dir():
-        return here
+    place = here(name)
+    if place is not None and place.is_dir():
+        return place
     try:
         return Path(huggingface_hub.snapshot_download(name))
     except (OSError, ValueError) as error:
@@ -55,9 +55,9 @@ def local_file(name: str, key: str) -> Path:
     """
     import huggingface_hub
 
-    here = _here(name)
-    if here is not None and here.is_file():
-        return here
+    place = here(name)
+    if place is not None and place.is_file():
+        return place
     owner, _, rest = name.partition("/")
     model, _, file = rest.partition("/")
     try:
@@ -69,8 +69,8 @@ def local_file(name: str, key: str) -> Path:
         ) from error
 
 
-def _here(name: str) -> Path | None:
-    """The name as a path, then below the mirror."""
+def here(name: str) -> Path | None:
+    """Where a name is on this disk: as a path, else below the mirror; None if it is not."""
     mirror = os.environ.get(ROOT)
     paths = (Path(name).expanduser(), *([Path(mirror).expanduser() / name] if mirror else []))
     return next((path for path in paths if path.exists()), None)

@@ -1,0 +1,77 @@
+"""Any vision-language model with any diffusers text-to-image pipeline: the caption goes over as text."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from uae.models.blueprints import Blueprint
+from uae.models.renderer import Rendering
+from uae.models.vision_language import Reading
+from uae.placement import Placement
+from uae.types import UMM
+
+INSTRUCTION = (
+    "Describe this image in so much detail that someone who cannot see it could draw it again: every object with its "
+    "color, size, material and place, how many there are, the background, the light, the style, and any text word for word."
+)
+
+
+class AnyPipeline:
+    """A captioner and a text-to-image pipeline that know nothing of each other, as a `uae.types.System`.
+
+    Args:
+        captioner: Folder or hub id of an image-text-to-text model with a chat template.
+        pipeline: Folder or hub id of a diffusers text-to-image pipeline.
+        negative_prompt: What guidance moves away from.
+        caption_tokens: Longest caption the pipeline's text encoders read; None is the pipeline's own default.
+        text_encoders: Where the pipeline's text encoders live.
+        reading: How the captioner is loaded and asked.
+        rendering: How images are drawn.
+    """
+
+    def __init__(
+        self,
+        captioner: str,
+        pipeline: str,
+        negative_prompt: str = "",
+        caption_tokens: int | None = None,
+        text_encoders: Placement = Placement(),  # noqa: B008 (frozen)
+        reading: Reading = Reading(),  # noqa: B008
+        rendering: Rendering = Rendering(),  # noqa: B008
+    ) -> None:
+        self.captioner, self.pipeline, self.negative_prompt = captioner, pipeline, negative_prompt
+        self.caption_tokens, self.text_encoders = caption_tokens, text_encoders
+        self.reading, self.rendering = reading, rendering
+
+    def blueprint(self) -> Blueprint:
+        """Sizes, without weights."""
+        from uae.models.blueprints import DRAWS, pipeline_skeletons, vlm_skeleton
+
+        draws = self.rendering.placement
+        parts = pipeline_skeletons(self.pipeline)
+        frozen = {name: (part, draws if name in DRAWS else self.text_encoders) for name, part in parts.items()}
+        return Blueprint(vlm_skeleton(self.captioner, self.reading.dtype), frozen, self.rendering, reading=self.reading)
+
+    def build(self) -> UMM:
+        """Load captioner and pipeline."""
+        from uae.models.conditioners import TextConditioner
+        from uae.models.contracts import contract_of
+        from uae.models.pipelines import load_pipeline
+        from uae.models.renderer import DiffusersRenderer
+        from uae.models.text_encoders import PipelineTextConditioner
+        from uae.models.vision_language import load_captioner
+
+        captioner = load_captioner(self.captioner, self.reading, INSTRUCTION)
+        pipe = load_pipeline(self.pipeline, self.rendering.placement)
+        if not contract_of(pipe).takes_embeddings:
+            return UMM(captioner, TextConditioner(), DiffusersRenderer(pipe, self.rendering))
+        conditioner = PipelineTextConditioner(pipe, self.caption_tokens, self.text_encoders)
+
+        @cache  # frozen text encoders: once is enough, but only when they are where they work
+        @torch.no_grad()
+        def negative() -> object:
+            return conditioner.encode([self.negative_prompt])
+
+        return UMM(captioner, conditioner, DiffusersRenderer(pipe, self.rendering, negative))

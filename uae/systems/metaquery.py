@@ -1,0 +1,206 @@
+"""MetaQuery and its released look-alike OpenUni: learned queries behind the caption, a connector, Sana."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from uae.locations import local_file, local_folder
+from uae.models.blueprints import Blueprint
+from uae.models.renderer import Rendering
+from uae.models.vision_language import Reading
+from uae.types import UMM
+
+INSTRUCTION = (
+    "Describe this image so completely that it can be drawn again from your words alone: objects with their attributes, "
+    "counts, places and relations, background, light, viewpoint, style, and any text word for word."
+)
+KEY = "system.init_args.checkpoint"
+METAQUERY_SYSTEM = (  # the prompt its queries were trained behind
+    "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
+)
+
+
+class _Queries:
+    """What the two systems share.
+
+    Args:
+        checkpoint: Of queries, connector and (where it was trained) transformer.
+        captioner: Folder or hub id of the language model the queries were trained with.
+        pipeline: Folder or hub id of the Sana pipeline, for autoencoder, scheduler, and the transformer if it was frozen.
+        condition_weights: "live": captions are read with the weights in training. "start": with those the run started
+            from, so that the environment stands still.
+        condition_tokens: Longest caption that is read, with its template, in tokens.
+        reading: How the captioner is loaded and asked.
+        rendering: How images are drawn.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        captioner: str,
+        pipeline: str,
+        condition_weights: Literal["live", "start"] = "live",
+        condition_tokens: int = 1024,
+        reading: Reading = Reading(),  # noqa: B008 (frozen)
+        rendering: Rendering = Rendering(steps=20, guidance=4.5, rows=32),  # noqa: B008
+    ) -> None:
+        self.checkpoint, self.captioner, self.pipeline = checkpoint, captioner, pipeline
+        self.condition_weights, self.condition_tokens = condition_weights, condition_tokens
+        self.reading, self.rendering = reading, rendering
+
+    def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+        """A `uae.models.queries.QueryConditioner`, and the transformer's trained weights (empty if it was frozen)."""
+        raise NotImplementedError
+
+    def connector(self, width: int, width_out: int) -> nn.Module:
+        """Connector and projector of the usual size, without weights."""
+        raise NotImplementedError
+
+    def blueprint(self) -> Blueprint:
+        """Sizes, without weights."""
+        from uae.models.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
+
+        place = self.rendering.placement
+        policy = vlm_skeleton(self.captioner, self.reading.dtype)
+        transformer = denoiser_skeleton(self.pipeline)
+        with torch.device("meta"):
+            connector = self.connector(
+                policy.config.get_text_config().hidden_size, transformer.config.caption_channels
+            )
+        frozen = {"connector": connector, "transformer": transformer, "vae": vae_skeleton(self.pipeline)}
+        return Blueprint(
+            policy,
+            {name: (module, place) for name, module in frozen.items()},
+            self.rendering,
+            condition_tokens=256,
+            reading=self.reading,
+            policy_reads=True,
+            needs_reference=self.condition_weights == "start",
+        )
+
+    def build(self) -> UMM:
+        """Load the parts; Sana's own text encoder is never read."""
+        from uae.models.checkpoints import load_into
+        from uae.models.pipelines import load_pipeline
+        from uae.models.renderer import DiffusersRenderer
+        from uae.models.vision_language import load_captioner
+        from uae.placement import torch_dtype
+
+        frozen, placement = self.condition_weights == "start", self.rendering.placement
+        captioner = load_captioner(self.captioner, self.reading, INSTRUCTION)
+        conditioner, trained = self.conditioner(captioner, captioner.reference if frozen else nullcontext)
+        conditioner.requires_grad_(False).eval().to(torch_dtype(placement))
+        pipe = load_pipeline(self.pipeline, placement, text_encoder=None, tokenizer=None)
+        if trained:
+            load_into(pipe.transformer, trained, f"{self.checkpoint}: transformer", KEY)
+        check_width(conditioner, pipe)
+        negative = torch.no_grad()(conditioner.encode_unconditional)
+        renderer = DiffusersRenderer(pipe, self.rendering, cache(negative) if frozen else negative)
+        return UMM(captioner, conditioner, renderer, needs_reference=frozen)
+
+
+class OpenUni(_Queries):
+    """A released ``.pth`` of OpenUni as a `uae.types.System`. It is read as tensors only: no code of it runs."""
+
+    def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Queries, encoder and one linear layer of the released file."""
+        from uae.models.checkpoints import load_into, read_state
+        from uae.models.conditioners import chat_template
+        from uae.models.connectors import OpenUniConnector
+        from uae.models.layouts import openuni_parts
+        from uae.models.queries import QueryConditioner
+
+        file = local_file(self.checkpoint, KEY)
+        parts = openuni_parts(read_state(file))
+        width = captioner.language_model.config.hidden_size
+        if parts.meta_queries.shape[1] != width:
+            raise ValueError(
+                f"the queries in {str(file)!r} have width {parts.meta_queries.shape[1]}, the language model {width}; set "
+                "system.init_args.captioner to the model they were trained with"
+            )
+        layers = 1 + max(int(name.split(".")[1]) for name in parts.connector if name.startswith("layers."))
+        connector = OpenUniConnector(width, len(parts.connector["layers.0.mlp.fc1.weight"]), layers)
+        load_into(connector, parts.connector, f"{file}: connector", KEY)
+        projector = nn.Linear(width, len(parts.projector["weight"]))
+        load_into(projector, parts.projector, f"{file}: projector", KEY)
+        words = captioner.processor
+        conditioner = QueryConditioner(
+            lambda: captioner.language_model,
+            words.tokenizer,
+            parts.meta_queries.float(),
+            connector,
+            projector,
+            template=chat_template(words, system=False, text="Generate an image: {caption}") + "<img>",
+            unconditional=chat_template(words, system=False, text="Generate an image.") + "<img>",
+            max_tokens=self.condition_tokens,
+            weights=weights,
+        )
+        return conditioner, parts.transformer
+
+
+    def connector(self, width: int, width_out: int) -> nn.Module:
+        """Six layers, as in every release."""
+        from uae.models.connectors import OpenUniConnector
+
+        return nn.Sequential(OpenUniConnector(width, int(width * 24 / 7), heads=width // 64), nn.Linear(width, width_out))
+
+
+class MetaQuery(_Queries):
+    """What MetaQuery's training code saves (no weights are released) as a `uae.types.System`."""
+
+    def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Queries are the last rows of the word embeddings: begin, end, then one token per query."""
+        from uae.models.checkpoints import load_into, read_state
+        from uae.models.conditioners import chat_template
+        from uae.models.connectors import metaquery_connector
+        from uae.models.layouts import below
+        from uae.models.queries import QueryConditioner
+
+        folder = local_folder(self.checkpoint, KEY)
+        count = json.loads((folder / "config.json").read_text())["num_metaqueries"]
+        state = read_state(folder)
+        words = next((name for name in state if name.endswith("embed_tokens.weight")), None)
+        if words is None:
+            raise ValueError(f"{str(folder)!r} has no embed_tokens.weight, whose last rows are the queries; correct {KEY}")
+        rows_QD, parts = state[words][-count - 2 :].float(), below(state, "model.connector.")
+        width = rows_QD.shape[1]
+        layers = 1 + max(int(name.split(".")[2]) for name in parts if name.startswith("0.layers."))
+        connector = metaquery_connector(width, len(parts["1.weight"]), layers)
+        load_into(connector, parts, f"{folder}: model.connector", KEY)
+        tokenizer = captioner.processor.tokenizer
+        conditioner = QueryConditioner(
+            lambda: captioner.language_model,
+            tokenizer,
+            torch.cat([rows_QD[:1], rows_QD[2:]]),  # the end token is behind the queries: none of them sees it
+            connector,
+            None,
+            template=chat_template(captioner.processor, system=METAQUERY_SYSTEM) + "\n",
+            max_tokens=self.condition_tokens,
+            lead=1,
+            weights=weights,
+        )
+        return conditioner, below(state, "model.transformer.")
+
+    def connector(self, width: int, width_out: int) -> nn.Module:
+        """24 layers, as in every configuration of its authors."""
+        from uae.models.connectors import metaquery_connector
+
+        return metaquery_connector(width, width_out)
+
+
+def check_width(conditioner: Any, pipe: Any) -> None:
+    """Raise unless the queries' projector fits the transformer."""
+    last = [module for module in conditioner.modules() if isinstance(module, nn.Linear)][-1]
+    expected = pipe.transformer.config.caption_channels
+    if last.out_features != expected:
+        raise ValueError(
+            f"the projector's output has width {last.out_features}, the transformer takes {expected}; set "
+            "system.init_args.pipeline to the pipeline the queries were trained with"
+        )

@@ -1,0 +1,172 @@
+"""UAE, the paper's own UMM-1: Qwen2.5-VL-3B, an MLP projector, Stable Diffusion 3.5 Large.
+
+The caption is read by the language model that wrote it (as the content of a message of role ``generate``); all its final
+hidden states, through the projector, take the place of every text encoder of Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from uae.locations import here, local_folder
+from uae.models.blueprints import Blueprint
+from uae.models.renderer import Rendering
+from uae.models.vision_language import Reading
+from uae.types import UMM
+
+INSTRUCTION = (
+    "You are an expert in describing images. Write a description of this image so complete that it can be drawn again from "
+    "your words alone: objects with their attributes, counts, places and relations, background, light, viewpoint and style. "
+    'Put any text in the image between "double quotes", word for word.'
+)
+NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."  # the official inference code's
+KEY = "system.init_args.checkpoint"
+PUBLISHED = "Qwen/Qwen2.5-VL-3B-Instruct", "stabilityai/stable-diffusion-3.5-large"  # of these sizes
+
+
+class UAE:
+    """The official checkpoint folder as a `uae.types.System`.
+
+    Folder: ``llm`` (Qwen2.5-VL with ``projector.*``), ``llm_lora`` (shards of the trained language model; optional),
+    ``llm_model_preprocessor`` (optional), ``dit`` and ``dit_lora`` (the transformer and its adapter; optional),
+    ``SD3_model`` (autoencoder, scheduler, CLIPs, and the transformer where there is no ``dit``).
+
+    Args:
+        checkpoint: Folder, or hub id of one.
+        condition_on: "text": the caption is read again without the image. "answer_states": the states of the caption's
+            tokens behind image and question, as in the official cold start. They attend to the image, so what a caption
+            leaves out can reach the decoder: a leak, for parity and ablation only.
+        condition_weights: "live": the caption is read with the weights in training, as in the official code. "start": with
+            those the run started from, so that the environment stands still.
+        condition_tokens: Longest caption that is read, with its template, in tokens.
+        negative_prompt: What guidance moves away from.
+        reading: How the captioner is loaded and asked.
+        rendering: How images are drawn.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "UAE",
+        condition_on: Literal["text", "answer_states"] = "text",
+        condition_weights: Literal["live", "start"] = "live",
+        condition_tokens: int = 1024,
+        negative_prompt: str = NEGATIVE,
+        reading: Reading = Reading(),  # noqa: B008 (frozen)
+        rendering: Rendering = Rendering(steps=10, guidance=5.0),  # noqa: B008
+    ) -> None:
+        self.checkpoint, self.negative_prompt = checkpoint, negative_prompt
+        self.condition_on, self.condition_weights = condition_on, condition_weights
+        self.condition_tokens, self.reading, self.rendering = condition_tokens, reading, rendering
+
+    def blueprint(self) -> Blueprint:
+        """Sizes, without weights: the checkpoint's where it is here, else the published ones."""
+        from uae.models.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
+        from uae.models.conditioners import mlp_projector
+
+        folder = here(self.checkpoint)
+        llm, sd3 = (folder / "llm", folder / "SD3_model") if folder else PUBLISHED
+        policy = vlm_skeleton(str(llm), self.reading.dtype)
+        transformer = denoiser_skeleton(str(sd3))
+        width = policy.config.get_text_config().hidden_size
+        with torch.device("meta"):
+            projector = mlp_projector(width, 4 * width, transformer.config.joint_attention_dim).bfloat16()
+        frozen = {"projector": projector, "transformer": transformer, "vae": vae_skeleton(str(sd3))}
+        return Blueprint(
+            policy,
+            {name: (module, self.rendering.placement) for name, module in frozen.items()},
+            self.rendering,
+            condition_tokens=self.condition_tokens,
+            reading=self.reading,
+            policy_reads=True,
+            needs_reference=self.condition_weights == "start",
+        )
+
+    def build(self) -> UMM:
+        """Load the parts; neither T5 nor the CLIPs stay in memory."""
+        from transformers import AutoProcessor
+
+        from uae.models.layouts import uae_language_model
+        from uae.models.projector import load_projector
+        from uae.models.renderer import DiffusersRenderer
+        from uae.models.vision_language import assemble_captioner
+
+        folder = local_folder(self.checkpoint, KEY)
+        check_folders(folder)
+        model, projector = uae_language_model(
+            folder, getattr(torch, self.reading.dtype), attention=self.reading.attention
+        )
+        words = folder / "llm_model_preprocessor"
+        processor = AutoProcessor.from_pretrained(words if words.is_dir() else folder / "llm", local_files_only=True)
+        captioner = assemble_captioner(model, processor, self.reading, INSTRUCTION, image_first=False)
+        conditioner, unconditional = self._conditioners(
+            captioner, load_projector(projector, model.config.get_text_config().hidden_size, KEY), folder
+        )
+
+        @torch.no_grad()
+        def negative() -> Any:
+            return unconditional.encode([self.negative_prompt])
+
+        frozen = self.condition_weights == "start"
+        renderer = DiffusersRenderer(self._pipeline(folder), self.rendering, cache(negative) if frozen else negative)
+        return UMM(captioner, conditioner, renderer, needs_reference=frozen)
+
+    def _conditioners(self, captioner: Any, projector: nn.Module, folder: Path) -> tuple[Any, Any]:
+        """What captions go through, and what the negative sentence goes through."""
+        from uae.models.answer_states import AnswerStateConditioner
+        from uae.models.conditioners import HiddenStateConditioner, chat_template
+
+        pooled_P = empty_pooled(folder / "SD3_model")
+        reads = HiddenStateConditioner(
+            lambda: captioner.language_model,
+            captioner.processor.tokenizer,
+            projector,
+            template=chat_template(captioner.processor, role="generate"),
+            max_tokens=self.condition_tokens,
+            pooled=pooled_P,
+            weights=captioner.reference if self.condition_weights == "start" else nullcontext,
+        )
+        if self.condition_on == "text":
+            return reads, reads
+        return AnswerStateConditioner(captioner, projector, pooled_P, self.condition_tokens), reads
+
+    def _pipeline(self, folder: Path) -> Any:
+        """Stable Diffusion 3 with the trained transformer and without its text encoders."""
+        from uae.models.layouts import uae_transformer
+        from uae.models.pipelines import load_pipeline
+        from uae.placement import torch_dtype
+
+        placement = self.rendering.placement
+        trained = {"transformer": uae_transformer(folder, torch_dtype(placement))} if (folder / "dit").is_dir() else {}
+        absent = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
+        return load_pipeline(str(folder / "SD3_model"), placement, **absent, **trained)
+
+
+def check_folders(folder: Path) -> None:
+    """Raise unless the parts that nothing can replace are there."""
+    missing = [name for name in ("llm", "SD3_model") if not (folder / name).is_dir()]
+    if missing:
+        found = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        raise FileNotFoundError(
+            f"UAE checkpoint {str(folder)!r} lacks {', '.join(missing)} (it has {', '.join(found) or 'no folder'}); "
+            f"{KEY} must be a folder with llm and SD3_model, and dit, dit_lora, llm_lora, llm_model_preprocessor if trained"
+        )
+
+
+@torch.no_grad()
+def empty_pooled(folder: Path) -> Tensor:
+    """The pooled vector ``[P]`` of the empty caption under both CLIPs: a constant of the official system."""
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    pooled = []
+    for suffix in ("", "_2"):
+        tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}", local_files_only=True)
+        clip = CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{suffix}", local_files_only=True)
+        ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        pooled.append(clip.float()(ids).text_embeds[0])
+    return torch.cat(pooled)

@@ -1,0 +1,167 @@
+"""UniWorld-V1: Qwen2.5-VL-7B, an MLP projector, FLUX.1-dev.
+
+The caption, as the content of a user's message without a system turn, is read by the language model; all its final hidden
+states go through the projector and stand beside T5's states of the same caption. FLUX's guidance is a distilled embedding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uae.locations import here, local_folder
+from uae.models.blueprints import Blueprint
+from uae.models.renderer import Rendering
+from uae.models.vision_language import Reading
+from uae.placement import Placement
+from uae.types import UMM
+
+INSTRUCTION = (
+    "Describe this image so completely that it can be drawn again from your words alone: objects with their attributes, "
+    "counts, places and relations, background, light, viewpoint, style, and any text word for word."
+)
+KEY = "system.init_args.checkpoint"
+PUBLISHED = "Qwen/Qwen2.5-VL-7B-Instruct"  # of this size
+T5_TOKENS = 256  # officially
+
+
+class UniWorldV1:
+    """The official checkpoint with FLUX.1-dev's own parts as a `uae.types.System`.
+
+    Args:
+        checkpoint: Folder or hub id: Qwen2.5-VL with ``denoise_tower.{denoise_projector,denoiser,...}``.
+        flux: Folder or hub id of FLUX.1-dev, for autoencoder, scheduler, T5 and CLIP.
+        with_t5: T5 (256 tokens) and CLIP read the caption, too, as officially. False leaves the language model's states
+            as the only path, and CLIP's vector is that of the empty caption.
+        siglip: Folder or hub id of google/siglip2-so400m-patch16-512. It shows the decoder the *source image* beside the
+            caption, as when UniWorld edits: a leak past the text, an upper bound for ablations only. None leaves it out.
+        condition_tokens: Longest caption that the language model reads, with its template, in tokens.
+        text_encoders: Where T5 and CLIP live.
+        reading: How the captioner is loaded and asked.
+        rendering: How images are drawn.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "LanguageBind/UniWorld-V1",
+        flux: str = "black-forest-labs/FLUX.1-dev",
+        with_t5: bool = True,
+        siglip: str | None = None,
+        condition_tokens: int = 1024,
+        text_encoders: Placement = Placement(),  # noqa: B008 (frozen)
+        reading: Reading = Reading(min_pixels=448 * 448, max_pixels=448 * 448),  # noqa: B008
+        rendering: Rendering = Rendering(steps=28, distilled_guidance=3.5),  # noqa: B008
+    ) -> None:
+        self.checkpoint, self.flux, self.with_t5, self.siglip = checkpoint, flux, with_t5, siglip
+        self.condition_tokens, self.text_encoders = condition_tokens, text_encoders
+        self.reading, self.rendering = reading, rendering
+
+    def blueprint(self) -> Blueprint:
+        """Sizes, without weights: the checkpoint's where it is here, else the published ones."""
+        from uae.models.blueprints import encoder_skeleton, pipeline_skeletons, vlm_skeleton
+        from uae.models.conditioners import mlp_projector
+
+        draws = self.rendering.placement
+        folder = here(self.checkpoint)
+        policy = vlm_skeleton(str(folder) if folder else PUBLISHED, self.reading.dtype)
+        names = () if self.with_t5 else ("text_encoder", "text_encoder_2")
+        parts = pipeline_skeletons(self.flux, leave_out=names)
+        frozen = {
+            name: (part, self.text_encoders if name.startswith("text_encoder") else draws) for name, part in parts.items()
+        }
+        width, width_out = policy.config.get_text_config().hidden_size, parts["transformer"].config.joint_attention_dim
+        with torch.device("meta"):
+            frozen["projector"] = mlp_projector(width, 3 * width_out, width_out).bfloat16(), draws
+        if self.siglip is not None:
+            frozen["siglip"] = encoder_skeleton(self.siglip, "bfloat16").vision_model, draws
+        return Blueprint(
+            policy,
+            frozen,
+            self.rendering,
+            condition_tokens=self.condition_tokens + (T5_TOKENS if self.with_t5 else 0),
+            reading=self.reading,
+            policy_reads=True,
+        )
+
+    def build(self) -> UMM:
+        """Load the parts."""
+        from transformers import AutoProcessor
+
+        from uae.models.layouts import uniworld_language_model
+        from uae.models.renderer import DiffusersRenderer
+        from uae.models.vision_language import assemble_captioner
+
+        folder = local_folder(self.checkpoint, KEY)
+        flux = local_folder(self.flux, "system.init_args.flux")
+        model, projectors = uniworld_language_model(
+            folder, getattr(torch, self.reading.dtype), self.reading.attention
+        )
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        captioner = assemble_captioner(model, processor, self.reading, INSTRUCTION)
+        pipe = self._pipeline(folder, flux)
+        conditioner = self._conditioner(captioner, projectors, pipe, flux)
+        return UMM(captioner, conditioner, DiffusersRenderer(pipe, self.rendering))
+
+    def _pipeline(self, folder: Path, flux: Path) -> Any:
+        """FLUX with UniWorld's transformer; its text encoders only where they read captions."""
+        from uae.models.layouts import uniworld_transformer
+        from uae.models.pipelines import load_pipeline
+        from uae.placement import torch_dtype
+
+        placement = self.rendering.placement
+        names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+        absent = {} if self.with_t5 else dict.fromkeys(names)
+        transformer = uniworld_transformer(folder, torch_dtype(placement), flux)
+        return load_pipeline(str(flux), placement, transformer=transformer, **absent)
+
+    def _conditioner(self, captioner: Any, projectors: dict[str, Any], pipe: Any, flux: Path) -> Any:
+        from uae.models.conditioners import HiddenStateConditioner, chat_template
+        from uae.models.joined import JoinedConditioner
+        from uae.models.text_encoders import PipelineTextConditioner
+
+        reads = HiddenStateConditioner(
+            lambda: captioner.language_model,
+            captioner.processor.tokenizer,
+            self._projector(projectors["denoise_projector"], captioner.language_model.config.hidden_size),
+            template=chat_template(captioner.processor, role="user", system=False),
+            max_tokens=self.condition_tokens,
+            pooled="none" if self.with_t5 else empty_pooled(flux),
+        )
+        text = [PipelineTextConditioner(pipe, T5_TOKENS, self.text_encoders)] if self.with_t5 else []
+        image = [self._source_image(projectors)] if self.siglip is not None else []
+        return JoinedConditioner([*text, reads, *image], pooled_from=0) if text or image else reads
+
+    def _source_image(self, projectors: dict[str, Any]) -> Any:
+        from transformers import AutoImageProcessor, SiglipVisionModel
+
+        from uae.models.source_image import SourceImageConditioner
+        from uae.placement import torch_dtype
+
+        if "siglip_projector" not in projectors:
+            raise ValueError(f"the checkpoint has no siglip_projector; set system.init_args.siglip to null, or correct {KEY}")
+        folder = local_folder(self.siglip, "system.init_args.siglip")
+        dtype = torch_dtype(self.rendering.placement)
+        tower = SiglipVisionModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        projector = self._projector(projectors["siglip_projector"], tower.config.hidden_size)
+        return SourceImageConditioner(tower, images, projector)
+
+    def _projector(self, state: dict[str, Tensor], width_in: int) -> nn.Module:
+        from uae.models.projector import load_projector
+        from uae.placement import torch_dtype
+
+        return load_projector(state, width_in, KEY, "silu").to(torch_dtype(self.rendering.placement))
+
+
+@torch.no_grad()
+def empty_pooled(flux: Path) -> Tensor:
+    """The pooled vector ``[P]`` of the empty caption under FLUX's CLIP."""
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(flux / "tokenizer", local_files_only=True)
+    clip = CLIPTextModel.from_pretrained(flux / "text_encoder", local_files_only=True)
+    ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    return clip.float()(ids).pooler_output[0]
