@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 MARK = "rehearsal.json"  # in every folder written here: the digest of what wrote it, and its files
 
@@ -43,7 +44,7 @@ def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], 
 
     Raises:
         ValueError: An unknown name.
-        FileExistsError: There is a folder of that name that was not written here; it may be the real checkpoint.
+        FileExistsError: A folder of that name holds what was not written here; it may be the real checkpoint.
     """
     import torch
 
@@ -64,16 +65,19 @@ def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], 
 
 def complete(target: Path, digest: str | None = None) -> bool:
     """Whether a folder is as this code writes it: every file there, of the size it had."""
+    return _mark(target) == {"digest": digest or _digest(), "files": _sizes(target)}
+
+
+def _mark(target: Path) -> dict[str, Any]:
     mark = target / MARK
-    if not mark.is_file():
-        return False
-    content = json.loads(mark.read_text())
-    return bool(content["digest"] == (digest or _digest()) and content["files"] == _sizes(target))
+    return json.loads(mark.read_text()) if mark.is_file() else {"digest": "", "files": {}}
 
 
 def _write(target: Path, writer: Callable[[Path], None], digest: str) -> None:
-    if target.exists() and not (target / MARK).is_file():
-        raise FileExistsError(f"{target} was not written by this command and stays; give another FOLDER")
+    listed = _mark(target)["files"]
+    foreign = [name for name, size in _sizes(target).items() if size > listed.get(name, -1)]
+    if foreign:  # perhaps a real checkpoint, also if it was copied over a stand-in
+        raise FileExistsError(f"{target / foreign[0]} was not written by this command and stays; give another FOLDER")
     partial = target.with_name(f".{target.name}.partial")
     for remains in (partial, target):
         shutil.rmtree(remains, ignore_errors=True)

@@ -112,11 +112,13 @@ def randomise(model: Any, words: Any, seed: int) -> Any:
     decoder.norm.weight.data[0] = 8
     tokens = words.convert_ids_to_tokens(range(len(words)))
     spelled = [words.convert_tokens_to_string([token]) for token in tokens]
-    readable = torch.tensor([text.isprintable() and "\N{REPLACEMENT CHARACTER}" not in text for text in spelled])
-    readable[words.all_special_ids] = False
+    readable = torch.tensor([text.strip("\n").isprintable() and "\N{REPLACEMENT CHARACTER}" not in text for text in spelled])
+    readable[list(words.added_tokens_decoder)] = False
     bias_V = torch.where(readable, 2.0, 1.0)
-    bias_V[[words.eos_token_id, words.pad_token_id]] = 2.35
+    ends = [words.eos_token_id, words.pad_token_id]
+    bias_V[ends] = 2.34
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.weight.data[ends] *= 0.3  # ends are as likely after one text as after another
         table.weight.data[:, 0] = 1.0
         table.weight.data[: len(words), 0] = bias_V
     model.generation_config = generation_settings(words)
