@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_the_target_is_noise_minus_latent(flow, batch, monkeypatch):
 def test_the_velocity_is_the_renderers(flow, batch):
     """One Euler step of the pipeline from time 1 to 0 subtracts exactly this velocity."""
     renderer = flow.frozen[0]
-    renderer.steps = 1
+    renderer.rendering = replace(renderer.rendering, steps=1)
     condition = flow.conditioner.encode([describe(scene) for scene in batch["scene"]])
     noise = [torch.randn(1, 16, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
     with torch.no_grad():

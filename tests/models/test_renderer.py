@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from uae.models.conditioners import EmbeddingCondition, TextCondition, pad_to_length
 from uae.models.joint_attention import MaskedJointAttention
 from uae.models.renderer import DiffusersRenderer
+from uae.models.rendering import Rendering
 
 TEXTS = ["a red square", "a tiny blue ring at top left and a white cross on a navy background", "a pink cross", ""]
 SEEDS = [3, 3, 5, 2**62 + 1]
@@ -29,7 +31,7 @@ def guided(decoder):
     """The same networks with guidance."""
     conditioner, renderer = decoder
     pipe = copy.deepcopy(renderer.pipe)
-    return DiffusersRenderer(pipe, 24, 24, steps=3, guidance=2.0, negative=conditioner.encode([""]))
+    return DiffusersRenderer(pipe, Rendering(24, 24, steps=3, guidance=2.0), conditioner.encode([""]))
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_guidance_mixes_two_velocities(guided, condition, decoder):
 
 def test_a_negative_longer_than_the_captions(renderer, decoder):
     longer = decoder[0].encode([TEXTS[1]])
-    guided = DiffusersRenderer(renderer.pipe, 24, 24, steps=2, guidance=1.5, negative=longer)
+    guided = DiffusersRenderer(renderer.pipe, Rendering(24, 24, steps=2, guidance=1.5), longer)
     condition = decoder[0].encode(TEXTS[:1])
     expected = plain_render(renderer.pipe, unpadded(condition, 0), unpadded(longer, 0), 1.5, 4, 2)
     torch.testing.assert_close(guided.render(condition, [4])[0], expected, **CLOSE)
@@ -126,7 +128,7 @@ def test_micro_batches_change_nothing(renderer, condition, calls):
     whole = renderer.render(condition, SEEDS)
     assert calls == [4] * 3
     calls.clear()
-    renderer.rows = 3
+    renderer.rendering = replace(renderer.rendering, rows=3)
     torch.testing.assert_close(renderer.render(condition, SEEDS), whole, **CLOSE)
     assert calls == [3] * 3 + [1] * 3
 
@@ -187,7 +189,7 @@ def test_no_gradient_unless_asked(renderer, condition):
 def test_networks_are_frozen_and_in_eval_mode(decoder):
     pipe = copy.deepcopy(decoder[1].pipe)
     pipe.transformer.requires_grad_(True).train()
-    renderer = DiffusersRenderer(pipe, 24, 24)
+    renderer = DiffusersRenderer(pipe, Rendering(24, 24))
     assert len(renderer.modules()) == 2
     assert not any(module.training for part in renderer.modules() for module in part.modules())
     assert not any(p.requires_grad for part in renderer.modules() for p in part.parameters())
@@ -204,14 +206,15 @@ def test_one_seed_per_condition(renderer, condition, seeds):
 
 def test_guidance_needs_a_negative(renderer):
     with pytest.raises(ValueError, match="guidance=3.0 needs a negative condition"):
-        DiffusersRenderer(renderer.pipe, 24, 24, guidance=3.0)
+        DiffusersRenderer(renderer.pipe, Rendering(24, 24, guidance=3.0))
 
 
 class Words:
     """A pipeline that takes prompts: its image is the number of words, and some noise."""
 
     def __init__(self):
-        self.transformer, self.tokenizer, self.components = SimpleNamespace(config=SimpleNamespace()), object(), {}
+        self.transformer, self.tokenizer, self.components = torch.nn.Linear(1, 1), object(), {}
+        self.transformer.config = SimpleNamespace()
 
     def set_progress_bar_config(self, disable):
         pass
@@ -223,7 +226,7 @@ class Words:
 
 
 def test_captions_go_as_text_to_a_pipeline_with_its_own_encoders():
-    renderer = DiffusersRenderer(Words(), 4, 6, steps=7, guidance=4.0, rows=2)
+    renderer = DiffusersRenderer(Words(), Rendering(4, 6, steps=7, guidance=4.0, rows=2))
     images = renderer.render(TextCondition(["a b", "a", "a b c"]), [5, 5, 6])
     assert images.shape == (3, 3, 4, 6)
     torch.testing.assert_close(images[0] - images[1], torch.full((3, 4, 6), 0.1))

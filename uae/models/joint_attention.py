@@ -1,9 +1,13 @@
-"""A text mask for the joint attention of SD3-style transformers, so that padding cannot change an image.
+"""Text masks where diffusers has none (or none per pass), so that padding cannot change an image.
 
-Stock joint attention has no mask: padded caption tokens are attended to and move every pixel.
+Without one, padded caption tokens are attended to and move every pixel.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,3 +55,44 @@ def _heads(
     query, key, value = (getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in projections)
     norm_query, norm_key = (getattr(attn, name) for name in norms)
     return norm_query(query) if norm_query else query, norm_key(key) if norm_key else key, value
+
+
+@contextmanager
+def masked_cross_attention(unet: torch.nn.Module, mask_NL: Tensor) -> Iterator[None]:
+    """Inside, the U-Net's cross-attention ignores text where the mask is 0. N: rows of a step, negatives first."""
+
+    def give(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arguments, {**named, "encoder_attention_mask": mask_NL.bool()}
+
+    hook = unet.register_forward_pre_hook(give, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def masked_passes(transformer: torch.nn.Module, passes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, attention of a FLUX transformer ignores text where the mask that belongs to the text is 0.
+
+    FLUX takes a mask of text and image tokens, and its pipeline gives one mask to the positive and the negative pass.
+
+    Args:
+        transformer: Its pipeline must hand the embeddings on as they are: each pass is known by them.
+        passes: Embeddings ``[N, L, D]`` and mask ``[N, L]`` of each.
+    """
+
+    def give(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        masks = [mask for embeds, mask in passes if embeds is named["encoder_hidden_states"]]
+        if len(masks) != 1:
+            raise RuntimeError(f"{type(transformer).__name__} was called with embeddings that no mask belongs to")
+        image = named["hidden_states"]
+        mask = torch.cat([masks[0].bool(), image.new_ones(image.shape[:2], dtype=torch.bool)], dim=1)
+        attention = {**(named.get("joint_attention_kwargs") or {}), "attention_mask": mask[:, None, None]}
+        return arguments, {**named, "joint_attention_kwargs": attention}
+
+    hook = transformer.register_forward_pre_hook(give, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -2,72 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uae.models.conditioners import EmbeddingCondition, TextCondition, pad_to_length
-from uae.models.joint_attention import MaskedJointAttention
+from uae.models.contracts import contract_of, denoiser_of, text_encoders_of
+from uae.models.joint_attention import MaskedJointAttention, masked_cross_attention, masked_passes
+from uae.models.pipelines import fresh_scheduler, without
+from uae.models.rendering import Rendering, check, spare_memory
+from uae.placement import at_work, settle, working_device
+
+Condition = TextCondition | EmbeddingCondition
 
 
 class DiffusersRenderer:
     """Renders with a diffusers text-to-image pipeline; implements `uae.types.Renderer`.
 
-    Row n depends on condition n and seed n only: every row draws its noise from its own generator, and padding is
-    masked. The negative condition is computed by the caller once; guidance of 1 skips its pass.
+    Row n depends on condition n and seed n only: every row draws its noise from its own generator on the CPU, and padding
+    is masked, or left out where the pipeline has no mask. The networks must have been loaded in the placement's dtype; the
+    autoencoder computes in the same one (diffusers itself raises those to float32 that float16 would overflow).
 
     Args:
-        pipe: A pipeline that takes prompts (TextCondition) or ``prompt_embeds`` (EmbeddingCondition).
-        height, width: In pixels.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance scale; 1 means none.
-        negative: One row, for guidance above 1 with embeddings. Strings use the pipeline's own default.
-        rows: Rows per pipeline call; bounds memory.
+        pipe: A pipeline that takes prompts (TextCondition) or embeddings (EmbeddingCondition).
+        rendering: Size, steps, guidance, memory.
+        negative: What guidance moves away from, one row. A function is called once per ``render`` that guides, for
+            conditions whose weights change. None is the pipeline's own default, if it has one.
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        height: int,
-        width: int,
-        steps: int = 28,
-        guidance: float = 1.0,
-        negative: EmbeddingCondition | None = None,
-        rows: int = 64,
+        self, pipe: Any, rendering: Rendering, negative: Condition | Callable[[], Condition] | None = None
     ) -> None:
-        if guidance > 1 and negative is None and getattr(pipe, "tokenizer", None) is None:
-            raise ValueError(f"guidance={guidance} needs a negative condition; give one or set renderer guidance to 1")
-        self.pipe, self.height, self.width = pipe, height, width
-        self.steps, self.guidance, self.negative, self.rows = steps, guidance, negative, rows
+        self.pipe, self.rendering, self.negative = pipe, rendering, negative
+        self.contract = contract_of(pipe)
+        self.device: torch.device | None = None  # where the policy is; None: wherever the denoiser is
+        check(rendering, pipe, self.contract, negative is not None)
         pipe.set_progress_bar_config(disable=True)
-        for module in self.modules():
+        for module in (*self.modules(), *text_encoders_of(pipe).values()):
             module.requires_grad_(False).eval()
-        self.masked = _attends_jointly(pipe.transformer)
-        if self.masked:
+        if self.contract.masking == "joint":
             pipe.transformer.set_attn_processor(MaskedJointAttention())
+        spare_memory(pipe, rendering)
+        if rendering.compile:
+            denoiser = denoiser_of(pipe)
+            denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
 
-    def modules(self) -> list[torch.nn.Module]:
-        """The frozen networks."""
-        return [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.modules()[0].parameters()).device
+    def modules(self) -> list[nn.Module]:
+        """The frozen networks that draw: all but the text encoders."""
+        readers = text_encoders_of(self.pipe)
+        return [
+            part
+            for name, part in self.pipe.components.items()
+            if isinstance(part, nn.Module) and name not in readers
+        ]  # fmt: skip
 
     def to(self, device: Any) -> DiffusersRenderer:
-        """Move the networks."""
-        self.pipe.to(device)
-        if self.negative is not None:
-            n = self.negative
-            pooled = None if n.pooled_NP is None else n.pooled_NP.to(device)
-            self.negative = EmbeddingCondition(n.embeds_NLD.to(device), n.mask_NL.to(device), pooled)
+        """Move the networks to where they wait; images come out on ``device``."""
+        self.device = torch.device(device)
+        settle(self.modules(), self.rendering.placement, self.device)
         return self
 
-    def render(self, condition: TextCondition | EmbeddingCondition, seeds: Sequence[int], grad: bool = False) -> Tensor:
-        """Images ``[N, 3, H, W]`` in [0, 1].
+    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False) -> Tensor:
+        """Images ``[N, 3, H, W]`` in [0, 1], float32.
 
         Args:
             condition: N rows.
@@ -76,52 +75,137 @@ class DiffusersRenderer:
         """
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
-        images = []
+        home = self.device or _device_of(denoiser_of(self.pipe))
+        work = working_device(self.rendering.placement, home)
+        if grad and self.rendering.placement.offload and work.type != "cpu":
+            raise ValueError(
+                "gradients need the renderer's weights afterwards; set rendering.placement.offload to false"
+            )
+        images: list[Tensor] = [torch.empty(0)] * len(condition)
         with torch.set_grad_enabled(grad):
-            for start in range(0, len(condition), self.rows):
-                rows = range(start, min(start + self.rows, len(condition)))
-                images.append(self._call(condition.index(rows), [seeds[row] for row in rows], grad))
-        return torch.cat(images).float()
+            negative = self._negative(condition)
+            with at_work(self._needed(condition), self.rendering.placement, home):
+                for rows in self._batches(condition):
+                    drawn = self._draw(condition.index(rows), negative, [seeds[row] for row in rows], grad, work)
+                    for row, image in zip(rows, drawn, strict=True):
+                        images[row] = image
+        return torch.stack(images).float().to(home)
 
-    def _call(self, condition: TextCondition | EmbeddingCondition, seeds: Sequence[int], grad: bool) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on any device
-        prompt = {"prompt": condition.texts} if isinstance(condition, TextCondition) else self._embeds(condition)
+    def _needed(self, condition: Condition) -> list[nn.Module]:
+        readers = text_encoders_of(self.pipe).values() if isinstance(condition, TextCondition) else ()
+        return [*self.modules(), *readers]
+
+    def _negative(self, condition: Condition) -> Condition | None:
+        """The negative of this call, if there is a negative pass."""
+        if self.rendering.guidance <= 1:
+            return None
+        negative = self.negative() if callable(self.negative) else self.negative
+        own = self.contract.own_negative and isinstance(condition, TextCondition)
+        if negative is None and not own or negative is not None and type(negative) is not type(condition):
+            given = "none" if negative is None else type(negative).__name__
+            raise ValueError(
+                f"guidance={self.rendering.guidance} needs a negative condition of the kind of the captions' "
+                f"({type(condition).__name__}), {given} was given; give one or set rendering.guidance to 1"
+            )
+        return negative
+
+    def _batches(self, condition: Condition) -> Iterator[list[int]]:
+        """Rows that go through the pipeline together."""
+        most = self.rendering.rows
+        groups = [list(range(len(condition)))]
+        if isinstance(condition, TextCondition):
+            most = most if self.contract.read_together else 1
+        elif self.contract.masking == "none":
+            lengths = condition.mask_NL.sum(1).tolist()
+            groups = [[n for n, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]
+        for group in groups:
+            yield from (group[start : start + most] for start in range(0, len(group), most))
+
+    def _draw(
+        self, condition: Condition, negative: Condition | None, seeds: Sequence[int], grad: bool, work: torch.device
+    ) -> Tensor:
+        """One call of the pipeline."""
+        arguments: dict[str, Any] = dict(self.contract.fixed)
+        if self.contract.guidance:
+            arguments[self.contract.guidance] = self.rendering.guidance
+        if self.contract.distilled and self.rendering.distilled_guidance is not None:
+            arguments[self.contract.distilled] = self.rendering.distilled_guidance
         call = type(self.pipe).__call__
         call = call.__wrapped__ if grad else call  # the undecorated method: diffusers disables gradients in the other
-        return call(
-            self.pipe,
-            **prompt,
-            height=self.height,
-            width=self.width,
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance,
-            generator=generators,
-            output_type="pt",
-            return_dict=False,
-        )[0]
+        with ExitStack() as stack:
+            if isinstance(condition, TextCondition):
+                arguments["prompt"] = condition.texts
+                if isinstance(negative, TextCondition):
+                    arguments["negative_prompt"] = negative.texts * len(condition)
+            else:
+                stack.enter_context(without(self.pipe, text_encoders_of(self.pipe)))
+                arguments |= self._embeddings(condition, negative, work, stack)
+            stack.enter_context(fresh_scheduler(self.pipe))
+            return call(
+                self.pipe,
+                **arguments,
+                height=self.rendering.height,
+                width=self.rendering.width,
+                num_inference_steps=self.rendering.steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # the same noise on any device
+                output_type="pt",
+                return_dict=False,
+            )[0]
 
-    def _embeds(self, condition: EmbeddingCondition) -> dict[str, Any]:
-        """The pipeline's keyword arguments; positive and negative padded to one length, both masked."""
+    def _embeddings(
+        self, condition: EmbeddingCondition, negative: Condition | None, work: torch.device, stack: ExitStack
+    ) -> dict[str, Any]:
+        """The pipeline's keyword arguments; positive and negative of one length where padding is masked."""
+        if not self.contract.takes_embeddings:
+            raise ValueError(f"{type(self.pipe).__name__} takes captions as text only; use a TextConditioner")
+        dtype = denoiser_of(self.pipe).dtype
+        signed = {"": _on(condition, work, dtype)}
+        if isinstance(negative, EmbeddingCondition):
+            signed = {"negative_": _on(negative, work, dtype).index([0] * len(condition)), **signed}
+        if self.contract.masking == "none":
+            signed = {sign: _unpadded(one) for sign, one in signed.items()}
+        else:
+            length = max(one.embeds_NLD.shape[1] for one in signed.values())
+            signed = {sign: pad_to_length(one, length) for sign, one in signed.items()}
         arguments: dict[str, Any] = {}
-        masks = [condition.mask_NL]
-        if self.guidance > 1 and self.negative is not None:
-            length = max(condition.mask_NL.shape[1], self.negative.mask_NL.shape[1])
-            condition = pad_to_length(condition, length)
-            negative = pad_to_length(self.negative, length).index([0] * len(condition))
-            masks = [negative.mask_NL, condition.mask_NL]
-            arguments["negative_prompt_embeds"] = negative.embeds_NLD
-            arguments["negative_pooled_prompt_embeds"] = negative.pooled_NP
-        arguments["prompt_embeds"] = condition.embeds_NLD
-        arguments["pooled_prompt_embeds"] = condition.pooled_NP
-        if self.masked:
-            arguments["joint_attention_kwargs"] = {"text_mask": torch.cat(masks)}
-        return arguments
+        for sign, one in signed.items():
+            arguments[f"{sign}{self.contract.embeddings}"] = one.embeds_NLD
+            if self.contract.pooled:
+                arguments[f"{sign}{self.contract.pooled}"] = self._pooled(one)
+            if self.contract.mask:
+                arguments[f"{sign}{self.contract.mask}"] = one.mask_NL
+        return arguments | self._masked(list(signed.values()), stack)
+
+    def _masked(self, passes: list[EmbeddingCondition], stack: ExitStack) -> dict[str, Any]:
+        """Hide padding for the time of the call. Negatives come first, as the pipelines stack them."""
+        masks = torch.cat([one.mask_NL for one in passes])
+        if self.contract.masking == "joint":
+            return {"joint_attention_kwargs": {"text_mask": masks}}
+        if self.contract.masking == "cross" and not masks.all():
+            stack.enter_context(masked_cross_attention(denoiser_of(self.pipe), masks))
+        elif self.contract.masking == "per_pass" and not masks.all():
+            pairs = [(one.embeds_NLD, one.mask_NL) for one in passes]
+            stack.enter_context(masked_passes(denoiser_of(self.pipe), pairs))
+        return {}
+
+    def _pooled(self, condition: EmbeddingCondition) -> Tensor:
+        if condition.pooled_NP is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes a pooled vector per caption; the conditioner gives none"
+            )
+        return condition.pooled_NP
 
 
-def _attends_jointly(transformer: Any) -> bool:
-    """Whether every attention is the stock joint one, which lacks a text mask (Stable Diffusion 3)."""
-    from diffusers.models.attention_processor import JointAttnProcessor2_0
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
-    processors = getattr(transformer, "attn_processors", {}).values()
-    known = (JointAttnProcessor2_0, MaskedJointAttention)
-    return bool(processors) and all(isinstance(processor, known) for processor in processors)
+
+def _on(condition: EmbeddingCondition, device: torch.device, dtype: torch.dtype) -> EmbeddingCondition:
+    pooled = None if condition.pooled_NP is None else condition.pooled_NP.to(device, dtype)
+    return EmbeddingCondition(condition.embeds_NLD.to(device, dtype), condition.mask_NL.to(device), pooled)
+
+
+def _unpadded(condition: EmbeddingCondition) -> EmbeddingCondition:
+    """Rows of one length, cut to it."""
+    length = int(condition.mask_NL[0].sum())
+    return EmbeddingCondition(condition.embeds_NLD[:, :length], condition.mask_NL[:, :length], condition.pooled_NP)

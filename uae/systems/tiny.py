@@ -187,6 +187,8 @@ def assemble_renderer(conditioner: Any, transformer: Any, vae: Any, steps: int, 
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     from uae.models.renderer import DiffusersRenderer
+    from uae.models.rendering import Rendering
+    from uae.placement import Placement
 
     absent = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
     pipe = StableDiffusion3Pipeline(
@@ -195,7 +197,7 @@ def assemble_renderer(conditioner: Any, transformer: Any, vae: Any, steps: int, 
     pipe.vae_scale_factor = 8  # diffusers counts blocks; this autoencoder folds patches instead
     with torch.no_grad():
         negative = conditioner.encode([""]) if guidance > 1 else None
-    return DiffusersRenderer(pipe, SIDE, SIDE, steps, guidance, negative)
+    return DiffusersRenderer(pipe, Rendering(SIDE, SIDE, steps, guidance, rows=64, placement=Placement("float32")), negative)
 
 
 def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
