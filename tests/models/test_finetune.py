@@ -1,8 +1,11 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.models import families
+from uae.models.caption_policy import CaptionPolicy
 from uae.models.finetune import Full, LoRA
 from uae.types import Sampling
 
@@ -51,13 +54,81 @@ def adapter(fresh, rollout, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- LoRA
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
+FEED_FORWARD = {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+LINEAR_ATTENTION = {f"linear_attn.{x}" for x in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")}
+
+
+def adapted(captioner):
+    """Names of the maps that have an adapter; A and B must both train, and nothing else."""
+    names = {name.replace("base_model.model.", "") for name in trainable(captioner)}
+    maps = {name.split(".lora_")[0] for name in names}
+    assert names == {f"{name}.lora_{side}.default.weight" for name in maps for side in "AB"}
+    return maps
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_lora_adapts_the_language_model_only(created, family):
     captioner = copy.deepcopy(created(family))
     LoRA(rank=2).attach(captioner, keep_reference=True)
-    names = list(trainable(captioner))
-    assert len(names) == 2 * 7 * 2  # layers, linear maps per layer, A and B
-    assert all("lora_" in name and "language_model" in name for name in names)
+    mixers = [LINEAR_ATTENTION if family == "qwen3_5" else ATTENTION, ATTENTION]
+    expected = {f"model.language_model.layers.{i}.{x}" for i in range(2) for x in mixers[i] | FEED_FORWARD}
+    assert adapted(captioner) == expected
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_all_linear_adapts_the_image_tower_too_but_not_the_head(created, family):
+    captioner = copy.deepcopy(created(family))
+    modules = captioner.policy.model.named_modules()
+    maps = {name for name, module in modules if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    LoRA(rank=2, target_modules="all-linear").attach(captioner, keep_reference=True)
+    assert adapted(captioner) == maps
+    tower = [name for name in maps if "vis" in name and "language_model" not in name]
+    assert len(tower) >= 2 * 4  # blocks, linear maps per block
+    assert len(maps) > len(tower) + 12
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_is_float32_beside_bfloat16_and_the_replay_is_exact(fresh, images, checkpointing):
+    fresh.policy.to(torch.bfloat16)
+    fresh.policy.gradient_checkpointing = checkpointing
+    LoRA(rank=2).attach(fresh, keep_reference=True)
+    assert {p.dtype for p in trainable(fresh).values()} == {torch.float32}
+    assert {p.dtype for p in fresh.policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+    rollout = fresh.sample(fresh.prepare(images), 3, Sampling(1.0, 6), range(6))
+    for _ in range(2):  # at the start, and with an adapter that does something
+        old_NT = logprobs(fresh, rollout)  # without gradient, as a rollout's replay
+        assert torch.equal(fresh.logprobs(rollout).detach(), old_NT)  # with gradient, as an update
+        assert old_NT.dtype == torch.float32
+        step(fresh, rollout)
+        step(fresh, rollout)
+    assert not torch.equal(old_NT, reference(fresh, rollout))
+
+
+def test_an_update_far_below_the_resolution_of_bfloat16_is_kept(fresh):
+    fresh.policy.to(torch.bfloat16)
+    LoRA(rank=2).attach(fresh, keep_reference=False)
+    weight = next(p for name, p in trainable(fresh).items() if "lora_A" in name)
+    before = weight.detach().clone()
+    torch.optim.SGD([weight], lr=1e-6).step(lambda: setattr(weight, "grad", torch.ones_like(weight)))
+    torch.testing.assert_close(weight, before - 1e-6, rtol=0, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+@pytest.mark.parametrize("keep_reference", [False, True])
+def test_what_trains_can_be_counted_without_weights(created, adapter, keep_reference):
+    """On the meta device, as a memory plan does."""
+    for finetune in (LoRA(rank=2), LoRA(rank=2, target_modules="all-linear"), LoRA(adapter=adapter[0]), Full()):
+        real, empty = (copy.deepcopy(created("qwen2_5_vl")) for _ in range(2))
+        policy = CaptionPolicy(empty.policy.model.to("meta"))
+        policy.model.tie_weights()
+        skeleton = SimpleNamespace(policy=policy, reference_policy=None, starting_adapter=None)
+        for captioner in (real, skeleton):
+            finetune.attach(captioner, keep_reference)
+        shapes = {name: p.shape for name, p in trainable(skeleton).items()}
+        assert shapes == {name: p.shape for name, p in trainable(real).items()}
+        assert {p.device.type for n, p in skeleton.policy.named_parameters() if "lora_" not in n} == {"meta"}
+        assert (skeleton.reference_policy is None) == (real.reference_policy is None)
 
 
 def test_lora_starts_as_the_model_and_its_reference_stays_there(fresh, rollout):
@@ -136,12 +207,12 @@ def test_lora_that_matches_nothing_is_an_error(fresh):
 # ------------------------------------------------------------------------------------------------------------- Full
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_full_leaves_the_image_tower_frozen(created, family):
     captioner = copy.deepcopy(created(family))
     Full().attach(captioner, keep_reference=False)
     model = captioner.policy.model.model
-    tower = model.vision_tower if family == "llava" else model.visual
+    tower = model.visual if "qwen" in family else model.vision_tower
     assert not any(p.requires_grad for p in tower.parameters())
     assert all(p.requires_grad for p in model.language_model.parameters())
     assert captioner.policy.model.get_output_embeddings().weight.requires_grad

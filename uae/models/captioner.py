@@ -88,11 +88,15 @@ class HFCaptioner:
         """The chat-formatted prompt around one image."""
         if instruction not in self._prompts:
             content = [{"type": "image"}, {"type": "text", "text": instruction}]
-            self._prompts[instruction] = self.processor.apply_chat_template(
-                [{"role": "user", "content": content if self.image_first else content[::-1]}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            turn = {"role": "user", "content": content if self.image_first else content[::-1]}
+            prompt = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+            image = getattr(self.processor, "image_token", None) or "<image>"
+            if prompt.count(instruction) == 1 and (prompt.find(image) < prompt.find(instruction)) != self.image_first:
+                raise ValueError(
+                    f"image_first={self.image_first}, but the chat template of the captioner has an order of its own: set "
+                    f"reading.image_first to {not self.image_first}"
+                )
+            self._prompts[instruction] = prompt
         return self._prompts[instruction]
 
     def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> VLMContext:

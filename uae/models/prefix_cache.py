@@ -128,6 +128,7 @@ class ContinuedLayer(PromptLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What attention sees: ``[B*group, H, P + T, D]``."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         keys, values = (x.repeat_interleave(self.group, 0) for x in (self.keys, self.values))
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)

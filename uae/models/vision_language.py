@@ -37,12 +37,13 @@ class Reading:
 
 
 def load_captioner(name: str, reading: Reading, instruction: str, image_first: bool = True) -> HFCaptioner:
-    """The captioner of a checkpoint. Nothing of it is trainable or not yet: see `uae.models.finetune`.
+    """The captioner of a checkpoint, on the CPU. What of it trains is up to `uae.models.finetune`.
 
     Args:
         name: Of the checkpoint, see `uae.locations.locate`.
         reading: What is not None there wins over the arguments.
-        instruction, image_first: The system's own question, and order.
+        instruction: The system's own question.
+        image_first: The system's own order.
 
     Raises:
         FileNotFoundError: The checkpoint, or a part of it, is not there.
