@@ -56,7 +56,7 @@ def check_low_rank(names: Iterable[str]) -> None:
 def merge_adapter(
     weights: Mapping[str, Tensor], factors: Factors, scale: Callable[[str, int], float]
 ) -> dict[str, Tensor]:
-    """``W + scale * B A`` for every adapted layer, summed in float32, in the dtype of W.
+    """``W + scale * B A`` for every adapted layer, in float32: rounding is left to whoever loads it.
 
     Args:
         weights: By plain name.
@@ -76,5 +76,5 @@ def merge_adapter(
                 "do not belong together"
             )
         delta = (B.float() @ A.float()) * scale(layer, A.shape[0])
-        merged[f"{layer}.weight"] = (weight.float() + delta).to(weight.dtype)
+        merged[f"{layer}.weight"] = weight.float() + delta
     return merged
