@@ -36,7 +36,9 @@ class Reading:
     gradient_checkpointing: bool = False
 
 
-def load_captioner(name: str, reading: Reading, instruction: str, image_first: bool = True) -> HFCaptioner:
+def load_captioner(
+    name: str, reading: Reading, instruction: str, image_first: bool = True, processor_name: str | None = None
+) -> HFCaptioner:
     """The captioner of a checkpoint, on the CPU. What of it trains is up to `uae.models.finetune`.
 
     Args:
@@ -44,36 +46,40 @@ def load_captioner(name: str, reading: Reading, instruction: str, image_first: b
         reading: What is not None there wins over the arguments.
         instruction: The system's own question.
         image_first: The system's own order.
+        processor_name: Of the folder that holds the processor, where it is another.
 
     Raises:
-        FileNotFoundError: The checkpoint, or a part of it, is not there.
-        ValueError: It lacks weights, or has no chat template, or cannot do what ``reading`` asks for.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It cannot be read, lacks weights or a chat template, or cannot do what ``reading`` asks for.
     """
     import transformers
+    from safetensors import SafetensorError
 
-    path = locate(name)
+    path, processor_path = locate(name), locate(processor_name or name)
     local = os.path.isdir(path)
     try:
-        processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=local)
+        processor = transformers.AutoProcessor.from_pretrained(
+            processor_path, local_files_only=os.path.isdir(processor_path)
+        )
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=getattr(torch, reading.dtype),
             attn_implementation=reading.attention,
             local_files_only=local,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        kind = ValueError if isinstance(error, ImportError) else FileNotFoundError
-        raise kind(
-            f"captioner {name!r} cannot be read as a vision-language model in transformers format ({reason}); "
-            "correct system.init_args.captioner"
-        ) from error
-    wrong = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-    if wrong:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        keys = "system.init_args.captioner" + (" or reading.attention" if reading.attention else "")
         raise ValueError(
-            f"captioner {name!r} lacks {len(wrong)} weights ({wrong[0]}, ...), left random; set "
-            "system.init_args.captioner to a complete checkpoint"
+            f"captioner {name!r} cannot be read as a vision-language model in transformers format "
+            f"({' '.join(str(error).split())[:200]}); correct {keys}"
+        ) from error
+    absent = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    if absent:
+        raise ValueError(
+            f"captioner {name!r} lacks {len(absent)} weights of its config ({absent[0]}, ...), or has them in other "
+            "shapes; set system.init_args.captioner to a complete checkpoint"
         )
     return assemble_captioner(model, processor, reading, instruction, image_first)
 
