@@ -186,6 +186,7 @@ def test_uniworld_is_a_qwen_a_flux_and_projectors(checkpoints, tmp_path):
     assert set(state) == set(index)
     assert {name.split(".")[0] for name in state} == {"visual", "model", "lm_head", "denoise_tower"}
     config = json.loads((folder / "config.json").read_text())
+    assert config["vision_config"]["model_type"] == "qwen2_5_vl"  # so Qwen2_5_VLConfig.from_pretrained takes it for the whole
     tower = config.pop("denoise_tower")
     denoiser = FluxTransformer2DModel.from_config(tower["denoiser_config"]).to(torch.bfloat16)
     denoiser.load_state_dict(state_below(state, "denoise_tower.denoiser."))

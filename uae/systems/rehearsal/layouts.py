@@ -81,19 +81,24 @@ def write_uniworld(folder: Path) -> None:
 
 
 def _uniworld_config(qwen: Any, denoiser: dict[str, Any]) -> dict[str, Any]:
-    """The language model's settings at the top, as transformers 4.50 wrote them."""
-    text, vision = qwen.text_config.to_dict(), qwen.vision_config.to_dict()
+    """The language model's settings at the top, as transformers 4.50 wrote them; its image tower has the name of the whole."""
+    from transformers import PreTrainedConfig
+
+    general = {*PreTrainedConfig().to_dict(), "layer_types", "model_type"}
+    text, vision = (
+        {key: value for key, value in part.to_dict().items() if key not in general}
+        for part in (qwen.text_config, qwen.vision_config)
+    )
     rope = text.pop("rope_parameters")
-    absent = {"layer_types", "dtype", "architectures", "transformers_version", "model_type"}
-    vision["model_type"] = "qwen2_5_vl"
+    vision.pop("rope_parameters", None)
     width = denoiser["joint_attention_dim"]
     return {
-        **{key: value for key, value in text.items() if key not in absent},
+        **text,
         "architectures": ["UnivaQwen2p5VLForConditionalGeneration"],
         "model_type": "univa_qwen2p5vl",
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"mrope_section": rope["mrope_section"], "rope_type": "default", "type": "default"},
-        "vision_config": {key: value for key, value in vision.items() if key not in absent - {"model_type"}},
+        "vision_config": {**vision, "model_type": "qwen2_5_vl"},
         **{key: value for key, value in qwen.to_dict().items() if key.endswith("token_id") and value is not None},
         "image_token_length": None,
         "shortcut_image_embeds": False,
