@@ -2,6 +2,7 @@ import json
 import pickle
 import threading
 from collections import Counter
+from functools import partial
 
 import jsonargparse
 import numpy as np
@@ -209,6 +210,8 @@ def test_a_configuration_names_the_client(tmp_path):
         ({"client": "draw"}, "cannot be imported.*allowed: package.module:function"),
         ({"client": f"{__name__}:CALLS"}, "is no function"),
         ({"client": lambda *_: None}, "no name of its own.*renderer's version"),
+        ({"client": partial(draw, width=4)}, "no name of its own"),
+        ({"client": Clock().sleep}, "no name of its own"),
         ({"retries": -1}, "retries=-1; allowed: 0 or more"),
         ({"workers": 0}, "workers=0; allowed: 1 or more"),
         ({"requests_per_minute": 0}, "requests_per_minute=0; allowed: a positive number"),

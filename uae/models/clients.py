@@ -53,5 +53,5 @@ def one_line(error: BaseException) -> str:
 
 
 def _path(client: str) -> str:
-    module, _, name = client.rpartition("." if ":" not in client else ":")
+    module, _, name = client.rpartition(":" if ":" in client else ".")
     return f"{module}:{name}"
