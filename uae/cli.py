@@ -13,10 +13,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -26,6 +28,7 @@ import uae.strategy  # noqa: F401  registers "fsdp2"
 from uae.cli_errors import explain
 
 OUTPUTS = "outputs"
+GIB = 2**30
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
 _CHATTER = ("KeyboardInterrupt", "litlogger")  # messages of Lightning that say nothing our own do not
 _EXPECTED_WARNINGS = (
@@ -83,6 +86,15 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is ours."""
         parser.add_argument("--run_name", type=str, default="run", help=f"Results go to {OUTPUTS}/<run_name>.")
+        parser.add_argument(
+            "--print_plan", action="store_true", help="Print what fit takes of a GPU's memory, part by part, and stop."
+        )
+        parser.add_argument(
+            "--memory_gib",
+            type=NonNegativeFloat | None,
+            default=None,
+            help="GiB per GPU that the plan is compared with before fit loads anything; null is the GPU's own, 0 is off.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would merge the checkpoint's hyper-parameters over the configuration."""
@@ -95,6 +107,7 @@ class CLI(LightningCLI):
         """
         name = self._get(self.config_init, "run_name")
         trainer = self._get(self.config_init, "trainer")
+        self._plan_memory(trainer)
         if trainer.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(
                 OUTPUTS, name, version="" if self.subcommand == "fit" else self.subcommand
@@ -102,6 +115,26 @@ class CLI(LightningCLI):
         if trainer.get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(Path(OUTPUTS, name))
         return super().instantiate_trainer(**kwargs)
+
+    def _plan_memory(self, trainer: Mapping[str, Any]) -> None:
+        """Print the plan and stop, or stop a run that cannot fit. Before the trainer, which would ask for the GPUs."""
+        if self.subcommand != "fit":
+            return
+        asked, available = self._get(self.config_init, "print_plan"), self._get(self.config_init, "memory_gib")
+        if available is None and trainer.get("accelerator") != "cpu" and torch.cuda.is_available():
+            available = torch.cuda.get_device_properties(0).total_memory / GIB
+        planned = asked or (available and hasattr(getattr(self.model, "system", None), "blueprint"))
+        if not planned:
+            return
+        from uae.memory import plan
+
+        memory = plan(self.model, self.datamodule, trainer)
+        if asked:
+            print(memory.table(available * GIB if available else None))
+            raise SystemExit(0)
+        problem = memory.problem(available * GIB)
+        if problem is not None:
+            fail(f"{problem}; --print_plan shows all of it")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

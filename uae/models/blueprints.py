@@ -38,7 +38,7 @@ class Blueprint:
             alone need more.
         condition_tokens: L, tokens per row that the renderer attends to.
         reading: How the captioner is loaded; None is `Reading`'s defaults.
-        policy_reads: The policy's language model encodes the captions.
+        policy_reads: The policy's language model encodes the captions, instead of frozen text encoders or besides them.
         needs_reference: The reference's weights are kept whatever the loss, see `uae.types.UMM`.
     """
 
@@ -52,6 +52,7 @@ class Blueprint:
     needs_reference: bool = False
 
 
+_RENAMED = {"univa_qwen2p5vl": "qwen2_5_vl"}  # UniWorld-V1's own subclass: the same network with a projector beside it
 DRAWS = ("transformer", "unet", "vae")  # names of diffusers; "unet" is the denoiser of older pipelines
 
 
@@ -175,6 +176,7 @@ def _transformers_config(config: dict[str, Any], name: str) -> Any:
 
     config = dict(config)
     kind = config.pop("model_type", None)
+    kind = _RENAMED.get(kind, kind)
     if kind not in transformers.CONFIG_MAPPING:
         raise ValueError(f"config.json of {name!r} has model_type {kind!r}, which this transformers does not know")
     return transformers.CONFIG_MAPPING[kind].from_dict(config)

@@ -1,0 +1,110 @@
+"""Rows of the plan that come and go with the phases of a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uae.memory import estimates
+from uae.memory.counting import text_config, update_bytes
+from uae.memory.table import Row
+from uae.models.blueprints import DRAWS, Blueprint
+from uae.models.caption_policy import CaptionPolicy
+from uae.placement import torch_dtype
+
+QUESTION = 64  # tokens of a prompt besides the image, and of a template around a caption
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a step works on, per process."""
+
+    images: int  # B
+    group: int  # G
+    rows: int  # N, or the evaluation batch if that is larger
+    part: int  # images of a mini-batch
+    prompt: int  # P
+    tokens: int  # T
+    pixels: int  # of one source image
+
+
+def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes) -> list[Row]:
+    """Cache and logits while captions are sampled, states while they are read, activations while images are drawn."""
+    model, config = policy.base, text_config(policy.base)
+    b, adapted = model.dtype.itemsize, hasattr(policy.model, "get_base_model")
+    rows = [
+        Row(
+            "key-value cache",
+            estimates.kv_bytes(model, sizes.rows, sizes.prompt + sizes.tokens),
+            phases=("caption",),
+            keys="sampling.max_tokens, model.group, data.batch_size",
+        ),
+        Row("logits of a sampling step", estimates.sampling_bytes(model, sizes.rows), phases=("caption",)),
+        Row(
+            "prompt and image buffers",
+            estimates.reading_bytes(config, sizes.images * sizes.prompt, b, adapted)
+            + estimates.vision_bytes(model, sizes.images * sizes.pixels, trained=False, recompute=False),
+            phases=("caption",),
+        ),
+    ]
+    readers = [network for name, (network, _) in blueprint.frozen.items() if name not in DRAWS]
+    read = sizes.rows * (sizes.tokens + QUESTION)
+    working = [estimates.reading_bytes(reader.config, read, b) for reader in readers if hasattr(reader, "config")]
+    if blueprint.policy_reads:
+        working.append(estimates.reading_bytes(config, read, b, adapted))
+    if working:
+        rows.append(
+            Row("caption reading buffers", max(working), phases=("condition",), keys="sampling.max_tokens, model.group")
+        )
+    return rows + _drawing_rows(blueprint, sizes)
+
+
+def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:
+    rendering = blueprint.rendering
+    if rendering is None:
+        return []
+    networks = {name: network for name, (network, _) in blueprint.frozen.items()}
+    denoiser, vae = networks.get("transformer", networks.get("unet")), networks.get("vae")
+    images = sizes.rows * 3 * rendering.height * rendering.width * 4
+    rows = [Row("reconstructions", images, phases=("render", "reward"), keys="model.group, data.batch_size")]
+    if denoiser is None or vae is None:
+        return rows
+    b, at_once = torch_dtype(rendering.placement).itemsize, min(rendering.rows, sizes.rows)
+    names = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
+    width = next((getattr(denoiser.config, name) for name in names if getattr(denoiser.config, name, None)), 0)
+    condition = sizes.rows * blueprint.condition_tokens * width * b
+    denoising = estimates.denoise_bytes(denoiser, vae, rendering, at_once, blueprint.condition_tokens)
+    decoding = estimates.decode_bytes(vae, rendering, at_once)
+    slow = "rendering.rows" + ("" if denoising > decoding else ", rendering.slice_vae")
+    what = "denoising" if denoising > decoding else "decoding"
+    rows.append(Row("conditions", condition, phases=("condition", "render"), device=rendering.placement.device))
+    rows.append(
+        Row(
+            f"{what} buffers, {at_once} rows",
+            max(denoising, decoding),
+            phases=("render",),
+            device=rendering.placement.device,
+            keys=slow,
+        )
+    )
+    return rows
+
+
+def update_rows(policy: CaptionPolicy, sizes: Sizes) -> list[Row]:
+    """Activations, cache and head of one mini-batch; and what replaying it without gradient takes."""
+    model, config, rows = policy.base, text_config(policy.base), sizes.part * sizes.group
+    spoken, length = rows * sizes.tokens, sizes.prompt + sizes.tokens
+    head, words = model.get_output_embeddings().weight.requires_grad, "model.mini_batches"
+    names = ("visual", "vision_tower", "vision_model")
+    sees = any(weight.requires_grad for name, weight in policy.named_parameters() if any(n in name for n in names))
+    kept = sizes.part * update_bytes(policy, sizes.prompt, sizes.tokens, sizes.group)
+    image = estimates.vision_bytes(model, sizes.part * sizes.pixels, sees, policy.gradient_checkpointing)
+    cache = 0 if policy.gradient_checkpointing else estimates.kv_bytes(model, rows, length)
+    adapted = hasattr(policy.model, "get_base_model")
+    reading = estimates.reading_bytes(config, spoken + sizes.part * sizes.prompt, model.dtype.itemsize, adapted)
+    keys = words if policy.gradient_checkpointing else f"{words}, reading.gradient_checkpointing"
+    return [
+        Row("activations", kept + image, phases=("update",), keys=keys),
+        Row("key-value cache, update", cache, phases=("update",), keys=words),
+        Row("output head", estimates.head_bytes(model, spoken, head), phases=("update", "replay"), keys=words),
+        Row("replay buffers", reading + estimates.kv_bytes(model, rows, length), phases=("replay",), keys=words),
+    ]

@@ -1,0 +1,92 @@
+"""The plan: a row per thing that takes memory, and the phases of a training step it is there in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from uae.memory import estimates
+from uae.memory.phases import QUESTION, Sizes, rollout_rows, update_rows
+from uae.memory.processes import Processes, processes_of
+from uae.memory.table import Plan, Row
+from uae.memory.weights import encoder_rows, frozen_rows, policy_rows
+from uae.models.blueprints import Blueprint
+from uae.models.caption_policy import CaptionPolicy
+
+
+def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
+    """Memory of ``fit`` per GPU, unsharded and sharded, from architectures alone: no weight is read.
+
+    Gradients stay until the next backward pass, so through the next rollout; optimizer states exist from the first step
+    on. Offloaded parts count in their own phase only, parts on another device not at all.
+
+    Args:
+        module: An `uae.module.UnifiedGRPO` whose system has a ``blueprint``.
+        data: Its data module.
+        trainer: The settings of the trainer in the configuration.
+
+    Raises:
+        ValueError: The module is of another kind, or its system has no plan.
+    """
+    system = getattr(module, "system", None)
+    if not hasattr(system, "blueprint"):
+        raise ValueError(
+            f"{type(system or module).__name__} has no memory plan; allowed: systems with a blueprint; leave --print_plan out"
+        )
+    blueprint, processes = system.blueprint(), processes_of(trainer)
+    policy, reference = _attached(module, blueprint, processes)
+    sizes = _sizes(module, data, blueprint)
+    rows = [
+        *policy_rows(policy, reference, processes, module.optimizer),
+        *frozen_rows(blueprint),
+        *encoder_rows(module, sizes),
+        *rollout_rows(policy, blueprint, sizes),
+        *update_rows(policy, sizes),
+    ]
+    if processes.on_gpu:
+        rows.append(Row("CUDA context", whole=estimates.CUDA_CONTEXT))
+    return Plan(tuple(rows), processes, _header(blueprint, sizes, module, processes))
+
+
+def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[CaptionPolicy, nn.Module | None]:
+    """The run's own finetuning on the blueprint's policy; and the reference's copy of it, if there is one."""
+    recompute = blueprint.reading is not None and blueprint.reading.gradient_checkpointing
+    network = copy.deepcopy(blueprint.policy)
+    captioner = SimpleNamespace(
+        policy=CaptionPolicy(network, gradient_checkpointing=recompute), reference_policy=None, starting_adapter=None
+    )
+    with torch.device("meta"):
+        module.finetune.attach(captioner, keep_reference=module.loss.beta > 0 or blueprint.needs_reference)
+    if processes.cast_to is not None:
+        captioner.policy.to(processes.cast_to)
+    return captioner.policy, captioner.reference_policy
+
+
+def _sizes(module: Any, data: Any, blueprint: Blueprint) -> Sizes:
+    """P is the blueprint's, or what an image of the data's size takes if that is more."""
+    settings, images = module.plan, getattr(data, "batch_size", 1)
+    pixels = getattr(data, "image_size", 0) ** 2
+    reading = blueprint.reading
+    if reading is not None and pixels:
+        pixels = max(pixels, reading.min_pixels or 0)
+        pixels = min(pixels, reading.max_pixels or pixels)
+    rows = max(images * settings.group, getattr(data, "eval_batch_size", 0))
+    prompt = max(blueprint.prompt_tokens, estimates.image_tokens(blueprint.policy, pixels) + QUESTION)
+    part = -(-images // settings.mini_batches)
+    return Sizes(images, settings.group, rows, part, prompt, settings.sampling.max_tokens, pixels)
+
+
+def _header(blueprint: Blueprint, sizes: Sizes, module: Any, processes: Processes) -> str:
+    drawn = ""
+    if blueprint.rendering is not None:
+        drawn = f", {blueprint.rendering.height} x {blueprint.rendering.width} pixels in calls of {blueprint.rendering.rows}"
+    guess = f" (trainer.devices is all, none here: {processes.count} assumed)" if processes.assumed else ""
+    return (
+        f"{type(module.system).__name__} with {type(module.finetune).__name__}: {sizes.images} images x {sizes.group} "
+        f"captions per GPU, {sizes.prompt} + {sizes.tokens} tokens, mini-batches of {sizes.part} images{drawn}{guess}"
+    )
