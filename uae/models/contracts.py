@@ -37,7 +37,7 @@ class Contract:
             cross-attention), "none" (only rows of equal length go together, without padding).
         guidance: Classifier-free guidance, or None.
         distilled: Guidance as an input of a distilled network, or None.
-        negatives: Takes ``negative_*`` of everything above.
+        negatives: The ``negative_*`` it takes.
         own_negative: Guidance on prompts has a negative of its own if none is given.
         encoded: Names of what ``encode_prompt`` returns, as far as they are used.
         read_together: Several prompts may share a call.
@@ -50,7 +50,7 @@ class Contract:
     masking: Masking
     guidance: str | None
     distilled: str | None
-    negatives: bool
+    negatives: tuple[str, ...]
     own_negative: bool
     encoded: tuple[str, ...]
     read_together: bool
@@ -68,8 +68,8 @@ def contract_of(pipe: Any) -> Contract:
     call = inspect.signature(kind.__call__).parameters
     embeddings = EMBEDS if hasattr(kind, "encode_prompt") and _complete(call) else None
     mask = next((name for name in MASKS if name in call), None)
-    negatives = any(name in call for name in (f"negative_{EMBEDS}", "negative_prompt"))
-    guidance, distilled = _guidances(call, negatives)
+    negatives = tuple(name for name in call if name.startswith("negative_prompt"))
+    guidance, distilled = _guidances(call, bool(negatives))
     return Contract(
         embeddings=embeddings,
         pooled=POOLED if POOLED in call else None,

@@ -14,12 +14,13 @@ from uae.locations import locate
 from uae.placement import Placement, torch_dtype
 
 
-def load_pipeline(name: str, placement: Placement, **parts: Any) -> Any:
+def load_pipeline(name: str, placement: Placement, key: str = "system.init_args.pipeline", **parts: Any) -> Any:
     """A text-to-image pipeline of the class that its checkpoint names, on the CPU, with the checkpoint's scheduler.
 
     Args:
         name: Folder or hub id in the layout of diffusers.
         placement: The networks are loaded in its dtype.
+        key: What errors tell to change: the setting that holds the name.
         parts: Components by name: taken in place of the checkpoint's; None leaves the component out.
 
     Raises:
@@ -31,26 +32,24 @@ def load_pipeline(name: str, placement: Placement, **parts: Any) -> Any:
     path = locate(name)
     local = os.path.isdir(path)
     if local:
-        _check_folder(Path(path), parts)
+        _check_folder(Path(path), key, parts)
     return diffusers.DiffusionPipeline.from_pretrained(
         path, torch_dtype=torch_dtype(placement), local_files_only=local, **parts
     )
 
 
-def _check_folder(folder: Path, parts: dict[str, Any]) -> None:
+def _check_folder(folder: Path, key: str, parts: dict[str, Any]) -> None:
     """One line for what would be a trace from deep inside the library."""
     file = folder / "model_index.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no model_index.json: no diffusers pipeline; set the pipeline's folder")
+        raise FileNotFoundError(f"{folder} has no model_index.json, so it is no diffusers pipeline; change {key}")
     index = {name: value for name, value in json.loads(file.read_text()).items() if isinstance(value, list)}
     unknown = sorted(set(parts) - set(index))
     if unknown:
         raise ValueError(f"{folder} has no part {', '.join(unknown)}; allowed: {', '.join(sorted(index))}")
     for name, (library, _) in index.items():
         if library is not None and name not in parts and not (folder / name).is_dir():
-            raise FileNotFoundError(
-                f"{folder} lacks the subfolder {name}; complete the folder, or set the pipeline's to another one"
-            )
+            raise FileNotFoundError(f"{folder} lacks the subfolder {name}; complete the folder or change {key}")
 
 
 @contextmanager

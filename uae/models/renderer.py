@@ -159,15 +159,17 @@ class DiffusersRenderer:
         if not self.contract.takes_embeddings:
             raise ValueError(f"{type(self.pipe).__name__} takes captions as text only; use a TextConditioner")
         dtype = denoiser_of(self.pipe).dtype
+        arguments: dict[str, Any] = {}
         signed = {"": _on(condition, work, dtype)}
         if isinstance(negative, EmbeddingCondition):
             signed = {"negative_": _on(negative, work, dtype).index([0] * len(condition)), **signed}
+            if "negative_prompt" in self.contract.negatives:
+                arguments["negative_prompt"] = None  # Sana's default is a text, which excludes embeddings
         if self.contract.masking == "none":
             signed = {sign: _unpadded(one) for sign, one in signed.items()}
         else:
             length = max(one.embeds_NLD.shape[1] for one in signed.values())
             signed = {sign: pad_to_length(one, length) for sign, one in signed.items()}
-        arguments: dict[str, Any] = {}
         for sign, one in signed.items():
             arguments[f"{sign}{self.contract.embeddings}"] = one.embeds_NLD
             if self.contract.pooled:
