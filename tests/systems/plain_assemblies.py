@@ -79,3 +79,43 @@ def euler(transformer, vae, scheduler, condition, negative, guidance, seed, size
         x = x + (then - now) * (bad + guidance * (good - bad))
     image = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
     return (image[0] / 2 + 0.5).clamp(0, 1)
+
+
+def uniworld_language_model(folder):
+    """Qwen2.5-VL from the old names, its tokenizer, and the rest of the checkpoint below ``denoise_tower``."""
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    state = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= load_file(file)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(folder)).eval()
+    renamed = {
+        name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else
+        f"model.{name}" if name.startswith("visual.") else name: value
+        for name, value in state.items() if not name.startswith("denoise_tower.")
+    }  # fmt: skip
+    model.load_state_dict(renamed)
+    tower = {k.removeprefix("denoise_tower."): v for k, v in state.items() if k.startswith("denoise_tower.")}
+    return model.float(), AutoTokenizer.from_pretrained(folder), tower
+
+
+def openuni_encoder(state, x):
+    """OpenUni's connector as torch's own encoder layers: pre-norm, tanh-GELU, no mask."""
+    width = x.shape[-1]
+    layers = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("connector.layers."))
+    for number in range(layers):
+        part = {k.split(".", 3)[3]: v for k, v in state.items() if k.startswith(f"connector.layers.{number}.")}
+        inner = len(part["mlp.fc1.weight"])
+        layer = torch.nn.TransformerEncoderLayer(
+            width, max(1, width // 64), inner, 0.0, lambda h: F.gelu(h, approximate="tanh"), 1e-6, True, True
+        ).eval()
+        layer.load_state_dict({
+            "self_attn.in_proj_weight": torch.cat([part[f"self_attn.{n}_proj.weight"] for n in "qkv"]),
+            "self_attn.in_proj_bias": torch.cat([part[f"self_attn.{n}_proj.bias"] for n in "qkv"]),
+            "self_attn.out_proj.weight": part["self_attn.out_proj.weight"],
+            "self_attn.out_proj.bias": part["self_attn.out_proj.bias"],
+            **{f"linear{n}.{kind}": part[f"mlp.fc{n}.{kind}"] for n in (1, 2) for kind in ("weight", "bias")},
+            **{f"norm{n}.{kind}": part[f"layer_norm{n}.{kind}"] for n in (1, 2) for kind in ("weight", "bias")},
+        })  # fmt: skip
+        x = layer(x)
+    return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,7 +28,8 @@ def diffusion_model(
 ) -> Any:
     """A diffusers model of a class and configuration with exactly this state."""
     with _without_memory():
-        model = kind.from_config(dict(config)).to(dtype)
+        model = kind.from_config(dict(config))
+    torch.nn.Module.to(model, dtype)  # diffusers' own warns of modules to keep in float32, though it names none
     load_into(model, state, source, key)
     return model.eval()
 
@@ -36,8 +38,9 @@ def qwen_model(folder: Path, dtype: torch.dtype, attention: str | None = None) -
     """A Qwen2.5-VL of a folder's configuration, parameters on the meta device."""
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
-    config.__dict__.pop("denoise_tower", None)  # UniWorld-V1's, which is no part of this model
+    # Not by from_pretrained: under UniWorld-V1's own model_type it would take the image tower, named "qwen2_5_vl", for all.
+    written = json.loads((folder / "config.json").read_text())
+    config = Qwen2_5_VLConfig(**{k: v for k, v in written.items() if k not in ("model_type", "denoise_tower")})
     with _without_memory():
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()

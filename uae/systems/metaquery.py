@@ -131,14 +131,15 @@ class OpenUni(_Queries):
         projector = nn.Linear(width, len(parts.projector["weight"]))
         load_into(projector, parts.projector, f"{file}: projector", KEY)
         words = captioner.processor
+        opening = "<img>" if "<img>" in words.tokenizer.get_vocab() else ""  # InternVL has it, Qwen has not
         conditioner = QueryConditioner(
             lambda: captioner.language_model,
             words.tokenizer,
             parts.meta_queries.float(),
             connector,
             projector,
-            template=chat_template(words, system=False, text="Generate an image: {caption}") + "<img>",
-            unconditional=chat_template(words, system=False, text="Generate an image.") + "<img>",
+            template=chat_template(words, system=False, text="Generate an image: {caption}") + opening,
+            unconditional=chat_template(words, system=False, text="Generate an image.") + opening,
             max_tokens=self.condition_tokens,
             weights=weights,
         )
@@ -149,7 +150,8 @@ class OpenUni(_Queries):
         """Six layers, as in every release."""
         from uae.models.connectors import OpenUniConnector
 
-        return nn.Sequential(OpenUniConnector(width, int(width * 24 / 7), heads=width // 64), nn.Linear(width, width_out))
+        inner_width = {896: 3072, 1536: 8960}.get(width, 4 * width)  # of the releases around InternVL3-1B and -2B
+        return nn.Sequential(OpenUniConnector(width, inner_width), nn.Linear(width, width_out))
 
 
 class MetaQuery(_Queries):

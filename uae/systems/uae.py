@@ -68,10 +68,12 @@ class UAE:
         """Sizes, without weights: the checkpoint's where it is here, else the published ones."""
         from uae.models.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
         from uae.models.conditioners import mlp_projector
+        from uae.models.from_state import qwen_model
 
         folder = here(self.checkpoint)
         llm, sd3 = (folder / "llm", folder / "SD3_model") if folder else PUBLISHED
-        policy = vlm_skeleton(str(llm), self.reading.dtype)
+        dtype = self.reading.dtype
+        policy = qwen_model(llm, getattr(torch, dtype)) if folder else vlm_skeleton(llm, dtype)
         transformer = denoiser_skeleton(str(sd3))
         width = policy.config.get_text_config().hidden_size
         with torch.device("meta"):

@@ -63,10 +63,12 @@ class UniWorldV1:
         """Sizes, without weights: the checkpoint's where it is here, else the published ones."""
         from uae.models.blueprints import encoder_skeleton, pipeline_skeletons, vlm_skeleton
         from uae.models.conditioners import mlp_projector
+        from uae.models.from_state import qwen_model
 
         draws = self.rendering.placement
         folder = here(self.checkpoint)
-        policy = vlm_skeleton(str(folder) if folder else PUBLISHED, self.reading.dtype)
+        dtype = self.reading.dtype
+        policy = qwen_model(folder, getattr(torch, dtype)) if folder else vlm_skeleton(PUBLISHED, dtype)
         names = () if self.with_t5 else ("text_encoder", "text_encoder_2")
         parts = pipeline_skeletons(self.flux, leave_out=names)
         frozen = {
