@@ -65,11 +65,12 @@ def save_adapter(folder: Path, policy: Any, weights: dict[str, Tensor]) -> None:
 
 
 def merged(policy: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model below an adapter, with the adapter added; by the model's own names."""
+    """The weights of the model below an adapter, with the adapter added; by the model's own names, in its own dtypes."""
     scales = {
         name: module.scaling["default"]
         for name, module in policy.base.named_modules()
         if isinstance(getattr(module, "scaling", None), dict)
     }
     plain, factors = split_adapter({name.removeprefix(WRAPPER): value for name, value in weights.items()})
-    return merge_adapter(plain, factors, lambda layer, _: scales[layer])
+    whole = merge_adapter(plain, factors, lambda layer, _: scales[layer])
+    return {name: value.to(plain[name].dtype) for name, value in whole.items()}

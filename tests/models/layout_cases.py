@@ -77,6 +77,7 @@ def write_config(folder, model, **more):
     for name in ("model_type", "architectures", "layer_types"):
         text.pop(name, None)
         vision.pop(name, None)
+    vision["model_type"] = "qwen2_5_vl"  # the same as of the whole
     tokens = {name: getattr(model.config, name) for name in vars(model.config) if name.endswith("_token_id")}
     tied = model.config.tie_word_embeddings
     config = {

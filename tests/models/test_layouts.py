@@ -60,6 +60,23 @@ def test_uae_language_model_merges_its_adapter(tmp_path, trained, kind):
     assert loaded.name_or_path == str(tmp_path)  # no folder that an adapter on top of this could be loaded with
 
 
+def test_uae_merges_in_the_dtype_asked_for(tmp_path, trained):
+    """Half the checkpoint's weights' precision must not be lost again when the model is float32."""
+    state = {name: value.bfloat16() for name, value in trained[1].state_dict().items()}
+    cases.write_uae(tmp_path, cases.language_model().to(torch.bfloat16), state)
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    wrapped = name.replace("model.", "model.base_model.model.", 1)
+    A, B, weight = (
+        state[f"{wrapped}.{part}.weight"].double() for part in ("lora_A.default", "lora_B.default", "base_layer")
+    )
+    expected = weight + B @ A * 64 / cases.RANK
+    found = uae_language_model(tmp_path, torch.float32)[0].get_parameter(f"{name}.weight").detach()
+    close(found, expected.float(), 1e-5)
+    half = uae_language_model(tmp_path)[0].get_parameter(f"{name}.weight").detach()
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, atol=1e-5, rtol=2**-8)
+
+
 def test_uae_scale_is_64_over_the_rank(tmp_path, trained):
     start, _, _ = trained
     model = cases.adapted(cases.language_model(seed=5), rank=2)

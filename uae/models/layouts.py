@@ -146,7 +146,7 @@ def uae_transformer(folder: str | Path, dtype: torch.dtype) -> Any:
     state = read_state(folder / "dit_lora")
     wrapped = peft.PeftModel.from_pretrained(transformer, folder / "dit_lora")
     _check_adapter(wrapped, state, str(folder / "dit_lora"))
-    return wrapped.merge_and_unload().to(dtype)
+    return wrapped.merge_and_unload()
 
 
 # UniWorld-V1 ---------------------------------------------------------------------------------------------------------
