@@ -19,40 +19,13 @@ EXPECTED = {  # masking, mask, pooled, guidance, distilled, own negative, togeth
 }
 # Text-to-image classes that hand a caption over as one tensor, as diffusers' documentation has them.
 EMBEDDINGS = [
-    "StableDiffusion3",
-    "Flux",
-    "Flux2",
-    "Sana",
-    "SanaSprint",
-    "QwenImage",
-    "StableDiffusionXL",
-    "StableDiffusion",
-    "PixArtAlpha",
-    "PixArtSigma",
-    "Lumina",
-    "Lumina2",
-    "AuraFlow",
-    "Chroma",
-    "CogView3Plus",
-    "CogView4",
-    "Bria",
-    "OvisImage",
-    "LongCatImage",
-    "Krea2",
-    "NucleusMoEImage",
-    "LatentConsistencyModel",
-]
+    "StableDiffusion3", "Flux", "Flux2", "Sana", "SanaSprint", "QwenImage", "StableDiffusionXL", "StableDiffusion",
+    "PixArtAlpha", "PixArtSigma", "Lumina", "Lumina2", "AuraFlow", "Chroma", "CogView3Plus", "CogView4", "Bria", "OvisImage",
+    "LongCatImage", "Krea2", "NucleusMoEImage", "LatentConsistencyModel",
+]  # fmt: skip
 TEXT_ONLY = [
-    "OmniGen",
-    "HiDreamImage",
-    "HunyuanDiT",
-    "HunyuanImage",
-    "Kandinsky5T2I",
-    "ZImage",
-    "GlmImage",
-    "ErnieImage",
-    "Kandinsky3",
-]
+    "OmniGen", "HiDreamImage", "HunyuanDiT", "HunyuanImage", "Kandinsky5T2I", "ZImage", "GlmImage", "ErnieImage", "Kandinsky3",
+]  # fmt: skip
 DISTILLED_ONLY = {"Flux2", "SanaSprint", "LatentConsistencyModel"}
 
 
