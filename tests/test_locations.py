@@ -22,10 +22,12 @@ def test_a_mirror_stands_in_for_the_hub(mirror, monkeypatch):
     assert locate("owner/model") == "owner/model"
 
 
-def test_a_path_goes_first(tmp_path):
-    (tmp_path / "owner/model").mkdir(parents=True)
-    assert locate("owner/model") == "owner/model"
-    assert locate(str(tmp_path / "owner")) == str(tmp_path / "owner")
+def test_the_mirror_goes_first_then_a_path(tmp_path, mirror):
+    for name in ("owner/model", "owner/other"):
+        (tmp_path / name).mkdir(parents=True)
+    assert locate("owner/model") == str(mirror / "owner/model")
+    assert locate("owner/other") == "owner/other"
+    assert locate(str(tmp_path / "owner/model")) == str(tmp_path / "owner/model")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "nowhere", "a/b/c"])

@@ -11,7 +11,7 @@ ROOT = "UAE_CHECKPOINTS"  # environment variable; a folder laid out like the hub
 def locate(name: str) -> str:
     """The folder (or file) that a name in a configuration means, or the name itself if it can only be a hub id.
 
-    A path that exists goes first, then ``$UAE_CHECKPOINTS/<name>``. So the same configuration runs from the hub, from a
+    ``$UAE_CHECKPOINTS/<name>`` goes first, then a path that exists. So the same configuration runs from the hub, from a
     mirror on disk, and on tiny random stand-ins.
 
     Raises:
@@ -70,7 +70,7 @@ def local_file(name: str, key: str) -> Path:
 
 
 def here(name: str) -> Path | None:
-    """Where a name is on this disk: as a path, else below the mirror; None if it is not."""
+    """Where a name is on this disk: below the mirror, else as a path; None if it is not."""
     mirror = os.environ.get(ROOT)
-    paths = (Path(name).expanduser(), *([Path(mirror).expanduser() / name] if mirror else []))
+    paths = (*([Path(mirror).expanduser() / name] if mirror else []), Path(name).expanduser())
     return next((path for path in paths if path.exists()), None)
