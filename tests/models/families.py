@@ -7,8 +7,8 @@ from uae.systems import tiny
 from uae.systems.tiny import CHAT_TEMPLATE, IMAGE, INSTRUCTION, VOCABULARY, create_captioner, processor
 
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "internvl", "qwen3_5")
-FULL_ATTENTION = FAMILIES[:4]  # the last has layers of linear attention
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "internvl", "qwen3_5")
+FULL_ATTENTION = FAMILIES[:5]  # the last has layers of linear attention
 VISION_TOKENS = {"image_token_id": IDS[IMAGE], "video_token_id": IDS["<|video_pad|>"]}
 VISION_TOKENS |= {f"vision_{side}_token_id": IDS[f"<|vision_{side}|>"] for side in ("start", "end")}
 WIDE = {"shortest_edge": 24 * 24, "longest_edge": 24 * 48}  # images of several sizes, so prompts of several lengths
@@ -17,7 +17,7 @@ WIDE = {"shortest_edge": 24 * 24, "longest_edge": 24 * 48}  # images of several 
 def create(family, **settings):
     """A captioner in eval mode whose next-token distributions are far from uniform and from certain."""
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(2 if family == "llava_onevision" else 1)  # captions of one word would show little
         model, words = globals()[family](**settings)
         for name, weight in model.named_parameters():
             if weight.ndim > 1:  # large enough that the image and every word matter
@@ -113,6 +113,35 @@ def llava(layers=2):
         image_token=IMAGE, num_additional_image_tokens=1,
     )  # fmt: skip
     return model, words
+
+
+def llava_onevision(layers=2):
+    """Pictures are cut into tiles of 16 x 16, whose pixels are padded to the same number of tiles."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        SiglipVisionConfig,
+    )
+
+    vision = SiglipVisionConfig(
+        image_size=16, patch_size=4, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vision_use_head=False,
+    )  # fmt: skip
+    grids = {"image_grid_pinpoints": [[16, 16], [16, 32], [32, 16], [32, 32]]}
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=text_config(layers), vision_feature_select_strategy="full",
+        image_token_id=IDS[IMAGE], video_token_id=IDS["<|video_pad|>"], tie_word_embeddings=False, **grids,
+    )  # fmt: skip
+    sides = {"size": {"height": 16, "width": 16}}
+    words = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(**sides, **grids), tokenizer(), LlavaOnevisionVideoProcessor(**sides),
+        num_image_tokens=16, vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE, video_token="<|video_pad|>",
+    )  # fmt: skip
+    return LlavaOnevisionForConditionalGeneration(config), words
 
 
 def internvl(layers=2):
