@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,53 @@ def test_the_saved_configuration_runs_again(fit, tmp_path):
     one, two = ({**run.config.fit.as_dict(), "config": None, "run_name": None} for run in (first, again))
     assert one == two
     assert Path(again.trainer.log_dir) == Path("outputs/again")
+
+
+PLANNED = model(system={"class_path": "tests.planned.Planned"})
+
+
+def test_the_plan_needs_no_gpu_and_leaves_nothing_behind(fit, tmp_path, capfd):
+    words = delta(tmp_path, {**PLANNED, "trainer": {"accelerator": "gpu", "devices": 2, "strategy": "fsdp2"}})
+    with pytest.raises(SystemExit) as stop:
+        fit(*words, "--print_plan", "--memory_gib", 1000)
+    assert stop.value.code == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("Planned with LoRA: 8 images x 8 captions per GPU")
+    assert [line.split()[1] for line in lines if line.startswith("phase ")][-1] == "update"
+    assert lines[-1].startswith("Peak as configured (fsdp2 over 2 GPUs): ")
+    assert lines[-1].endswith("It fits into 1000.0 GiB.")
+    assert list(tmp_path.iterdir()) == [tmp_path / "delta.yaml"]
+
+
+def test_a_run_that_cannot_fit_says_so_before_it_loads_anything(fit, tmp_path, capfd, monkeypatch):
+    words = delta(tmp_path, PLANNED)
+    with monkeypatch.context() as patch:
+        patch.setattr(LightningCLI, "instantiate_trainer", lambda self, **_: pytest.fail("too late"))
+        with pytest.raises(SystemExit) as stop:
+            fit(*words, "--memory_gib", 0.01)
+    assert stop.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "GiB per GPU (phase " in line
+    assert "0.0 GiB are there; largest" in line
+    assert fit(*words, "--memory_gib", 1000).trainer.max_steps > 0
+    assert fit(*words, "--memory_gib", 0).trainer.max_steps > 0  # off
+
+
+def test_a_gpu_is_asked_for_its_own_memory(fit, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**20))
+    with pytest.raises(SystemExit):
+        fit(*delta(tmp_path, {**PLANNED, "trainer": {"accelerator": "gpu"}}))
+    assert "0.0 GiB are there" in capfd.readouterr().err
+    assert fit(*delta(tmp_path, PLANNED)).trainer.max_steps > 0  # on the CPU
+
+
+def test_a_system_without_a_plan_says_so(fit, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        fit(*delta(tmp_path, model(system={"class_path": "tests.tiny_random.RandomTiny"})), "--print_plan")
+    assert stop.value.code == 2
+    assert "error: RandomTiny has no memory plan" in capfd.readouterr().err
 
 
 def test_a_missing_checkpoint_is_a_mistake(monkeypatch, tmp_path, capfd):
