@@ -51,6 +51,29 @@ def adapter(fresh, rollout, tmp_path):
     return str(tmp_path / "adapter"), logprobs(captioner, rollout)
 
 
+@pytest.mark.parametrize("finetune", [LoRA(rank=2), LoRA(rank=2, target_modules="all-linear"), Full()])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_gradients_reach_what_trains_and_the_reference_stays(created, images, family, finetune):
+    captioner = copy.deepcopy(created(family))
+    rollout = captioner.sample(captioner.prepare(images), 3, Sampling(1.0, 6), range(6))
+    start = logprobs(captioner, rollout)
+    finetune.attach(captioner, keep_reference=True)
+    for name, parameter in captioner.policy.named_parameters():
+        if "lora_B" in name:  # 0 at the start, which hides the gradient of A
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    reached = []
+    for logp_NT in (captioner.logprobs(rollout), families.plain_logprobs(captioner, rollout)):
+        captioner.policy.zero_grad()
+        logp_NT.sum().backward()
+        reached.append({n for n, p in captioner.policy.model.named_parameters() if p.grad is not None and p.grad.any()})
+    assert reached[0] == reached[1]  # a layer of the image tower behind the one that is read has none
+    assert reached[0] <= trainable(captioner).keys()
+    assert {name for name in trainable(captioner) if "language_model.layers" in name} <= reached[0]
+    step(captioner, rollout, size=1e-2)
+    assert torch.equal(reference(captioner, rollout), start)
+    assert not torch.equal(logprobs(captioner, rollout), start)
+
+
 # ------------------------------------------------------------------------------------------------------------- LoRA
 
 
