@@ -64,15 +64,13 @@ def test_compiled_for_any_size_and_length(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda f, **named: asked.append(named) or compiled(f, backend="eager", **named)
     )
-    renderer = DiffusersRenderer(load("flux"), settings("flux", compile=True, steps=1))
+    renderer = DiffusersRenderer(load("sd3"), settings("sd3", compile=True, steps=1))
     assert asked == [{"dynamic": True}]
-    rows = count_rows(renderer.pipe)
-    plain = DiffusersRenderer(load("flux"), settings("flux", steps=1))
+    plain = DiffusersRenderer(load("sd3"), settings("sd3", steps=1))
     for lengths in ([5, 2], [9, 4, 6]):
-        condition = ragged("flux", lengths)
+        condition = ragged("sd3", lengths)
         images = renderer.render(condition, SEEDS[: len(lengths)])
         torch.testing.assert_close(images, plain.render(condition, SEEDS[: len(lengths)]), **CLOSE)
-    assert rows == [2, 3]
 
 
 def test_slices_and_tiles():
