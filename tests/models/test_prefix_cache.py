@@ -98,7 +98,7 @@ def test_checkpointing_changes_no_number_and_keeps_less(deep, caches, family, fi
     assert len(caches) == 1
 
 
-def test_layers_run_again_only_where_there_is_a_gradient(deep):
+def test_layers_run_again_only_where_there_is_a_gradient(deep, caches):
     captioner, rollout = deep("qwen2_5_vl")
     captioner = copy.deepcopy(captioner)
     captioner.policy.gradient_checkpointing = True
@@ -108,6 +108,7 @@ def test_layers_run_again_only_where_there_is_a_gradient(deep):
     with torch.no_grad():
         captioner.logprobs(rollout)
     assert set(calls.values()) == {2}  # the prompt, and the captions behind it
+    assert not caches  # the library's own
     logp_NT = captioner.logprobs(rollout)
     assert set(calls.values()) == {4}
     logp_NT.sum().backward()
