@@ -183,6 +183,20 @@ def test_a_gpu_is_asked_for_its_own_memory(fit, tmp_path, capfd, monkeypatch):
     assert fit(*delta(tmp_path, PLANNED)).trainer.max_steps > 0  # on the CPU
 
 
+def test_what_cannot_be_planned_is_not_stopped(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.planned.Planned.blueprint", lambda self: 1 / 0)
+    with pytest.warns(UserWarning, match="no memory plan, so nothing is checked: division by zero"):
+        assert fit(*delta(tmp_path, PLANNED), "--memory_gib", 1).trainer.max_steps > 0
+
+
+def test_a_plan_is_of_fit(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr("sys.argv", ["uae"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "--config", str(TINY), "--print_plan"])
+    assert "use fit --print_plan" in capfd.readouterr().err
+
+
 def test_a_system_without_a_plan_says_so(fit, tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         fit(*delta(tmp_path, model(system={"class_path": "tests.tiny_random.RandomTiny"})), "--print_plan")

@@ -118,23 +118,33 @@ class CLI(LightningCLI):
 
     def _plan_memory(self, trainer: Mapping[str, Any]) -> None:
         """Print the plan and stop, or stop a run that cannot fit. Before the trainer, which would ask for the GPUs."""
-        if self.subcommand != "fit":
-            return
         asked, available = self._get(self.config_init, "print_plan"), self._get(self.config_init, "memory_gib")
+        if self.subcommand != "fit":
+            if asked:
+                fail(f"--print_plan is the plan of fit, not of {self.subcommand}: use fit --print_plan")
+            return
         if available is None and trainer.get("accelerator") != "cpu" and torch.cuda.is_available():
             available = torch.cuda.get_device_properties(0).total_memory / GIB
-        planned = asked or (available and hasattr(getattr(self.model, "system", None), "blueprint"))
-        if not planned:
-            return
-        from uae.memory import plan
-
-        memory = plan(self.model, self.datamodule, trainer)
         if asked:
+            from uae.memory import plan
+
+            memory = plan(self.model, self.datamodule, trainer)
             print(memory.table(available * GIB if available else None))
             raise SystemExit(0)
-        problem = memory.problem(available * GIB)
+        if available and hasattr(getattr(self.model, "system", None), "blueprint"):
+            self._check_memory(trainer, available)
+
+    def _check_memory(self, trainer: Mapping[str, Any], available: float) -> None:
+        """Stop a run that needs more than so many GiB. One that cannot be planned goes on: it is not known to fail."""
+        from uae.memory import plan
+
+        try:
+            problem = plan(self.model, self.datamodule, trainer).problem(available * GIB)
+        except Exception as error:
+            warnings.warn(f"no memory plan, so nothing is checked: {_line(str(error))}", stacklevel=2)
+            return
         if problem is not None:
-            fail(f"{problem}; --print_plan shows all of it")
+            fail(f"{problem}; --print_plan shows all of it, --memory_gib 0 starts anyway")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -59,11 +59,13 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, bool]:
 
 
 def kv_bytes(model: Any, rows: int, tokens: int) -> int:
-    """Bytes of a key-value cache: 2 * layers * KV heads * head width * b, per row and token."""
+    """Bytes of a key-value cache: 2 * layers * KV heads * head width * b, per row and token; linear attention keeps none."""
     config = text_config(model)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = len(kinds) - kinds.count("linear_attention")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * rows * tokens
+    return 2 * layers * heads * width * model.dtype.itemsize * rows * tokens
 
 
 def sampling_bytes(model: Any, rows: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,8 @@ def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[
     captioner = SimpleNamespace(
         policy=CaptionPolicy(network, gradient_checkpointing=recompute), reference_policy=None, starting_adapter=None
     )
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an adapter's weights are read, and go nowhere: torch says so for each
         module.finetune.attach(captioner, keep_reference=module.loss.beta > 0 or blueprint.needs_reference)
     if processes.cast_to is not None:
         captioner.policy.to(processes.cast_to)
