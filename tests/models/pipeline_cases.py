@@ -13,7 +13,7 @@ from uae.placement import Placement
 from uae.systems.rehearsal.pipelines import PIPELINES
 
 WITH_EMBEDDINGS = ["sd3", "flux", "sana", "qwen_image", "sdxl"]
-SIDE = {"sana": 64}  # pixels; the others draw 32
+SIDE = 32  # pixels
 WIDTHS = {"sd3": (32, 32), "flux": (32, 16), "sana": (32, None), "qwen_image": (32, None), "sdxl": (32, 16)}
 REAL_GUIDANCE = {"flux": "true_cfg_scale", "qwen_image": "true_cfg_scale"}  # the others call it guidance_scale
 LENGTHS = [5, 2, 9, 5]
@@ -33,10 +33,6 @@ def folder(name):
 def load(name, placement=FLOAT32):
     """A pipeline of its own, which a test may change."""
     return load_pipeline(str(folder(name)), placement)
-
-
-def side(name):
-    return SIDE.get(name, 32)
 
 
 def ragged(name, lengths=LENGTHS, seed=0):
@@ -60,7 +56,7 @@ def plainly(name, pipe, seed, steps=2, guidance=None, **arguments):
             arguments["negative_prompt"] = None
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    size = {"height": side(name), "width": side(name)}
+    size = {"height": SIDE, "width": SIDE}
     return pipe(num_inference_steps=steps, generator=generator, output_type="pt", **size, **arguments).images[0]
 
 

@@ -12,6 +12,7 @@ from tests.models.pipeline_cases import (
     LENGTHS,
     REAL_GUIDANCE,
     SEEDS,
+    SIDE,
     TEXTS,
     WITH_EMBEDDINGS,
     count_rows,
@@ -21,7 +22,6 @@ from tests.models.pipeline_cases import (
     one_row,
     plainly,
     ragged,
-    side,
 )
 from uae.models.conditioners import EmbeddingCondition, TextCondition, pad_to_length
 from uae.models.contracts import denoiser_of, text_encoders_of
@@ -36,7 +36,7 @@ guided_or_not = pytest.mark.parametrize("guidance", [1.0, 3.0])
 
 
 def renderer_of(name, guidance=1.0, negative=None, **settings):
-    settings = {"height": side(name), "width": side(name), "steps": 2, "placement": FLOAT32, **settings}
+    settings = {"height": SIDE, "width": SIDE, "steps": 2, "placement": FLOAT32, **settings}
     return DiffusersRenderer(load(name), Rendering(guidance=guidance, **settings), negative)
 
 
@@ -52,7 +52,7 @@ def guided(name, guidance, **settings):
 def test_a_row_is_what_the_pipeline_draws_of_it_alone(name):
     condition = ragged(name)
     images = guided(name, 1.0).render(condition, SEEDS)
-    assert images.shape == (4, 3, side(name), side(name))
+    assert images.shape == (4, 3, SIDE, SIDE)
     assert images.dtype == torch.float32
     assert images.min() >= 0
     assert images.max() <= 1
@@ -190,9 +190,7 @@ def test_parts_are_replaced_or_left_out():
 def test_what_is_missing_is_named(tmp_path):
     shutil.copytree(folder("sana"), tmp_path / "sana")
     shutil.rmtree(tmp_path / "sana" / "vae")
-    with pytest.raises(
-        FileNotFoundError, match=r"sana lacks the subfolder vae; .*change system.init_args.pipeline"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"sana lacks the subfolder vae; .*change system.init_args.pipeline"):
         load_pipeline(str(tmp_path / "sana"), FLOAT32)
     load_pipeline(str(tmp_path / "sana"), FLOAT32, vae=load("sana").vae)
     with pytest.raises(ValueError, match="has no part unet; allowed: scheduler, text_encoder"):

@@ -8,6 +8,7 @@ from tests.models.pipeline_cases import (
     CLOSE,
     FLOAT32,
     SEEDS,
+    SIDE,
     TEXTS,
     WITH_EMBEDDINGS,
     count_rows,
@@ -15,7 +16,6 @@ from tests.models.pipeline_cases import (
     one_row,
     plainly,
     ragged,
-    side,
 )
 from uae.models.conditioners import EmbeddingCondition, TextCondition
 from uae.models.contracts import denoiser_of
@@ -25,8 +25,8 @@ from uae.models.rendering import Rendering
 from uae.placement import Placement
 
 
-def settings(name, **changes):
-    return Rendering(side(name), side(name), **{"steps": 2, "placement": FLOAT32, **changes})
+def settings(**changes):
+    return Rendering(SIDE, SIDE, **{"steps": 2, "placement": FLOAT32, **changes})
 
 
 # --------------------------------------------------------------------------------------------------- memory and speed
@@ -35,7 +35,7 @@ def settings(name, **changes):
 @pytest.mark.parametrize("name", WITH_EMBEDDINGS)
 def test_half_precision_is_the_pipelines_own(name):
     half = Placement("bfloat16")
-    renderer = DiffusersRenderer(load(name, half), settings(name, placement=half))
+    renderer = DiffusersRenderer(load(name, half), settings(placement=half))
     images = renderer.render(TextCondition(TEXTS[:1]), SEEDS[:1])
     assert images.dtype == torch.float32
     plain = plainly(name, load(name, half), SEEDS[0], guidance=1.0, prompt=TEXTS[0])
@@ -46,7 +46,7 @@ def test_half_precision_is_the_pipelines_own(name):
 
 def test_weights_in_8_bits():
     small = Placement("float8")
-    renderer = DiffusersRenderer(load("sd3", small), settings("sd3", placement=small))
+    renderer = DiffusersRenderer(load("sd3", small), settings(placement=small))
     condition = ragged("sd3")
     embeds = condition.embeds_NLD.clone().requires_grad_()
     images = renderer.render(EmbeddingCondition(embeds, condition.mask_NL, condition.pooled_NP), SEEDS, grad=True)
@@ -54,7 +54,7 @@ def test_weights_in_8_bits():
     transformer = renderer.pipe.transformer
     assert transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
     assert (embeds.grad[condition.mask_NL.bool()].abs().sum(-1) > 0).all()
-    full = DiffusersRenderer(load("sd3"), settings("sd3")).render(condition, SEEDS)
+    full = DiffusersRenderer(load("sd3"), settings()).render(condition, SEEDS)
     assert (images - full).abs().mean() < 0.05 < full.std()
 
 
@@ -64,9 +64,9 @@ def test_compiled_for_any_size_and_length(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda f, **named: asked.append(named) or compiled(f, backend="eager", **named)
     )
-    renderer = DiffusersRenderer(load("sd3"), settings("sd3", compile=True, steps=1))
+    renderer = DiffusersRenderer(load("sd3"), settings(compile=True, steps=1))
     assert asked == [{"dynamic": True}]
-    plain = DiffusersRenderer(load("sd3"), settings("sd3", steps=1))
+    plain = DiffusersRenderer(load("sd3"), settings(steps=1))
     for lengths in ([5, 2], [9, 4, 6]):
         condition = ragged("sd3", lengths)
         images = renderer.render(condition, SEEDS[: len(lengths)])
@@ -74,19 +74,17 @@ def test_compiled_for_any_size_and_length(monkeypatch):
 
 
 def test_slices_and_tiles():
-    renderer = DiffusersRenderer(load("sd3"), settings("sd3", slice_vae=True, tile_vae=True))
+    renderer = DiffusersRenderer(load("sd3"), settings(slice_vae=True, tile_vae=True))
     assert renderer.pipe.vae.use_slicing
     assert renderer.pipe.vae.use_tiling
-    plain = DiffusersRenderer(load("sd3"), settings("sd3"))
+    plain = DiffusersRenderer(load("sd3"), settings())
     assert not plain.pipe.vae.use_slicing
     condition = ragged("sd3")
     torch.testing.assert_close(renderer.render(condition, SEEDS), plain.render(condition, SEEDS), **CLOSE)
 
 
 def test_networks_wait_and_work_where_they_are_placed():
-    renderer = DiffusersRenderer(
-        load("sd3"), settings("sd3", placement=Placement("float32", device="cpu", offload=True))
-    )
+    renderer = DiffusersRenderer(load("sd3"), settings(placement=Placement("float32", device="cpu", offload=True)))
     assert renderer.to("meta") is renderer
     assert renderer.pipe.transformer.device.type == "cpu"
     assert (
@@ -95,7 +93,7 @@ def test_networks_wait_and_work_where_they_are_placed():
 
 
 def test_gradients_and_offloading_exclude_each_other():
-    renderer = DiffusersRenderer(load("sd3"), settings("sd3", placement=Placement("float32", "meta", offload=True)))
+    renderer = DiffusersRenderer(load("sd3"), settings(placement=Placement("float32", "meta", offload=True)))
     with pytest.raises(ValueError, match="set rendering.placement.offload to false"):
         renderer.render(ragged("sd3"), SEEDS, grad=True)
 
@@ -122,7 +120,7 @@ def unmasked():
 
 def test_without_a_mask_rows_of_one_length_go_together_unpadded():
     condition = replace(ragged("sana"), pooled_NP=None)  # lengths 5, 2, 9, 5
-    renderer = DiffusersRenderer(unmasked(), settings("cogview4"))
+    renderer = DiffusersRenderer(unmasked(), settings())
     rows = count_rows(renderer.pipe)
     images = renderer.render(condition, SEEDS)
     assert rows == [1, 1, 2, 2, 1, 1]
@@ -133,7 +131,7 @@ def test_without_a_mask_rows_of_one_length_go_together_unpadded():
 
 def test_without_a_mask_guidance_takes_a_negative_of_the_same_length():
     condition, negative = ragged("sana", [5, 5]), ragged("sana", [5], seed=1)
-    renderer = DiffusersRenderer(unmasked(), settings("cogview4", guidance=2.0), negative)
+    renderer = DiffusersRenderer(unmasked(), settings(guidance=2.0), negative)
     arguments = one_row(condition, 1) | one_row(negative, 0, "negative_")
     expected = plainly("cogview4", renderer.pipe, SEEDS[1], guidance=2.0, **arguments)
     torch.testing.assert_close(renderer.render(condition, SEEDS[:2])[1], expected, **CLOSE)
@@ -178,44 +176,44 @@ def test_a_mask_per_pass_needs_to_know_the_pass():
 )
 def test_settings_a_pipeline_cannot_follow(name, changes, message):
     with pytest.raises(ValueError, match=message):
-        DiffusersRenderer(load(name), replace(settings(name), **changes))
+        DiffusersRenderer(load(name), replace(settings(), **changes))
 
 
 def test_distilled_guidance_is_another_input_than_guidance():
     condition = ragged("flux", [7, 7])
-    images = DiffusersRenderer(load("flux"), settings("flux", distilled_guidance=1.5)).render(condition, SEEDS[:2])
+    images = DiffusersRenderer(load("flux"), settings(distilled_guidance=1.5)).render(condition, SEEDS[:2])
     arguments = one_row(condition, 1) | {"guidance_scale": 1.5}
     expected = plainly("flux", load("flux"), SEEDS[1], guidance=1.0, **arguments)
     torch.testing.assert_close(images[1], expected, **CLOSE)
-    default = DiffusersRenderer(load("flux"), settings("flux")).render(condition, SEEDS[:2])
+    default = DiffusersRenderer(load("flux"), settings()).render(condition, SEEDS[:2])
     assert (default - images).abs().max() > 1e-3
 
 
 def test_conditions_of_the_wrong_kind():
     embeddings, words = ragged("sana"), TextCondition(["ugly"])
     with pytest.raises(ValueError, match="OmniGenPipeline takes captions as text only"):
-        DiffusersRenderer(load("omnigen"), settings("omnigen")).render(embeddings, SEEDS)
+        DiffusersRenderer(load("omnigen"), settings()).render(embeddings, SEEDS)
     with pytest.raises(ValueError, match="OmniGenPipeline takes no negative condition"):
-        DiffusersRenderer(load("omnigen"), settings("omnigen", guidance=2.0), words)
+        DiffusersRenderer(load("omnigen"), settings(guidance=2.0), words)
     with pytest.raises(
         ValueError, match=r"of the kind of the captions' \(EmbeddingCondition\), TextCondition was given"
     ):
-        DiffusersRenderer(load("sana"), settings("sana", guidance=2.0), words).render(embeddings, SEEDS)
+        DiffusersRenderer(load("sana"), settings(guidance=2.0), words).render(embeddings, SEEDS)
     with pytest.raises(ValueError, match=r"\(EmbeddingCondition\), none was given; .*set rendering.guidance to 1"):
-        DiffusersRenderer(load("sana"), settings("sana", guidance=2.0)).render(embeddings, SEEDS)
+        DiffusersRenderer(load("sana"), settings(guidance=2.0)).render(embeddings, SEEDS)
     with pytest.raises(ValueError, match="takes a pooled vector per caption"):
-        DiffusersRenderer(load("sd3"), settings("sd3")).render(replace(ragged("sd3"), pooled_NP=None), SEEDS)
+        DiffusersRenderer(load("sd3"), settings()).render(replace(ragged("sd3"), pooled_NP=None), SEEDS)
 
 
 def test_what_networks_cannot_do():
     pipe = load("sd3")
     pipe.register_modules(vae=nn.Identity())
     with pytest.raises(ValueError, match="set rendering.slice_vae to false"):
-        DiffusersRenderer(pipe, settings("sd3", slice_vae=True))
+        DiffusersRenderer(pipe, settings(slice_vae=True))
     pipe = load("sd3")
     pipe.__dict__["transformer"] = Uncastable()
     with pytest.raises(ValueError, match=r"Uncastable cannot store 8-bit weights; set rendering.placement.dtype"):
-        DiffusersRenderer(pipe, settings("sd3", placement=Placement("float8")))
+        DiffusersRenderer(pipe, settings(placement=Placement("float8")))
     assert denoiser_of(pipe) is pipe.transformer
 
 

@@ -8,11 +8,11 @@ from tests.models.pipeline_cases import (
     FLOAT32,
     REAL_GUIDANCE,
     SEEDS,
+    SIDE,
     TEXTS,
     WITH_EMBEDDINGS,
     load,
     plainly,
-    side,
 )
 from uae.models.contracts import denoiser_of
 from uae.models.renderer import DiffusersRenderer
@@ -26,7 +26,7 @@ LIMITS = {"sd3": 256 - 2, "flux": 512 - 2, "sana": 300 - 2, "qwen_image": 512 - 
 
 
 def render(name, pipe, condition, seeds, guidance=1.0, negative=None):
-    rendering = Rendering(side(name), side(name), steps=2, guidance=guidance, placement=FLOAT32)
+    rendering = Rendering(SIDE, SIDE, steps=2, guidance=guidance, placement=FLOAT32)
     return DiffusersRenderer(pipe, rendering, negative).render(condition, seeds)
 
 
