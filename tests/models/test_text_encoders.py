@@ -116,12 +116,15 @@ def test_without_t5_clip_reads_most():
 
 def test_text_encoders_and_denoiser_live_apart():
     pipe = load("sd3", Placement("bfloat16"))
-    conditioner = PipelineTextConditioner(pipe, placement=Placement("bfloat16", offload=True)).to("cpu")
+    conditioner = PipelineTextConditioner(pipe, placement=Placement("float32", offload=True)).to("cpu")
     renderer = DiffusersRenderer(pipe, Rendering(32, 32, steps=1))
     assert not {*map(id, conditioner.modules())} & {*map(id, renderer.modules())}
     assert len(conditioner.modules()) == 3
     denoiser_of(pipe).to("meta")
-    assert conditioner.encode(["a"]).embeds_NLD.dtype == torch.bfloat16
+    assert conditioner.encode(["a"]).embeds_NLD.dtype == torch.float32
+    assert pipe.vae.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"set text_encoders.dtype to bfloat16"):
+        PipelineTextConditioner(pipe, placement=Placement("float8"))
 
 
 @pytest.mark.parametrize(

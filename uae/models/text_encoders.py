@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from uae.models.conditioners import EmbeddingCondition
 from uae.models.contracts import EMBEDS, MASKS, POOLED, contract_of, text_encoders_of
-from uae.placement import Placement, at_work, settle
+from uae.placement import Placement, at_work, settle, torch_dtype
 from uae.types import Rollout
 
 KEY = "caption_tokens"  # what systems call the limit
@@ -28,7 +28,7 @@ class PipelineTextConditioner:
     Args:
         pipe: A diffusers pipeline with its text encoders.
         max_tokens: Longest caption that is read, where the pipeline leaves a choice; None is its default.
-        placement: Of the text encoders.
+        placement: Of the text encoders, which are cast to its dtype.
     """
 
     def __init__(self, pipe: Any, max_tokens: int | None = None, placement: Placement = Placement()) -> None:  # noqa: B008
@@ -45,9 +45,11 @@ class PipelineTextConditioner:
                 )
                 raise ValueError(f"{KEY}={max_tokens} must be at least 1{fixed}; change {KEY}")
             self.options["max_sequence_length"] = max_tokens
+        if placement.dtype == "float8":
+            raise ValueError("text encoders cannot store 8-bit weights; set text_encoders.dtype to bfloat16")
         self.device: torch.device | None = None
         for module in self.modules():
-            module.requires_grad_(False).eval()
+            module.requires_grad_(False).eval().to(torch_dtype(placement))
 
     def modules(self) -> list[nn.Module]:
         """The text encoders."""
