@@ -219,3 +219,9 @@ def test_what_networks_cannot_do():
 
 class Uncastable(nn.Module):
     config = type("Config", (), {"patch_size": 2})
+
+
+def test_images_carry_no_watermark():
+    pipe = load("sdxl")
+    pipe.watermark = object()  # diffusers adds one where a package for it is installed
+    assert DiffusersRenderer(pipe, settings()).render(ragged("sdxl"), SEEDS).isfinite().all()

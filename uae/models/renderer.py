@@ -41,6 +41,8 @@ class DiffusersRenderer:
         self.device: torch.device | None = None  # where the policy is; None: wherever the denoiser is
         check(rendering, pipe, self.contract, negative is not None)
         pipe.set_progress_bar_config(disable=True)
+        if getattr(pipe, "watermark", None) is not None:
+            pipe.watermark = None  # invisible, but not to an encoder; and it cuts the gradient
         for module in (*self.modules(), *text_encoders_of(pipe).values()):
             module.requires_grad_(False).eval()
         if self.contract.masking == "joint":
@@ -181,11 +183,13 @@ class DiffusersRenderer:
     def _masked(self, passes: list[EmbeddingCondition], stack: ExitStack) -> dict[str, Any]:
         """Hide padding for the time of the call. Negatives come first, as the pipelines stack them."""
         masks = torch.cat([one.mask_NL for one in passes])
+        if masks.all():  # attention without a mask is faster
+            return {}
         if self.contract.masking == "joint":
             return {"joint_attention_kwargs": {"text_mask": masks}}
-        if self.contract.masking == "cross" and not masks.all():
+        if self.contract.masking == "cross":
             stack.enter_context(masked_cross_attention(denoiser_of(self.pipe), masks))
-        elif self.contract.masking == "per_pass" and not masks.all():
+        elif self.contract.masking == "per_pass":
             pairs = [(one.embeds_NLD, one.mask_NL) for one in passes]
             stack.enter_context(masked_passes(denoiser_of(self.pipe), pairs))
         return {}
