@@ -1,5 +1,7 @@
 """Every real system once more, from plain transformers and diffusers calls: what ours must equal. One caption at a time."""
 
+import json
+
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -25,9 +27,7 @@ def uae_language_model(folder):
     shards = {}
     for file in sorted((folder / "llm_lora").glob("model-*.safetensors")):
         shards |= load_file(file)
-    projector = {key: value for key, value in load_file(next((folder / "llm").glob("*.safetensors"))).items()}
-    projector = {key.removeprefix("projector."): value for key, value in projector.items() if key.startswith("projector.")}
-    projector |= {
+    projector = {
         key.split("projector.")[1]: value for key, value in shards.items() if "projector." in key and "lora_" not in key
     }
     parameters = dict(model.named_parameters())
@@ -88,7 +88,9 @@ def uniworld_language_model(folder):
     state = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(folder)).eval()
+    written = json.loads((folder / "config.json").read_text())
+    del written["model_type"], written["denoise_tower"]
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**written)).eval()
     renamed = {
         name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else
         f"model.{name}" if name.startswith("visual.") else name: value

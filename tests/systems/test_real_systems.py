@@ -20,11 +20,13 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 OPENUNI = "wusize/openuni/openuni_b_internvl3_1b_sana_0_6b_512_hf_blip3o60k.pth"
 
 
+FULL = Placement("float32")
+
+
 def small(**changes):
-    full = Placement("float32")
     return {
         "reading": Reading(dtype="float32"),
-        "rendering": Rendering(**{"height": 32, "width": 32, "steps": 2, "placement": full, **changes}),
+        "rendering": Rendering(**{"height": 32, "width": 32, "steps": 2, "placement": FULL, **changes}),
     }
 
 
@@ -71,7 +73,7 @@ def test_uniworld(mirrored, with_t5):
     from diffusers import FluxPipeline
 
     folder, flux = mirrored / "LanguageBind/UniWorld-V1", mirrored / "black-forest-labs/FLUX.1-dev"
-    images = render(UniWorldV1(with_t5=with_t5, **small(distilled_guidance=3.5)).build())
+    images = render(UniWorldV1(with_t5=with_t5, text_encoders=FULL, **small(distilled_guidance=3.5)).build())
     model, words, tower = plain.uniworld_language_model(folder)
     pipe = FluxPipeline.from_pretrained(flux, torch_dtype=torch.float32)
     denoiser = {k.removeprefix("denoiser."): v.float() for k, v in tower.items() if k.startswith("denoiser.")}
@@ -152,9 +154,8 @@ def test_any_pipeline(mirrored, pipeline):
     """One key chooses the pipeline; what is drawn is what the pipeline itself draws of the same words."""
     from diffusers import DiffusionPipeline
 
-    system = AnyPipeline("Qwen/Qwen2.5-VL-3B-Instruct", pipeline, negative_prompt="ugly", **small(guidance=4.0))
-    umm = system.build()
-    images = render(umm)
+    system = AnyPipeline("Qwen/Qwen2.5-VL-3B-Instruct", pipeline, "ugly", text_encoders=FULL, **small(guidance=4.0))
+    images = render(system.build())
     pipe = DiffusionPipeline.from_pretrained(mirrored / pipeline, torch_dtype=torch.float32)
     extra = {"use_resolution_binning": False} if "Sana" in pipeline else {}
     for caption, seed, image in zip(CAPTIONS, SEEDS, images, strict=True):
@@ -176,7 +177,7 @@ def test_any_pipeline(mirrored, pipeline):
 
 SYSTEMS = {
     "uae": lambda: UAE("UAE", **small(guidance=5.0)),
-    "uniworld": lambda: UniWorldV1(**small(distilled_guidance=3.5)),
+    "uniworld": lambda: UniWorldV1(text_encoders=FULL, **small(distilled_guidance=3.5)),
     "openuni": lambda: OpenUni(
         OPENUNI,
         "OpenGVLab/InternVL3-1B-hf",
@@ -184,7 +185,10 @@ SYSTEMS = {
         **small(guidance=4.5),
     ),
     "qwen3_sd3": lambda: AnyPipeline(
-        "Qwen/Qwen3-VL-4B-Instruct", "stabilityai/stable-diffusion-3.5-medium", **small(guidance=4.0)
+        "Qwen/Qwen3-VL-4B-Instruct",
+        "stabilityai/stable-diffusion-3.5-medium",
+        text_encoders=FULL,
+        **small(guidance=4.0),
     ),
 }
 
@@ -202,6 +206,23 @@ def test_ratio_is_one(umm):
     rollout = umm.captioner.sample(umm.captioner.prepare(images), 3, Sampling(1.0, 10), range(6))
     torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_NT, **CLOSE)
     assert len(set(rollout.texts)) > 3
+
+
+@torch.no_grad()
+def test_greedy_equals_generate_and_shipped_settings_change_nothing(umm):
+    """The checkpoints ship top_k, a repetition penalty and a low temperature."""
+    context = umm.captioner.prepare([torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))])
+    ours = umm.captioner.sample(context, 2, Sampling(0.0, 10), range(2)).tokens_NT
+    model, inputs = umm.captioner.policy.model, context.inputs()
+    assert model.generation_config.repetition_penalty != 1.0
+    neutral = {"do_sample": False, "repetition_penalty": 1.0, "top_k": None, "top_p": None, "temperature": None}
+    ends = {"eos_token_id": umm.captioner.end_ids, "pad_token_id": umm.captioner.pad_id}
+    banned = umm.captioner.policy.banned_ids.tolist()
+    theirs = model.generate(**inputs, **neutral, **ends, max_new_tokens=10, suppress_tokens=banned)
+    assert torch.equal(ours, theirs[:, inputs["input_ids"].shape[1] :].repeat_interleave(2, 0))
+    hot = umm.captioner.sample(context, 300, Sampling(50.0, 2), range(300))
+    assert banned
+    assert not torch.isin(hot.tokens_NT[hot.mask_NT.bool()], umm.captioner.policy.banned_ids).any()
 
 
 @torch.no_grad()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
-
 from uae.models.blueprints import Blueprint
 from uae.models.renderer import Rendering
 from uae.models.vision_language import Reading
@@ -24,7 +22,7 @@ class AnyPipeline:
     Args:
         captioner: Folder or hub id of an image-text-to-text model with a chat template.
         pipeline: Folder or hub id of a diffusers text-to-image pipeline.
-        negative_prompt: What guidance moves away from.
+        negative_prompt: What guidance moves away from; None is the pipeline's own default.
         caption_tokens: Longest caption the pipeline's text encoders read; None is the pipeline's own default.
         text_encoders: Where the pipeline's text encoders live.
         reading: How the captioner is loaded and asked.
@@ -35,7 +33,7 @@ class AnyPipeline:
         self,
         captioner: str,
         pipeline: str,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         caption_tokens: int | None = None,
         text_encoders: Placement = Placement(),  # noqa: B008 (frozen)
         reading: Reading = Reading(),  # noqa: B008
@@ -70,8 +68,7 @@ class AnyPipeline:
         conditioner = PipelineTextConditioner(pipe, self.caption_tokens, self.text_encoders)
 
         @cache  # frozen text encoders: once is enough, but only when they are where they work
-        @torch.no_grad()
         def negative() -> object:
-            return conditioner.encode([self.negative_prompt])
+            return conditioner.negative(self.negative_prompt)
 
         return UMM(captioner, conditioner, DiffusersRenderer(pipe, self.rendering, negative))
