@@ -35,6 +35,7 @@ _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.11 and newer
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are meant to be
     r".*is_gradient_checkpointing` is deprecated",  # peft 0.21 with transformers 5.23
+    r"`torch_dtype` is deprecated",  # its successor is unknown to diffusers 0.39
     r"It is recommended to use `self\.log\(.*sync_dist=True",  # metrics and measurements are reduced before they are logged
     r"The '\w+' does not have many workers",  # scenes are cheaper to draw than to send
 )

@@ -146,7 +146,7 @@ class UAE:
         placement = self.rendering.placement
         trained = {"transformer": uae_transformer(folder, torch_dtype(placement))} if (folder / "dit").is_dir() else {}
         absent = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-        return load_pipeline(str(folder / "SD3_model"), placement, **absent, **trained)
+        return load_pipeline(str(folder / "SD3_model"), placement, KEY, **absent, **trained)
 
 
 def check_folders(folder: Path) -> None:

@@ -117,7 +117,7 @@ class UniWorldV1:
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
         absent = {} if self.with_t5 else dict.fromkeys(names)
         transformer = uniworld_transformer(folder, torch_dtype(placement), flux)
-        return load_pipeline(str(flux), placement, transformer=transformer, **absent)
+        return load_pipeline(str(flux), placement, "system.init_args.flux", transformer=transformer, **absent)
 
     def _conditioner(self, captioner: Any, projectors: dict[str, Any], pipe: Any, flux: Path) -> Any:
         from uae.models.conditioners import HiddenStateConditioner, chat_template
