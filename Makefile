@@ -22,7 +22,7 @@ demo: $(READY)  ## train the miniature by reconstruction reward (minutes, two CP
 test: lint types unit  ## everything CI runs
 
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --durations 10
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --durations 10
 
 lint: $(READY)  ## ruff
 	$(RUN) -m ruff check .

@@ -144,6 +144,7 @@ def test_every_tag_is_logged_and_means_what_it_says(build, trainer):
     advantages = experience.advantage_BG.flatten().tolist()
     expected = {
         "caption/length": sum(lengths) / 12,
+        "condition/truncated": 0,
         "caption/finished": sum(length < 4 for length in lengths) / 12,
         "policy/entropy": -sum(logps) / len(logps),
         "reward/mean": rewards.mean().item(),

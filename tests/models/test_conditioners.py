@@ -159,11 +159,11 @@ def plain_states(model, projector, text):
     return projector(out.hidden_states[-1])[0]
 
 
-def check_rows(condition, model, projector):
+def check_rows(condition, model, projector, tolerance=1e-5):
     for row, text in enumerate(TEXTS):
         expected = plain_states(model, projector, text)
         assert condition.mask_NL[row].sum() == len(expected)
-        torch.testing.assert_close(condition.embeds_NLD[row, : len(expected)], expected, **CLOSE)
+        torch.testing.assert_close(condition.embeds_NLD[row, : len(expected)], expected, atol=tolerance, rtol=0)
 
 
 def learned(captioner):
@@ -172,7 +172,7 @@ def learned(captioner):
     with torch.no_grad():
         for name, weight in captioner.policy.named_parameters():
             if "lora_B" in name:
-                weight.normal_(0, 0.3)
+                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))  # as large on every machine
 
 
 def test_a_borrowed_decoder_conditions_as_the_model_itself(fresh, projector):
@@ -186,7 +186,7 @@ def test_a_borrowed_decoder_follows_the_adapter(fresh, projector):
     learned(fresh)
     live = conditioner.encode(TEXTS)
     assert (live.embeds_NLD - before).abs().max() > 1e-2
-    check_rows(live, fresh.policy.model, projector)
+    check_rows(live, fresh.policy.model, projector, tolerance=1e-4)  # the adapter makes states large
     torch.testing.assert_close(starting.encode(TEXTS).embeds_NLD, before, **CLOSE)
     assert torch.equal(conditioner.encode(TEXTS).embeds_NLD, live.embeds_NLD)  # the adapter is back
 

@@ -1,0 +1,33 @@
+"""Any vision-language model with a renderer outside this process, which draws from the caption's text."""
+
+from __future__ import annotations
+
+from uae.models.external import ExternalRenderer
+from uae.models.vision_language import Reading
+from uae.systems.any_pipeline import INSTRUCTION
+from uae.types import UMM
+
+
+class External:
+    """A captioner rewarded by what another system draws, as a `uae.types.System`.
+
+    Args:
+        captioner: Folder or hub id of an image-text-to-text model with a chat template.
+        renderer: A ``FolderRenderer`` or ``CallableRenderer`` of `uae.models.external`.
+        reading: How the captioner is loaded and asked.
+    """
+
+    def __init__(
+        self,
+        captioner: str,
+        renderer: ExternalRenderer,
+        reading: Reading = Reading(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.captioner, self.renderer, self.reading = captioner, renderer, reading
+
+    def build(self) -> UMM:
+        """Load the captioner."""
+        from uae.models.conditioners import TextConditioner
+        from uae.models.vision_language import load_captioner
+
+        return UMM(load_captioner(self.captioner, self.reading, INSTRUCTION), TextConditioner(), self.renderer)
