@@ -26,12 +26,13 @@ PIPELINE_NAMES = {
 def catalog() -> dict[str, Callable[[Path], None]]:
     """Name to writer."""
     from uae.systems.rehearsal.encoders import ENCODERS
+    from uae.systems.rehearsal.janus import JANUS
     from uae.systems.rehearsal.language_models import LANGUAGE_MODELS
     from uae.systems.rehearsal.layouts import LAYOUTS
     from uae.systems.rehearsal.pipelines import PIPELINES
 
     pipelines = {name: PIPELINES[kind] for name, kind in PIPELINE_NAMES.items()}
-    return {**LAYOUTS, **LANGUAGE_MODELS, **pipelines, **ENCODERS}
+    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **pipelines, **ENCODERS}
 
 
 def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], None] = lambda line: None) -> None:
