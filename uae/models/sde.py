@@ -1,0 +1,141 @@
+"""One denoising step of a flow-matching model as a Gaussian, so that it has a probability. Pure torch.
+
+``x_t = (1 - t) x_0 + t noise`` with t from 1 (noise) to 0 (image), and a network that predicts the velocity
+``v = E[noise - x_0 | x_t]``. The ordinary differential equation ``dx = v dt`` and, for any rate ``s(t)``, the stochastic one
+
+    dx = (v + s^2 / (2 t) (x + (1 - t) v)) dt + s dW
+
+have the same marginals (``-(x + (1 - t) v) / t`` is the score). A step from t down to t' is the Gaussian of its Euler scheme.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NEAR_NOISE = 0.999  # later than this t counts as pure noise; schedules start at 1, 0.9999 or 0.9997
+
+
+@dataclass(frozen=True)
+class SDE:
+    """What the variants share; they differ in the rate of noise."""
+
+    def rate(self, t: float, t_next: float) -> float:
+        """s(t), noise per square root of time. Above 0."""
+        raise NotImplementedError
+
+    def moments(self, x: Tensor, velocity: Tensor, t: float, t_next: float) -> tuple[Tensor, float]:
+        """Mean and standard deviation of the next latents.
+
+        Args:
+            x: Latents at ``t``, ``[N, ...]``; half precision is computed with in float32.
+            velocity: The network's prediction there, of the same shape.
+            t: Time now, at most 1.
+            t_next: Time after the step, from 0 to below ``t``.
+
+        Returns:
+            The mean, and one standard deviation for every latent dimension. The step to ``t_next = 0`` is deterministic:
+            its standard deviation is 0, and it has no log-prob.
+        """
+        if t_next <= 0:
+            return euler(x, velocity, t, t_next), 0.0
+        s, step = self.rate(t, t_next), t_next - t
+        x, velocity = _single(x), _single(velocity)
+        mean = x + step * (velocity + s**2 / (2 * t) * (x + (1 - t) * velocity))
+        return mean, s * math.sqrt(-step)
+
+
+@dataclass(frozen=True)
+class FlowSDE(SDE):
+    """Flow-GRPO's rate (arXiv 2505.05470): ``s = a sqrt(t / (1 - t~))``, t~ = t.
+
+    At pure noise, where that is infinite, t~ is the second time of the schedule, as in the authors' code (there for t = 1
+    exactly; here for `NEAR_NOISE` too, or schedules that start a hair below 1 would explode).
+
+    Args:
+        noise_level: a, above 0.
+    """
+
+    noise_level: float = 0.7
+
+    def __post_init__(self) -> None:
+        """Refuse a policy without probabilities."""
+        _above_zero("noise_level", self.noise_level)
+
+    def rate(self, t: float, t_next: float) -> float:
+        """Grows from 0 at the image to ``a / sqrt(step)`` at pure noise."""
+        return self.noise_level * math.sqrt(t / (1 - (t_next if t > NEAR_NOISE else t)))
+
+
+@dataclass(frozen=True)
+class DanceSDE(SDE):
+    """DanceGRPO's rate (arXiv 2505.07818): constant.
+
+    Args:
+        eta: The rate, above 0.
+    """
+
+    eta: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Refuse a policy without probabilities."""
+        _above_zero("eta", self.eta)
+
+    def rate(self, t: float, t_next: float) -> float:
+        """Constant."""
+        return self.eta
+
+
+def euler(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
+    """The deterministic step; the limit of the others without noise."""
+    return _single(x) + (t_next - t) * _single(velocity)
+
+
+def log_prob(x_next: Tensor, mean: Tensor, std: float, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Log-density of the next latents, per row.
+
+    Args:
+        x_next: ``[N, ...]``.
+        mean: Of the same shape.
+        std: One for all latent dimensions.
+        reduction: "mean": nats per latent dimension, the unit of Flow-GRPO and DanceGRPO. An image has 1e4 to 1e6
+            dimensions, and differences of the sum would leave any clip range; in this unit ranges of 1e-5 to 1e-4 are
+            usual. "sum": nats, the density itself.
+
+    Returns:
+        ``[N]``.
+    """
+    z = (_single(x_next) - mean) / std
+    return _reduced(-0.5 * z.square() - math.log(std) - 0.5 * math.log(2 * math.pi), reduction)
+
+
+def divergence(mean: Tensor, reference_mean: Tensor, std: float, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Exact KL divergence ``[N]`` between two Gaussians of equal ``std``; units as in `log_prob`.
+
+    ``std`` is that of the step, so it includes the length of the step. Flow-GRPO's code divides by the squared *rate* only:
+    its penalty is this one times ``t - t_next``, and its coefficients are to be read in that unit.
+    """
+    return _reduced(((mean - reference_mean) / std).square() / 2, reduction)
+
+
+def _reduced(each: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}; allowed: mean, sum")
+    flat_ND = each.flatten(1)
+    return flat_ND.mean(1) if reduction == "mean" else flat_ND.sum(1)
+
+
+def _single(x: Tensor) -> Tensor:
+    """float32 unless it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _above_zero(key: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(
+            f"{key}={value}: without noise a step has no log-prob; allowed: above 0; change exploration.sde"
+        )
