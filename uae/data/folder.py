@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from uae.data.captions import CaptionFiles
 from uae.types import ImageBatch
 
 Fit = Literal["crop", "pad", "squash"]
@@ -93,13 +94,22 @@ class FolderSource:
         role: Goes into the ids, so that equal names in different folders differ.
         replace: Put the next readable file in the place of an unreadable one, so that every batch is full. Without it
             batches shrink, but never to nothing: ranks step together.
+        captions: Where images have theirs; None for none.
     """
 
     def __init__(
-        self, root: str, names: list[str], size: int, fit: Fit, max_pixels: int, role: str = "", replace: bool = False
+        self,
+        root: str,
+        names: list[str],
+        size: int,
+        fit: Fit,
+        max_pixels: int,
+        role: str = "",
+        replace: bool = False,
+        captions: CaptionFiles | None = None,
     ) -> None:
         self.root, self.names, self.size, self.fit, self.max_pixels = root, names, size, fit, max_pixels
-        self.role, self.replace = role, replace
+        self.role, self.replace, self.captions = role, replace, captions
         self._failures: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -107,7 +117,7 @@ class FolderSource:
         return len(self.names)
 
     def __getitems__(self, positions: list[int]) -> tuple[ImageBatch, dict[str, str]]:
-        """Images ``[B, 3, size, size]`` in [0, 1], and the files left out with the reasons."""
+        """Images ``[B, 3, size, size]`` in [0, 1], their captions if all have one, and the files left out with the reasons."""
         before = set(self._failures)
         read = [self._read(position, self.replace) for position in positions]
         if not any(read):
@@ -115,7 +125,19 @@ class FolderSource:
         names, images = zip(*filter(None, read), strict=True)
         ids = torch.tensor([id_of(name, self.role) for name in names])
         failures = {name: reason for name, reason in self._failures.items() if name not in before}
-        return {"image": torch.stack(images), "id": ids, "name": list(names)}, failures
+        batch: ImageBatch = {"image": torch.stack(images), "id": ids, "name": list(names)}
+        captions = [self.caption(name) for name in names]
+        if None not in captions:
+            batch["caption"] = captions  # type: ignore[typeddict-item]
+        return batch, failures
+
+    def caption(self, name: str) -> str | None:
+        """The caption of a file, or None."""
+        return None if self.captions is None else self.captions[name]
+
+    def without_caption(self) -> list[str]:
+        """Names of the files that have none."""
+        return [name for name in self.names if self.caption(name) is None]
 
     def _read(self, position: int, replace: bool) -> tuple[str, Tensor] | None:
         """A file's name and image; None where it is unreadable and not to be replaced by the next readable one."""

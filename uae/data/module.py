@@ -8,6 +8,7 @@ from typing import Literal
 import lightning as L
 import torch
 
+from uae.data.captions import METADATA, CaptionFiles
 from uae.data.folder import Fit, FolderSource, list_images, split_of
 from uae.data.sampler import EvalBatches, ImageLoader, ImageSource, TrainBatches
 from uae.data.scenes import SceneSource
@@ -33,6 +34,13 @@ class ImageData(L.LightningDataModule):
     def source(self, stage: Literal["train", "val", "test", "predict"]) -> ImageSource | None:
         """The images of a stage, or None if there are none by configuration."""
         raise NotImplementedError
+
+    def check_captions(self) -> None:
+        """For whoever learns from captions: raise unless every training and validation image has one.
+
+        Raises:
+            ValueError: Some have none; with their number and examples.
+        """
 
     def train_dataloader(self) -> ImageLoader:
         """Ranks take disjoint images; each batch comes ``batches_per_rollout`` times, an attribute of the module."""
@@ -113,7 +121,8 @@ class SceneData(ImageData):
 class ImageFolderData(ImageData):
     """A folder of images, searched recursively, of any size and mode. Unreadable files are skipped and named.
 
-    Files are split by the hash of their relative name, or come from folders of their own.
+    Files are split by the hash of their relative name, or come from folders of their own. Captions, which only supervised
+    training needs, lie beside the images: see `uae.data.captions`.
 
     Args:
         root: Folder of the training images, and of the others unless they have their own.
@@ -158,7 +167,10 @@ class ImageFolderData(ImageData):
         own = self.roots.get(stage)
         if own:
             names = list_images(own, f"data.{stage}_root")
-            return FolderSource(own, names, self.image_size, self.fit, self.max_pixels, role=f"{stage}:")
+            captions = CaptionFiles(own, f"data.{stage}_root")
+            return FolderSource(
+                own, names, self.image_size, self.fit, self.max_pixels, role=f"{stage}:", captions=captions
+            )
         if stage == "predict":
             return self.source("test")
         val_share = 0.0 if self.roots["val"] else self.val_share
@@ -173,4 +185,26 @@ class ImageFolderData(ImageData):
                 f"(data.val_share={val_share}, data.test_share={test_share}): change the shares"
                 + (f" or set data.{stage}_root" if stage != "train" else "")
             )
-        return FolderSource(self.root, names, self.image_size, self.fit, self.max_pixels, replace=stage == "train")
+        return FolderSource(
+            self.root,
+            names,
+            self.image_size,
+            self.fit,
+            self.max_pixels,
+            replace=stage == "train",
+            captions=CaptionFiles(self.root),
+        )
+
+    def check_captions(self) -> None:
+        """Raise unless every training and validation image has a caption; one look-up per image."""
+        stages: tuple[Literal["train", "val"], ...] = ("train", "val")
+        for stage in stages:
+            source = self.source(stage)
+            missing = source.without_caption() if isinstance(source, FolderSource) else []
+            if missing:
+                key = f"{stage}_root" if self.roots.get(stage) else "root"
+                names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+                raise ValueError(
+                    f"{len(missing)} of {len(source)} {stage} images have no caption ({names}): put <name>.txt beside each or "  # type: ignore[arg-type]
+                    f"list them in a {METADATA} (file_name, text), or change data.init_args.{key}"
+                )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from uae.scenes import Split, render, scene_of
+from uae.scenes import Split, describe, render, scene_of
 from uae.types import ImageBatch
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -22,8 +22,9 @@ class SceneSource:
         return self.size
 
     def __getitems__(self, positions: list[int]) -> tuple[ImageBatch, dict[str, str]]:
-        """Images ``[B, 3, 24, 24]`` in [0, 1] with their ground truth; nothing is ever left out."""
+        """Images ``[B, 3, 24, 24]`` in [0, 1] with their ground truth and a detailed caption; nothing is left out."""
         scenes = [scene_of(position, self.split, self.seed, self.counts) for position in positions]
         ids = torch.tensor(positions) + SPLITS.index(self.split) * IDS_PER_SPLIT
         names = [f"scene-{number}" for number in ids.tolist()]
-        return {"image": render(scenes), "id": ids, "name": names, "scene": scenes}, {}
+        captions = [describe(scene) for scene in scenes]
+        return {"image": render(scenes), "id": ids, "name": names, "scene": scenes, "caption": captions}, {}
