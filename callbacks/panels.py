@@ -98,9 +98,9 @@ class RolloutPanels(Callback):
     def _roll_out(module: Any, batch: ImageBatch) -> Experience:
         # One mini-batch fits any number of images, and a batch-wide scale would mix in other ranks' examples.
         scale = "group" if module.plan.advantage_scale == "batch" else module.plan.advantage_scale
-        plan = replace(module.plan, mini_batches=1, advantage_scale=scale)
-        with unsharded(module.policy):
-            return roll_out(module.umm, module.reward, batch, plan, step=-1, reference=False)
+        plan = replace(module.plan, mini_batches=1, advantage_scale=scale, train="captions", reconstructions=1)
+        with unsharded(module.policy), unsharded(module.image_policy):
+            return roll_out(module.umm, module.reward, batch, plan, step=-1)
 
 
 def _logger(trainer: Trainer) -> TensorBoardLogger | None:

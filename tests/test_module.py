@@ -83,7 +83,7 @@ class KL(Callback):
             experience = module.experience
             with torch.no_grad():
                 logp_NT = module.umm.captioner.logprobs(experience.rollout)
-            columns = (experience.reference_logp_NT, logp_NT, experience.rollout.mask_NT)
+            columns = (experience.segments["caption"].reference_logp_RS, logp_NT, experience.rollout.mask_NT)
             rows = zip(*(column.double().flatten().tolist() for column in columns), strict=True)
             d = [reference - logp for reference, logp, mask in rows if mask]
             self.k3 = sum(math.exp(x) - x - 1 for x in d) / len(d)
@@ -107,7 +107,7 @@ def test_without_kl_there_is_no_reference(build, trainer, monkeypatch):
         module = build(finetune=finetune)
         trainer(max_steps=2).fit(module, data())
         assert module.umm.captioner.reference_policy is None
-        assert module.experience.reference_logp_NT is None
+        assert module.experience.segments["caption"].reference_logp_RS is None
         assert "reference" not in module.experience.seconds
 
 

@@ -41,6 +41,7 @@ class AutoEncoder(LightningModule):
         super().__init__()
         self.umm: UMM | None = None  # configure_model sets it, and policy
         self.policy: nn.Module | None = None
+        self.image_policy: nn.Module | None = None  # of a renderer that trains weights of its own
         self.reward, self.evaluation = reward, evaluation
         self.unified_score, self.metrics = unified_score, nn.ModuleDict(metrics or {})
         self.mean_reward = MeanMetric(nan_strategy="ignore")
@@ -76,8 +77,8 @@ class AutoEncoder(LightningModule):
             ``id`` [B]; ``image`` and ``reconstruction`` [B, 3, H, W]; ``caption``, B strings; ``reward`` [B] and
             ``reward/<part>`` [B].
         """
-        with unsharded(self.policy):
-            rollout, reconstructions_BCHW = autoencode(self.umm, batch, self.evaluation, step=-1)
+        with unsharded(self.policy), unsharded(self.image_policy):
+            rollout, reconstructions_BCHW, _ = autoencode(self.umm, batch, self.evaluation, step=-1)
         rewards = self.reward(batch["image"], reconstructions_BCHW, rollout.texts)
         return {
             "id": batch["id"],

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from uae.grpo import LossTerms, zero_variance_share
-from uae.rollout import Experience
+from uae.rollout import Experience, Segment
 
-MAXIMA = ("policy/sampler_gap", "policy/ratio_max", "advantage/max_abs")  # over ranks; everything else is a mean
+POLICIES = {"caption": "policy", "image": "image_policy"}  # segment to the first half of its tags
+# Over ranks; everything else is a mean.
+MAXIMA = ("policy/sampler_gap", "policy/ratio_max", "image_policy/ratio_max", "advantage/max_abs")
 
 
 def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | float]:
@@ -31,20 +33,28 @@ def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | fl
         "policy/entropy": -masked_mean(rollout.logp_NT, rollout.mask_NT),  # in nats per token, estimated at the samples
         "policy/sampler_gap": experience.sampler_gap,
         **{f"time/{stage}": seconds for stage, seconds in experience.seconds.items()},
+        **_of_images(experience),
     }
 
 
-def of_update(terms: LossTerms, logp_NT: Tensor, experience: Experience) -> dict[str, Tensor | float]:
-    """Scalars of one mini-batch. ``policy/kl`` is in nats per token (k3) whatever the loss aggregates."""
+def _of_images(experience: Experience) -> dict[str, Tensor | float]:
+    """Log-likelihood of the renderer's actions, in nats per action (token models) or per latent dimension (flows)."""
+    image = experience.segments.get("image")
+    return {} if image is None else {"image_policy/logp": masked_mean(image.old_logp_RS, image.mask_RS)}
+
+
+def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment) -> dict[str, Tensor | float]:
+    """Scalars of one mini-batch and segment. ``.../kl`` is in nats per action (k3) whatever the loss aggregates."""
+    policy = POLICIES[name]
     values: dict[str, Tensor | float] = {
-        "policy/loss": terms.loss.detach(),
-        "policy/clip_fraction": terms.clip_fraction,
-        "policy/ratio_mean": terms.ratio_mean,
-        "policy/ratio_max": terms.ratio_max,
+        f"{policy}/loss": terms.loss.detach(),
+        f"{policy}/clip_fraction": terms.clip_fraction,
+        f"{policy}/ratio_mean": terms.ratio_mean,
+        f"{policy}/ratio_max": terms.ratio_max,
     }
-    if experience.reference_logp_NT is not None:
-        d_NT = experience.reference_logp_NT - logp_NT.detach()
-        values["policy/kl"] = masked_mean(d_NT.exp() - d_NT - 1, experience.rollout.mask_NT)
+    if segment.reference_logp_RS is not None:
+        d_RS = segment.reference_logp_RS - logp_RS.detach()
+        values[f"{policy}/kl"] = masked_mean(d_RS.exp() - d_RS - 1, segment.mask_RS)
     return values
 
 

@@ -22,8 +22,10 @@ from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
 from uae.models.finetune import Finetune
+from uae.policies import is_shared, prepare, roots
 from uae.rewards import WeightedReward
-from uae.rollout import Experience, Plan, now, parts, roll_out
+from uae.rollout import SEGMENTS, Experience, Plan, Train, parts, roll_out
+from uae.stopwatch import now
 from uae.strategy import unsharded
 from uae.trainable import check_trainable_state, trainable_state
 from uae.types import ImageBatch, Sampling, System
@@ -40,6 +42,16 @@ class UnifiedGRPO(AutoEncoder):
         sampling: How captions are drawn in training; this defines the policy.
         group: G, captions per image, 2 or more.
         advantage_scale: Divide centred rewards by the std of the "group", of the "batch" (all ranks), or by nothing.
+        train: Whose actions the reward teaches: "captions" (generation for understanding), "images" (understanding for
+            generation: image tokens, or the steps of a diffusion renderer), or "both".
+        reconstructions: M, images drawn of every caption. A caption's reward is their mean; a renderer's images are
+            compared within their caption, or, where M is 1, share their caption's advantage.
+        image_loss: Of the renderer's actions; None is ``loss``. Diffusion steps need clip ranges near 1e-4, see
+            `uae.models.sde`.
+        image_weight: Of the images' loss; the captions' counts 1. Each is normalised over its own actions.
+        image_finetune: What trains in a renderer with weights of its own.
+        image_lr: Its learning rate; None is the optimizer's.
+        exploration: How a diffusion renderer explores, if it trains.
         mini_batches: Parts a rank's batch is updated in; must divide ``data.batch_size``.
         num_iterations: Passes over every rollout.
         shared_noise: The renderer's noise is the same within a group, so that only captions make a difference.
@@ -63,6 +75,13 @@ class UnifiedGRPO(AutoEncoder):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         group: int = 8,
         advantage_scale: Literal["group", "batch", "none"] = "group",
+        train: Train = "captions",
+        reconstructions: int = 1,
+        image_loss: GRPOLoss | None = None,
+        image_weight: float = 1.0,
+        image_finetune: Finetune | None = None,
+        image_lr: float | None = None,
+        exploration: Any = None,
         mini_batches: int = 1,
         num_iterations: int = 1,
         shared_noise: bool = True,
@@ -79,14 +98,20 @@ class UnifiedGRPO(AutoEncoder):
         evaluation = Plan(1, greedy, seed, instruction=instruction)
         super().__init__(reward, evaluation, unified_score, metrics)
         for key, value, least in (
-            ("group", group, 2), ("mini_batches", mini_batches, 1), ("num_iterations", num_iterations, 1)
+            ("group", group, 2), ("mini_batches", mini_batches, 1), ("num_iterations", num_iterations, 1),
+            ("reconstructions", reconstructions, 1),
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"model.{key}={value}; allowed: {least} or more")
         if sampling.temperature == 0:
             raise ValueError("model.sampling.temperature=0 makes all captions of an image equal; allowed: above 0")
         self.system, self.finetune, self.loss = system, finetune, loss
-        self.plan = Plan(group, sampling, seed, shared_noise, advantage_scale, instruction, mini_batches)
+        self.image_finetune, self.image_lr, self.exploration = image_finetune, image_lr, exploration
+        self.losses = {"caption": loss, "image": image_loss or loss}
+        self.weights = {"caption": 1.0, "image": image_weight}
+        self.plan = Plan(
+            group, sampling, seed, shared_noise, advantage_scale, instruction, mini_batches, train, reconstructions
+        )
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.optimizer, self.scheduler = optimizer, scheduler
         self.experience: Experience | None = None
@@ -99,19 +124,20 @@ class UnifiedGRPO(AutoEncoder):
         turn = batch_idx % self.batches_per_rollout
         if turn == 0:
             self._collect(batch, batch_idx)
-        experience = self._mini_batch(batch, turn)
-        rollout = experience.rollout
-        logp_NT = self.umm.captioner.logprobs(rollout)
-        terms = self.loss(
-            logp_NT,
-            rollout.logp_NT,
-            experience.advantage_BG.flatten(),
-            rollout.mask_NT,
-            experience.reference_logp_NT,
-            self._normalizer(batch_idx),
-        )
-        self._log_all(measure.of_update(terms, logp_NT, experience))
-        return terms.loss
+        losses = []
+        for name, segment in self._mini_batch(batch, turn).segments.items():
+            logp_RS = segment.policy.logprobs(segment.actions)
+            terms = self.losses[name](
+                logp_RS,
+                segment.old_logp_RS,
+                segment.advantage_R,
+                segment.mask_RS,
+                segment.reference_logp_RS,
+                self._normalizer(name, batch_idx),
+            )
+            self._log_all(measure.of_update(name, terms, logp_RS, segment))
+            losses.append(terms.loss * self.weights[name])
+        return torch.stack(losses).sum()
 
     @property
     def batches_per_rollout(self) -> int:
@@ -129,12 +155,9 @@ class UnifiedGRPO(AutoEncoder):
         """Roll out, and refuse a run whose sampler and training code disagree about the policy."""
         accumulate = self.trainer.accumulate_grad_batches
         step = (self.global_step * accumulate + batch_idx % accumulate) // self.batches_per_rollout
-        with unsharded(self.policy):
-            self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self.loss.beta > 0)
-        tokens_M = self.experience.rollout.mask_NT.view(self.plan.mini_batches, -1).sum(1)
-        if self.loss.aggregation == "dapo":
-            tokens_M = self.all_gather(tokens_M).view(-1, self.plan.mini_batches).sum(0)
-        self._tokens_M = tokens_M
+        with unsharded(self.policy), unsharded(self.image_policy):
+            self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self._references)
+        self._actions_M = {name: self._count(name, one.mask_RS) for name, one in self.experience.segments.items()}
         seen = self._log_all(
             measure.of_rollout(self.experience, self.plan.sampling.max_tokens)
             | {"condition/truncated": float(self.umm.conditioner.truncated)}  # captions since the start of the run
@@ -159,14 +182,28 @@ class UnifiedGRPO(AutoEncoder):
             return self.experience
         return self.experience.select(parts(len(batch["id"]), self.plan.mini_batches)[turn % self.plan.mini_batches])
 
-    def _normalizer(self, batch_idx: int) -> Tensor | None:
-        """Tokens of the optimizer window, over the number of losses that Lightning and the ranks will average."""
-        if self.loss.aggregation not in ("dapo", "bnpo"):
+    @property
+    def _references(self) -> list[str]:
+        """Segments whose loss has a KL to the start."""
+        return [name for name, loss in self.losses.items() if loss.beta > 0 and name in SEGMENTS[self.plan.train]]
+
+    def _count(self, name: str, mask_RS: Tensor) -> Tensor:
+        """Actions of every mini-batch; of all ranks where the loss divides by them."""
+        actions_M = mask_RS.view(self.plan.mini_batches, -1).sum(1)
+        if self.losses[name].aggregation == "dapo":
+            actions_M = self.all_gather(actions_M).view(-1, self.plan.mini_batches).sum(0)
+        return actions_M
+
+    def _normalizer(self, name: str, batch_idx: int) -> Tensor | None:
+        """Actions of the optimizer window, over the number of losses that Lightning and the ranks will average."""
+        aggregation = self.losses[name].aggregation
+        if aggregation not in ("dapo", "bnpo"):
             return None
         accumulate = self.trainer.accumulate_grad_batches
         start = batch_idx // accumulate * accumulate
-        tokens = sum(self._tokens_M[turn % self.plan.mini_batches] for turn in range(start, start + accumulate))
-        return tokens / (accumulate * (self.trainer.world_size if self.loss.aggregation == "dapo" else 1))
+        actions_M = self._actions_M[name]
+        actions = sum(actions_M[turn % self.plan.mini_batches] for turn in range(start, start + accumulate))
+        return actions / (accumulate * (self.trainer.world_size if aggregation == "dapo" else 1))
 
     def on_train_batch_end(self, outputs: Any, batch: ImageBatch, batch_idx: int) -> None:
         """Log what the update took: from the end of the rollout to the end of its last optimizer step."""
@@ -175,7 +212,11 @@ class UnifiedGRPO(AutoEncoder):
 
     def configure_optimizers(self) -> Any:
         """Trainable parameters only; the scheduler counts optimizer steps."""
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        groups = [{"params": [p for p in self.policy.parameters() if p.requires_grad]}]
+        if self.image_policy is not None:
+            rate = {} if self.image_lr is None else {"lr": self.image_lr}
+            groups.append({"params": [p for p in self.image_policy.parameters() if p.requires_grad], **rate})
+        optimizer = self.optimizer([group for group in groups if group["params"]])
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
@@ -204,9 +245,11 @@ class UnifiedGRPO(AutoEncoder):
                 f"trainer.accumulate_grad_batches={accumulate} and model.mini_batches * model.num_iterations={per_rollout}: "
                 "one must divide the other, so that rollouts and optimizer steps end together"
             )
-        if per_rollout % accumulate and self.loss.aggregation in ("dapo", "bnpo"):
+        losses = (self.losses[name] for name in SEGMENTS[self.plan.train])
+        windowed = [loss.aggregation for loss in losses if loss.aggregation in ("dapo", "bnpo")]
+        if per_rollout % accumulate and windowed:
             raise ValueError(
-                f"model.loss.aggregation={self.loss.aggregation} divides by the tokens of the optimizer window, which spans "
+                f"model.loss.aggregation={windowed[0]} divides by the tokens of the optimizer window, which spans "
                 f"{accumulate // per_rollout} rollouts of which the later are unknown; set trainer.accumulate_grad_batches "
                 f"to a divisor of {per_rollout} (and raise data.batch_size), or use grpo or dr_grpo"
             )
@@ -215,19 +258,19 @@ class UnifiedGRPO(AutoEncoder):
         """Build the system, decide what trains, load the encoders, shard where the strategy asks for it. Idempotent."""
         if self.umm is not None:
             return
-        umm = self.system.build()
-        captioner = umm.captioner
+        train, umm = self.plan.train, self.system.build()
         with torch.random.fork_rng(devices=[]):  # the adapter's start is the same on every rank
             torch.manual_seed(self.plan.seed)
-            self.finetune.attach(captioner, keep_reference=self.loss.beta > 0 or umm.needs_reference)
+            umm = prepare(umm, train, self._references, self.finetune, self.image_finetune, self.exploration)
         self.reward.load()
         if self.unified_score is not None:
             self.unified_score.load()
         if self.device_mesh is not None:
-            for policy in (captioner.policy, captioner.reference_policy):
-                if policy is not None:
-                    self.trainer.strategy.shard(policy)
-        self.umm, self.policy = umm, captioner.policy
+            for root in roots(umm, train):
+                self.trainer.strategy.shard(root)
+        self.umm, self.policy = umm, umm.captioner.policy
+        if train != "captions" and not is_shared(umm):
+            self.image_policy = umm.renderer.policy
 
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout."""

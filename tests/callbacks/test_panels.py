@@ -20,7 +20,7 @@ def picture(event):
 def experience(system, build):
     module = build()
     batch = next(iter(SceneData(batch_size=2, train_size=8).train_dataloader()))
-    return batch, roll_out(system.build(), module.reward, batch, module.plan, 0, False)
+    return batch, roll_out(system.build(), module.reward, batch, module.plan, 0)
 
 
 def test_panels_show_the_same_sources_before_training_and_after(events):
