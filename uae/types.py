@@ -27,6 +27,7 @@ class ImageBatch(TypedDict, total=False):
     id: Tensor  # [B] int64, unique in the data set and stable between runs
     name: list[str]  # file name or "scene-<id>"
     scene: list[Any]  # ground truth of the procedural scenes; absent for real images
+    caption: list[str]  # of the data set, for supervised training; absent where an image has none
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,27 @@ class Condition(Protocol):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What an image policy did: image tokens or SDE steps. Shares its field names with Rollout, so one loss serves both."""
+    """What an image policy did: image tokens or SDE steps."""
 
     condition: Condition
     actions_NS: Tensor  # [N, S] or [N, S, ...]
     mask_NS: Tensor
     logp_NS: Tensor  # detached
+
+    def __len__(self) -> int:
+        """N, the number of images drawn."""
+        return len(self.mask_NS)
+
+    def select(self, rows: Sequence[int]) -> Trajectory:
+        """The trajectories of some of its rows."""
+        at = list(rows)
+        return replace(
+            self,
+            condition=self.condition.index(at),
+            actions_NS=self.actions_NS[at],
+            mask_NS=self.mask_NS[at],
+            logp_NS=self.logp_NS[at],
+        )
 
 
 class Captioner(Protocol):
