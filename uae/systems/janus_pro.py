@@ -1,0 +1,88 @@
+"""Janus-Pro as UMM-2: one language model captions an image, and draws it again from the caption, token by token."""
+
+from __future__ import annotations
+
+from uae.models.blueprints import Blueprint
+from uae.models.image_tokens import LogProb, TokenSampling
+from uae.models.vision_language import Reading
+from uae.types import UMM
+
+INSTRUCTION = (
+    "Describe this image in so much detail that someone who cannot see it could draw it again: every object with its "
+    "color, size, material and place, how many there are, the background, the light, the style, and any text word for word."
+)
+KEY = "system.init_args.checkpoint"
+
+
+class JanusPro:
+    """A Janus or Janus-Pro checkpoint in transformers' layout as a `uae.types.System`.
+
+    Args:
+        checkpoint: Folder or hub id, such as deepseek-community/Janus-Pro-1B or -7B. The original deepseek-ai/Janus-Pro-*
+            need their authors' package and are refused.
+        guidance: Classifier-free guidance of image tokens; part of the policy. 1 means none, at half the work.
+        image_temperature: Of image tokens; part of the policy. 0 is greedy.
+        cfg_logprob: What log-probs are under guidance, see `uae.models.image_tokens.TokenSampling`.
+        rows: Images drawn together; bounds memory, changes nothing else.
+        reading: How the checkpoint is loaded and asked.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "deepseek-community/Janus-Pro-1B",
+        guidance: float = 5.0,
+        image_temperature: float = 1.0,
+        cfg_logprob: LogProb = "guided",
+        rows: int = 16,
+        reading: Reading = Reading(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.sampling = TokenSampling(guidance, image_temperature, cfg_logprob)
+        self.checkpoint, self.rows, self.reading = checkpoint, rows, reading
+
+    def blueprint(self) -> Blueprint:
+        """Sizes, without weights. The plan counts captions; image tokens come on top."""
+        from uae.models.blueprints import vlm_skeleton
+        from uae.models.janus import as_buffers
+
+        check_layout(self.checkpoint)
+        policy = vlm_skeleton(self.checkpoint, self.reading.dtype)
+        as_buffers(policy.model.vqmodel)
+        return Blueprint(policy, prompt_tokens=policy.config.vision_config.num_image_tokens + 128, reading=self.reading)
+
+    def build(self) -> UMM:
+        """Load the checkpoint; all three roles are its own."""
+        from uae.models.janus import unify
+        from uae.models.vision_language import load_captioner
+
+        check_layout(self.checkpoint)
+        captioner = load_captioner(self.checkpoint, self.reading, INSTRUCTION)
+        check_spaces(captioner.processor.tokenizer)
+        return unify(captioner, self.sampling, self.rows)
+
+
+def check_layout(checkpoint: str) -> None:
+    """Raise unless a checkpoint is Janus in transformers' layout."""
+    from uae.models.blueprints import config_of
+
+    kind = "multi_modality" if checkpoint.startswith("deepseek-ai/") else config_of(checkpoint).get("model_type")
+    if kind == "multi_modality":
+        size = "1B" if "1b" in checkpoint.lower() else "7B"
+        raise ValueError(
+            f"{checkpoint!r} is in the original layout (multi_modality), which needs its authors' package; set {KEY} to the port "
+            f"to transformers, deepseek-community/Janus-Pro-{size}"
+        )
+    if kind != "janus":
+        raise ValueError(
+            f"{checkpoint!r} is of model_type {kind!r}; allowed: janus, such as deepseek-community/Janus-Pro-1B; {KEY}"
+        )
+
+
+def check_spaces(tokenizer: object) -> None:
+    """Raise where a version of transformers takes the byte-level tokenizer for Llama's, which loses all spaces."""
+    text = "two red squares"
+    back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)  # type: ignore[attr-defined, operator]
+    if back != text:
+        raise ValueError(
+            f"the tokenizer reads {text!r} as {back!r}: this transformers ignores tokenizer.json; upgrade it, or set tokenizer_class "
+            "to TokenizersBackend in the checkpoint's tokenizer_config.json"
+        )
