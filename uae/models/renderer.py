@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +13,30 @@ from torch import Tensor, nn
 
 from uae.models.conditioners import EmbeddingCondition, TextCondition, pad_to_length
 from uae.models.contracts import contract_of, denoiser_of, text_encoders_of
+from uae.models.flow_schedule import gradient_through
 from uae.models.joint_attention import MaskedJointAttention, masked_cross_attention, masked_passes
 from uae.models.pipelines import fresh_scheduler, without
 from uae.models.rendering import Rendering, check, spare_memory
 from uae.placement import at_work, settle, working_device
 
 Condition = TextCondition | EmbeddingCondition
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of the pipeline starts from, goes through and ends in. The defaults draw an image.
+
+    Args:
+        generators: One per row, for the noise; None where there are latents to start from.
+        latents: What an earlier call with ``output_type="latent"`` returned; None draws noise.
+        during: Entered with the pipeline, which then has a scheduler of its own, around the call.
+        output_type: "pt" for pixels, "latent" to leave out the autoencoder.
+    """
+
+    generators: list[torch.Generator] | None
+    latents: Tensor | None = None
+    during: Callable[[Any], AbstractContextManager[None]] = nullcontext
+    output_type: str = "pt"
 
 
 class DiffusersRenderer:
@@ -67,31 +87,61 @@ class DiffusersRenderer:
         settle(self.modules(), self.rendering.placement, self.device)
         return self
 
-    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False) -> Tensor:
+    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
         """Images ``[N, 3, H, W]`` in [0, 1], float32.
 
         Args:
             condition: N rows.
             seeds: N numbers; equal seeds start from equal noise.
-            grad: Keep the graph through every denoising step (cold start); off in rollouts.
+            grad: Keep the graph through the denoising steps (cold start); off in rollouts.
+            last: With ``grad``: through the last so many steps only, the ones before are constant. Changes no pixel,
+                and bounds the memory; None is all steps.
         """
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
-        home = self.device or _device_of(denoiser_of(self.pipe))
-        work = working_device(self.rendering.placement, home)
+        if last is not None and last < 1:
+            raise ValueError(f"last={last} denoising steps with a gradient; allowed: 1 or more, or None for all")
+        during = nullcontext if last is None or not grad else partial(gradient_through, last=last)
+
+        def start(rows: list[int]) -> Call:
+            return Call(generators_of([seeds[row] for row in rows]), during=during)
+
+        images: list[Tensor] = [torch.empty(0)] * len(condition)
+        for rows, drawn in self.calls(condition, start, grad):
+            for row, image in zip(rows, drawn, strict=True):
+                images[row] = image
+        return torch.stack(images).float().to(self.home)
+
+    @property
+    def home(self) -> torch.device:
+        """Where images come out."""
+        return self.device or _device_of(denoiser_of(self.pipe))
+
+    def calls(
+        self, condition: Condition, start: Callable[[list[int]], Call], grad: bool = False
+    ) -> list[tuple[list[int], Tensor]]:
+        """Run the pipeline on all rows of a condition.
+
+        Args:
+            condition: N rows.
+            start: The call for some rows; asked once for every micro-batch, right before it runs.
+            grad: Keep the graph.
+
+        Returns:
+            The rows of each micro-batch and what the pipeline returned for them.
+        """
+        work = working_device(self.rendering.placement, self.home)
         if grad and self.rendering.placement.offload and work.type != "cpu":
             raise ValueError(
                 "gradients need the renderer's weights afterwards; set rendering.placement.offload to false"
             )
-        images: list[Tensor] = [torch.empty(0)] * len(condition)
         with torch.set_grad_enabled(grad):
             negative = self._negative(condition)
-            with at_work(self._needed(condition), self.rendering.placement, home):
-                for rows in self._batches(condition):
-                    drawn = self._draw(condition.index(rows), negative, [seeds[row] for row in rows], grad, work)
-                    for row, image in zip(rows, drawn, strict=True):
-                        images[row] = image
-        return torch.stack(images).float().to(home)
+            with at_work(self._needed(condition), self.rendering.placement, self.home):
+                return [
+                    (rows, self._draw(condition.index(rows), negative, start(rows), grad, work))
+                    for rows in self._batches(condition)
+                ]
 
     def _needed(self, condition: Condition) -> list[nn.Module]:
         readers = text_encoders_of(self.pipe).values() if isinstance(condition, TextCondition) else ()
@@ -124,7 +174,7 @@ class DiffusersRenderer:
             yield from (group[start : start + most] for start in range(0, len(group), most))
 
     def _draw(
-        self, condition: Condition, negative: Condition | None, seeds: Sequence[int], grad: bool, work: torch.device
+        self, condition: Condition, negative: Condition | None, start: Call, grad: bool, work: torch.device
     ) -> Tensor:
         """One call of the pipeline."""
         arguments: dict[str, Any] = dict(self.contract.fixed)
@@ -132,6 +182,8 @@ class DiffusersRenderer:
             arguments[self.contract.guidance] = self.rendering.guidance
         if self.contract.distilled and self.rendering.distilled_guidance is not None:
             arguments[self.contract.distilled] = self.rendering.distilled_guidance
+        if start.latents is not None:
+            arguments["latents"] = start.latents.to(work)
         call = type(self.pipe).__call__
         call = call.__wrapped__ if grad else call  # the undecorated method: diffusers disables gradients in the other
         with ExitStack() as stack:
@@ -143,14 +195,15 @@ class DiffusersRenderer:
                 stack.enter_context(without(self.pipe, text_encoders_of(self.pipe)))
                 arguments |= self._embeddings(condition, negative, work, stack)
             stack.enter_context(fresh_scheduler(self.pipe))
+            stack.enter_context(start.during(self.pipe))
             return call(
                 self.pipe,
                 **arguments,
                 height=self.rendering.height,
                 width=self.rendering.width,
                 num_inference_steps=self.rendering.steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # the same noise on any device
-                output_type="pt",
+                generator=start.generators,
+                output_type=start.output_type,
                 return_dict=False,
             )[0]
 
@@ -200,6 +253,11 @@ class DiffusersRenderer:
                 f"{type(self.pipe).__name__} takes a pooled vector per caption; the conditioner gives none"
             )
         return condition.pooled_NP
+
+
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator per seed, on the CPU: the same noise on any device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _device_of(module: nn.Module) -> torch.device:
