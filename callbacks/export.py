@@ -9,13 +9,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from uae.models.checkpoints import save_state
 from uae.models.low_rank import check_low_rank, merge_adapter, split_adapter
 
 WRAPPER = "base_model.model."  # PEFT's, before the names of what it wraps
 
 
 class Export(Callback):
-    """Writes the policy at the end of ``fit``: a PEFT adapter after LoRA, a Hugging Face model after full finetuning.
+    """Writes what trained at the end of ``fit``: a PEFT adapter after LoRA, a Hugging Face model after full finetuning.
+
+    A renderer that trained weights of its own goes to the subfolder ``renderer``: an adapter, or a denoiser that diffusers loads.
 
     ``peft.PeftModel.from_pretrained(base, folder)`` or ``AutoModelForImageTextToText.from_pretrained(folder)`` reads it.
 
@@ -36,30 +39,53 @@ class Export(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the weights on all ranks, write them on the first."""
-        policy = getattr(pl_module, "policy", None)
         log_dir = self.folder or trainer.log_dir  # asking for log_dir is collective
-        if policy is None or trainer.fast_dev_run or log_dir is None:
+        if trainer.fast_dev_run or log_dir is None:
             return
+        folder = Path(self.folder) if self.folder else Path(log_dir, "export")
+        policy = trained(getattr(pl_module, "policy", None))
+        if policy is not None:
+            self._write(folder, policy, trainer.is_global_zero, pl_module.umm.captioner.processor)
+        renderer = trained(getattr(pl_module, "image_policy", None))
+        if renderer is not None:
+            self._write(folder / "renderer", renderer, trainer.is_global_zero)
+
+    def _write(self, folder: Path, policy: Any, here: bool, processor: Any = None) -> None:
+        """One policy; of a renderer (without a processor), its denoiser in the layout of diffusers."""
         # A full state dict is gathered by all ranks and handed to the first; the adapter's needs no frozen weights.
         adapted = hasattr(policy.model, "peft_config")
         alone = adapted and not self.merge
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
         weights = get_model_state_dict(policy.model, options=options)
-        if not trainer.is_global_zero:
+        if not here:
             return
-        folder = Path(self.folder) if self.folder else Path(log_dir, "export")
         if alone:
             save_adapter(folder, policy, weights)
             return
+        whole = merged(policy, weights) if adapted else weights
+        if processor is None:
+            base_of(policy).save_config(folder)
+            save_state(folder, "diffusion_pytorch_model", whole)
+            return
         # The model writes old names, leaves out tied weights, and adds the generation settings it came with.
-        policy.base.save_pretrained(folder, state_dict=merged(policy, weights) if adapted else weights)
-        pl_module.umm.captioner.processor.save_pretrained(folder)
+        policy.base.save_pretrained(folder, state_dict=whole)
+        processor.save_pretrained(folder)
+
+
+def trained(policy: Any) -> Any:
+    """The policy, or None if nothing of it trained."""
+    return policy if policy is not None and any(p.requires_grad for p in policy.parameters()) else None
+
+
+def base_of(policy: Any) -> Any:
+    """The library's own model, below the adapter if there is one."""
+    return policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
 
 
 def save_adapter(folder: Path, policy: Any, weights: dict[str, Tensor]) -> None:
     """The adapter in training, as PEFT writes it, with the name of the model below it."""
     config = policy.model.peft_config["default"]
-    config.base_model_name_or_path = policy.base.name_or_path or config.base_model_name_or_path
+    config.base_model_name_or_path = getattr(base_of(policy), "name_or_path", None) or config.base_model_name_or_path
     # Adapters hold no embeddings; PEFT's default would look the base up on the hub to be sure.
     policy.model.save_pretrained(folder, state_dict=weights, selected_adapters=["default"], save_embedding_layers=False)
 
@@ -68,7 +94,7 @@ def merged(policy: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the model below an adapter, with the adapter added; by the model's own names, in its own dtypes."""
     scales = {
         name: module.scaling["default"]
-        for name, module in policy.base.named_modules()
+        for name, module in base_of(policy).named_modules()
         if isinstance(getattr(module, "scaling", None), dict)
     }
     plain, factors = split_adapter({name.removeprefix(WRAPPER): value for name, value in weights.items()})

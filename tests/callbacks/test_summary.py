@@ -53,3 +53,13 @@ def test_table():
     ]
     assert lines[2].index("1.0000") < lines[3].index("1.0000")  # a missing end leaves its column empty
     assert lines[-1] == "7 steps in 61 s"
+
+
+def test_generation_is_scored_at_every_validation(command):
+    """The renderer of the random miniature is frozen, and its prompts and noise are fixed: nothing changes."""
+    extra = ["--trainer.callbacks+=callbacks.generation.MiniGenEval", "--trainer.callbacks.prompts=2", "--run_name=drawn"]
+    command("fit", *extra)
+    summary = json.loads((command.folder / "outputs/drawn/summary.json").read_text())
+    names = {f"generation/{name}" for name in ("single", "two", "counting", "background", "position", "size", "overall")}
+    before, after = ({name: summary[when][name] for name in names} for when in ("before", "after"))
+    assert before == after
