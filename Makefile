@@ -4,11 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo test unit lint types pretrain gate sweep tensorboard gpu notebooks clean
+.PHONY: help demo test unit lint types pretrain pretrain-janus gate sweep tensorboard gpu notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version.split()[0] + '; set PYTHON=python3.x')"
@@ -35,6 +35,11 @@ pretrain: $(READY)  ## rebuild the miniature's cold-start weights (about an hour
 		$(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; \
 	done
 	$(RUN) benchmarks/miniature.py gate
+
+pretrain-janus: $(READY)  ## rebuild the weights of the miniature of UMM-2 (about 20 minutes of one CPU core)
+	for stage in janus_autoencoder janus; do \
+		$(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; \
+	done
 
 gate: $(READY)  ## does the cold-started decoder draw what captions say?
 	$(RUN) benchmarks/miniature.py gate
