@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids
     r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
+)
+IMAGE_TRANSFORMER = (
+    r".*attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # of diffusers; as Flow-GRPO adapts them
 )
 IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
 
@@ -29,7 +34,7 @@ class Finetune:
 
 
 class LoRA(Finetune):
-    """A low-rank adapter on the language model; the reference is the model with the adapter off, so it costs nothing.
+    """A low-rank adapter on the language model or the denoiser; the reference is the model with the adapter off, so it costs nothing.
 
     Its weights are float32 also beside a bfloat16 model: updates of 1e-6 would be rounded away in bfloat16.
 
@@ -37,12 +42,17 @@ class LoRA(Finetune):
         rank: Rank of the adapter.
         alpha: Scale; the update is ``alpha / rank * B A``.
         target_modules: A regular expression over module names, or "all-linear": every linear map but the output head,
-            those of the image tower too, as UAE was trained. The default is the maps of the language model.
+            those of the image tower too, as UAE was trained. The default is the maps of the language model, or the
+            attention of a denoiser of diffusers.
         adapter: Folder of a PEFT adapter to start from; the reference is then a frozen copy of it.
     """
 
     def __init__(
-        self, rank: int = 16, alpha: int = 32, target_modules: str = LANGUAGE_MODEL, adapter: str | None = None
+        self,
+        rank: int = 16,
+        alpha: int = 32,
+        target_modules: str = f"{LANGUAGE_MODEL}|{IMAGE_TRANSFORMER}",
+        adapter: str | None = None,
     ) -> None:
         self.rank, self.alpha, self.target_modules, self.adapter = rank, alpha, target_modules, adapter
 
@@ -87,3 +97,19 @@ class Full(Finetune):
             raise ValueError(f"finetune.trainable={self.trainable!r} matches no parameter of the policy")
         for name, parameter in policy.model.named_parameters():
             parameter.requires_grad_(name in names)
+
+
+@contextmanager
+def switched_to(adapter: str, model: Any) -> Iterator[None]:
+    """Inside, a PeftModel works with another adapter than "default", or with none ("")."""
+    if not adapter:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name and ".default." in name)

@@ -95,13 +95,13 @@ def euler(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
     return _single(x) + (t_next - t) * _single(velocity)
 
 
-def log_prob(x_next: Tensor, mean: Tensor, std: float, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+def log_prob(x_next: Tensor, mean: Tensor, std: float | Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """Log-density of the next latents, per row.
 
     Args:
         x_next: ``[N, ...]``.
         mean: Of the same shape.
-        std: One for all latent dimensions.
+        std: One for all latent dimensions, or one per row ``[N]``.
         reduction: "mean": nats per latent dimension, the unit of Flow-GRPO and DanceGRPO. An image has 1e4 to 1e6
             dimensions, and differences of the sum would leave any clip range; in this unit ranges of 1e-5 to 1e-4 are
             usual. "sum": nats, the density itself.
@@ -109,17 +109,25 @@ def log_prob(x_next: Tensor, mean: Tensor, std: float, reduction: Literal["mean"
     Returns:
         ``[N]``.
     """
+    std = _per_row(std, mean)
     z = (_single(x_next) - mean) / std
-    return _reduced(-0.5 * z.square() - math.log(std) - 0.5 * math.log(2 * math.pi), reduction)
+    return _reduced(-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
 
 
-def divergence(mean: Tensor, reference_mean: Tensor, std: float, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+def divergence(
+    mean: Tensor, reference_mean: Tensor, std: float | Tensor, reduction: Literal["mean", "sum"] = "mean"
+) -> Tensor:
     """Exact KL divergence ``[N]`` between two Gaussians of equal ``std``; units as in `log_prob`.
 
     ``std`` is that of the step, so it includes the length of the step. Flow-GRPO's code divides by the squared *rate* only:
     its penalty is this one times ``t - t_next``, and its coefficients are to be read in that unit.
     """
-    return _reduced(((mean - reference_mean) / std).square() / 2, reduction)
+    return _reduced(((mean - reference_mean) / _per_row(std, mean)).square() / 2, reduction)
+
+
+def _per_row(std: float | Tensor, mean: Tensor) -> Tensor:
+    """Broadcasts over all but the first dimension of the mean."""
+    return torch.as_tensor(std, dtype=mean.dtype, device=mean.device).reshape(-1, *[1] * (mean.ndim - 1))
 
 
 def _reduced(each: Tensor, reduction: str) -> Tensor:
