@@ -16,6 +16,7 @@ class Objective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rng = random.Random(0)
+        self.step = 0  # optimizer steps so far; whoever trains keeps it
 
     def build(self) -> None:
         """Create or load the modules. Called once, on the CPU."""
