@@ -61,7 +61,7 @@ class TokenSampling:
         guidance: w. 1 is none, and runs no unconditional pass.
         temperature: t, in sampling and in log-probs. 0 means greedy (log-probs then at temperature 1).
         cfg_logprob: What log-probs are under guidance. "guided": of the policy that samples, with its whole gradient.
-            "guided_detach_uncond": the same value at half the memory; the gradient through u is left out.
+            "guided_detach_uncond": the same value at half the memory; the gradient into the states behind u is left out.
             "conditional": of softmax(c / t), which nobody sampled from, as in T2I-R1: the policy gradient is biased, and
             ratios compare something else than the sampler (`TokenSampling.exact`).
     """
