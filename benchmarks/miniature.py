@@ -12,17 +12,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from runs import Run, train
 
 from uae.bench.mini_geneval import mini_geneval
 from uae.coldstart.contrastive import edit
@@ -35,7 +31,6 @@ from uae.systems.tiny import Tiny, TinyCLIP, TinyJudge
 from uae.types import UMM, Sampling
 
 RESULTS = Path(__file__).parent / "results"
-RUNS = Path("outputs/miniature")
 COLUMNS = {
     "unified_score/held_out": "held out", "unified_score/judge": "judge", "unified_score/layout": "layout",
     "unified_score/clip": "clip (reward)", "caption/words": "words", "caption/valid": "valid", "caption/recall": "recall",
@@ -169,53 +164,6 @@ def variation(umm: UMM, text: str = "a red square") -> dict[str, int]:
         "said object drawn": len(found),
         "strictly": strict,
     }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training through the command line.
-
-    Args:
-        name: Of its folder, with the seed.
-        seed: Of everything.
-        configs: Deltas to configs/tiny.yaml.
-        options: Further arguments.
-    """
-
-    name: str
-    seed: int
-    configs: tuple[str, ...]
-    options: tuple[str, ...]
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes."""
-        return RUNS / f"{self.name}_seed{self.seed}"
-
-    def __call__(self, threads: int) -> None:
-        """Train, unless it has been done."""
-        if (self.folder / "summary.json").is_file():
-            return
-        files = [part for config in ("configs/tiny.yaml", *self.configs) for part in ("--config", config)]
-        options = [f"--run_name=miniature/{self.folder.name}", f"--seed_everything={self.seed}", *self.options]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.txt").open("w") as log:
-            subprocess.run(
-                [sys.executable, "-m", "uae.cli", "fit", *files, *options],
-                check=True,
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
-
-
-def train(runs: list[Run], jobs: int) -> None:
-    """All runs, several at a time, one line each when done."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        for run, _ in zip(runs, pool.map(lambda run: run(threads), runs), strict=True):
-            print(f"trained {run.folder}", flush=True)
 
 
 def trained(folder: Path, full: bool) -> UMM:
