@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from uae.coldstart.objective import Objective
+from uae.coldstart.velocity import velocity_of
 from uae.metrics.scenes import agreement
 from uae.models.conditioners import EmbeddingCondition
 from uae.scenes import Detail, Scene, describe, detect, render
@@ -74,14 +75,8 @@ class FlowMatchingObjective(Objective):
 
     def velocity(self, noised: Tensor, time: Tensor, condition: EmbeddingCondition) -> Tensor:
         """The transformer's prediction; ``time`` in [0, 1]."""
-        return self.transformer(
-            hidden_states=noised,
-            timestep=time * 1000,
-            encoder_hidden_states=condition.embeds_NLD,
-            pooled_projections=condition.pooled_NP,
-            joint_attention_kwargs={"text_mask": condition.mask_NL},
-            return_dict=False,
-        )[0]
+        (renderer,) = self.frozen
+        return velocity_of(renderer, noised, time, condition)
 
     def _simplified(self, scene: Scene, most: int) -> Scene:
         objects = self.rng.sample(scene.objects, min(most, len(scene.objects)))

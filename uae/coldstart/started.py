@@ -1,0 +1,83 @@
+"""A system that starts from what a cold start wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from uae.coldstart.system_objective import CAPTIONER, CONDITIONER, DENOISER
+from uae.models.contracts import denoiser_of
+from uae.types import UMM, System
+
+
+class Started:
+    """Any system with the weights of a cold start in place of its own, as a `uae.types.System`.
+
+    Args:
+        system: As the cold start had it.
+        folder: What it wrote: ``captioner``, ``denoiser`` and ``conditioner.safetensors``, as far as they trained.
+            Adapters are merged. (To continue a captioner's adapter instead, leave this out and use
+            ``LoRA(adapter=<folder>/captioner)``.)
+    """
+
+    def __init__(self, system: System, folder: str) -> None:
+        self.system, self.folder = system, folder
+
+    def blueprint(self) -> Any:
+        """Sizes, without weights: the system's own."""
+        return self.system.blueprint()  # type: ignore[attr-defined]
+
+    def build(self) -> UMM:
+        """Build the system and replace weights.
+
+        Raises:
+            FileNotFoundError: The folder has none of the three.
+            ValueError: They are of another system.
+        """
+        folder = Path(self.folder).expanduser()
+        captioner, denoiser, conditioner = folder / CAPTIONER, folder / DENOISER, folder / f"{CONDITIONER}.safetensors"
+        if not any(path.exists() for path in (captioner, denoiser, conditioner)):
+            raise FileNotFoundError(
+                f"no cold start in {self.folder!r}: correct model.init_args.system.init_args.folder"
+            )
+        umm: Any = self.system.build()
+        if captioner.is_dir():
+            umm.captioner.policy.model = _with(umm.captioner.policy.model, captioner)
+        if denoiser.is_dir():
+            _with(denoiser_of(umm.renderer.pipe), denoiser)
+        if conditioner.is_file():
+            _load(umm.conditioner, conditioner)
+        return umm
+
+
+def _with(network: Any, folder: Path) -> Any:
+    """A network with an adapter merged into it, or with other weights; frozen, in place."""
+    from uae.models.checkpoints import load_into
+
+    if (folder / "adapter_config.json").is_file():
+        import peft
+
+        network = peft.PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+    else:
+        saved = type(network).from_pretrained(folder, local_files_only=True)  # newer names than those on disk
+        load_into(network, saved.state_dict(), str(folder), "model.init_args.system.init_args.folder")
+    return network.requires_grad_(False).eval()
+
+
+def _load(module: nn.Module, file: Path) -> None:
+    from uae.models.checkpoints import read_state
+
+    state = read_state(file)
+    wrong = [
+        name
+        for name, value in state.items()
+        if name not in (own := module.state_dict()) or own[name].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{file} has {wrong[0]}, which {type(module).__name__} has not in that shape: it was trained in another system; "
+            "correct model.init_args.system.init_args.folder"
+        )
+    module.load_state_dict(state, strict=False)

@@ -1,0 +1,168 @@
+"""What supervised objectives of whole systems share: the system itself, captions as tokens, and weights on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uae.coldstart.objective import Objective
+from uae.models.contracts import denoiser_of
+from uae.models.finetune import Finetune
+from uae.rewards import WeightedReward
+from uae.types import UMM, Condition, ImageBatch, Rollout, System
+
+CAPTIONER, DENOISER, CONDITIONER = "captioner", "denoiser", "conditioner"  # what `save` writes
+
+
+class SystemObjective(Objective):
+    """Trains parts of any `uae.types.System` on images and their captions.
+
+    What trains is registered as submodules; the whole model stays out of sight in ``frozen``, and everything in it that
+    no objective asked for is frozen and in eval mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.system: System | None = None  # `use` gives these
+        self.finetune: Finetune | None = None
+        self.reward: WeightedReward | None = None
+        self.instruction: str | None = None
+        self.seed = 0
+
+    def use(
+        self,
+        system: System | None,
+        finetune: Finetune | None = None,
+        reward: WeightedReward | None = None,
+        instruction: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """What the run trains, as `uae.coldstart.ColdStart` was given it. Loads nothing.
+
+        Raises:
+            ValueError: There is no system.
+        """
+        if system is None:
+            raise ValueError(f"{type(self).__name__} trains a system, and model.init_args.system is null: set it")
+        self.system, self.finetune, self.reward = system, finetune, reward
+        self.instruction, self.seed = instruction, seed
+
+    def build(self) -> None:
+        """Build the system on the CPU, freeze all of it, and unfreeze what trains."""
+        assert self.system is not None
+        umm = self.system.build()
+        for part in (getattr(umm.captioner, "policy", None), umm.conditioner):
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        with torch.random.fork_rng(devices=[]):  # an adapter's start is the same on every rank
+            torch.manual_seed(self.seed)
+            self.attach(umm)
+        self.frozen = (umm,)
+
+    def attach(self, umm: UMM) -> None:
+        """Unfreeze and register what trains, and refuse a system that this objective cannot train."""
+        raise NotImplementedError
+
+    def place(self, device: Any) -> None:
+        """Move the parts that Lightning does not know of."""
+        (umm,) = self.frozen
+        for part in (umm.captioner, umm.conditioner, umm.renderer):
+            part.to(device)
+
+    def rollout(self, batch: ImageBatch, max_tokens: int) -> Rollout:
+        """The data set's captions, as if the captioner had written them."""
+        (umm,) = self.frozen
+        context = umm.captioner.prepare(batch["image"], self.instruction)
+        return caption_rollout(umm.captioner, captions_of(batch, self), context, max_tokens)
+
+    def condition(self, batch: ImageBatch, captions: list[str]) -> Condition:
+        """What the renderer draws from; with the rollout for conditioners that read it beside the image."""
+        (umm,) = self.frozen
+        tokenized = hasattr(umm.captioner, "processor")  # an external captioner's captions are text and nothing else
+        rollout = self.rollout({**batch, "caption": captions}, max_tokens=2**30) if tokenized else None
+        return umm.conditioner.encode(captions, rollout)
+
+
+def captions_of(batch: ImageBatch, objective: nn.Module) -> list[str]:
+    """The captions of a batch.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if "caption" not in batch:
+        names = ", ".join(batch.get("name", [])[:3])
+        raise ValueError(
+            f"{type(objective).__name__} learns from captions, and a batch ({names}) has images without: put <name>.txt beside "
+            "each image or a metadata.jsonl into data.init_args.root"
+        )
+    return batch["caption"]
+
+
+def caption_rollout(captioner: Any, captions: list[str], context: Any, max_tokens: int) -> Rollout:
+    """Captions as a rollout with one caption per image: tokens ``[B, T]``, padded on the right.
+
+    A caption ends with the end-of-sequence token unless it is cut at ``max_tokens``. Tokens that the policy never says
+    (placeholders of images, ends of turns) are left out of it: their log-probs would be -inf.
+    """
+    words = captioner.processor.tokenizer
+    end = words.eos_token_id if words.eos_token_id in captioner.end_ids else captioner.end_ids[0]
+    never = {*captioner.policy.banned_ids.tolist(), *captioner.end_ids}
+    rows = []
+    for ids in words(captions, add_special_tokens=False)["input_ids"]:
+        rows.append([*(i for i in ids if i not in never), end][:max_tokens])
+    length = max(map(len, rows))
+    tokens_BT = torch.tensor([row + [captioner.pad_id] * (length - len(row)) for row in rows])
+    mask_BT = torch.tensor([[1.0] * len(row) + [0.0] * (length - len(row)) for row in rows])
+    tokens_BT, mask_BT = tokens_BT.to(captioner.device), mask_BT.to(captioner.device)
+    return Rollout(tokens_BT, mask_BT, torch.zeros_like(mask_BT), list(captions), context, group=1)
+
+
+def unfreeze(module: Any, pattern: str, what: str) -> None:
+    """Let the parameters of a conditioner train whose names match; they are kept in float32.
+
+    Raises:
+        ValueError: There are none.
+    """
+    parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
+    names = [name for name in parameters if re.search(pattern, name)]
+    if not names:
+        kind = type(module).__name__
+        has = f"none of its {len(parameters)} parameters matches {pattern!r}" if parameters else "it has no parameters"
+        raise ValueError(
+            f"{what} has no way to train {kind}: {has}; change model.init_args.objective.init_args.trainable, or take a system "
+            "whose captions go through a projector (uae, uniworld_v1, metaquery, tiny)"
+        )
+    for name in names:
+        parameters[name].requires_grad_(True)
+        parameters[name].data = parameters[name].data.float()
+
+
+def recompute(pipe: Any) -> None:
+    """Gradient checkpointing of the denoiser, by its own method."""
+    denoiser = denoiser_of(pipe)
+    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(denoiser).__name__} has no gradient checkpointing; set "
+            "model.init_args.objective.init_args.gradient_checkpointing to false"
+        )
+    denoiser.enable_gradient_checkpointing()
+
+
+def save_network(folder: Path, network: Any) -> None:
+    """A PEFT adapter, or the whole network in its library's layout."""
+    if hasattr(network, "peft_config"):  # adapters hold no embeddings; PEFT would ask the hub to be sure
+        network.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    else:
+        network.save_pretrained(folder)
+
+
+def save_trained(folder: Path, module: nn.Module) -> None:
+    """``conditioner.safetensors``: what trains of a conditioner, by the conditioner's own names."""
+    from uae.models.checkpoints import save_state
+
+    trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    save_state(folder, CONDITIONER, trained)

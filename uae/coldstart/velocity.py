@@ -1,0 +1,109 @@
+"""What a flow pipeline's denoiser says at a given point: by the pipeline's own call, so for any pipeline.
+
+A pipeline knows how its transformer takes conditions, guidance, positions and times. It is called for one step at the given
+times, whose outcome is the velocity itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from uae.models.flow_schedule import check_flow
+from uae.models.renderer import Call
+from uae.types import Condition
+
+
+def check_pipeline(renderer: Any) -> None:
+    """Raise unless a renderer is a diffusers pipeline that predicts velocities from embeddings.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    pipe, reason = getattr(renderer, "pipe", None), ""
+    if pipe is None:
+        reason = f"{type(renderer).__name__} is no diffusers pipeline"
+    elif not renderer.contract.takes_embeddings:
+        reason = f"{type(pipe).__name__} takes captions as text only"
+    else:
+        try:
+            check_flow(pipe)
+        except ValueError:
+            reason = f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} does not draw by flow matching"
+    if reason:
+        raise ValueError(
+            f"DecoderTuning needs a flow-matching pipeline (Stable Diffusion 3, FLUX, Sana, Qwen-Image), but {reason}: change "
+            "model.init_args.system"
+        )
+
+
+@torch.no_grad()
+def latents_of(renderer: Any, images_NCHW: Tensor) -> Tensor:
+    """Images in [0, 1] as the pipeline's own latents, float32: of the size it draws, standardised, packed if it packs."""
+    pipe, config = renderer.pipe, renderer.pipe.vae.config
+    size = renderer.rendering.height, renderer.rendering.width
+    if images_NCHW.shape[-2:] != size:
+        images_NCHW = F.interpolate(images_NCHW, size, mode="bicubic", antialias=True).clamp(0, 1)
+    pixels = (images_NCHW * 2 - 1).to(pipe.vae.dtype)
+    mean = getattr(config, "latents_mean", None)
+    frames = hasattr(config, "temperal_downsample")  # a video's autoencoder (Qwen-Image): one frame
+    encoded = pipe.vae.encode(pixels[:, :, None] if frames else pixels)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+    latents = latents[:, :, 0].float() if frames else latents.float()
+    if mean is not None:
+        mean_C, std_C = (torch.tensor(x, device=latents.device) for x in (mean, config.latents_std))
+        latents = (latents - mean_C[:, None, None]) / std_C[:, None, None]
+    else:
+        latents = (latents - (getattr(config, "shift_factor", None) or 0.0)) * (
+            getattr(config, "scaling_factor", 1.0) or 1.0
+        )
+    if hasattr(pipe, "_pack_latents"):
+        return pipe._pack_latents(latents, *latents.shape)
+    return latents
+
+
+def velocity_of(renderer: Any, latents: Tensor, times_N: Tensor, condition: Condition) -> Tensor:
+    """The denoiser's prediction of ``noise - latent``, float32, with gradient, without classifier-free guidance.
+
+    Args:
+        renderer: An `uae.models.renderer.DiffusersRenderer` of a flow pipeline.
+        latents: As `latents_of` makes them, N rows.
+        times_N: In [0, 1]; 1 is noise.
+        condition: N rows.
+    """
+    once = copy.copy(renderer)
+    once.rendering = replace(renderer.rendering, steps=1, guidance=1.0)
+
+    def start(rows: list[int]) -> Call:
+        return Call(None, latents[rows], functools.partial(_asking, times_N=times_N[rows]), output_type="latent")
+
+    velocities: list[Tensor] = [latents] * len(latents)
+    for rows, velocity in once.calls(condition, start, torch.is_grad_enabled()):
+        for row, value in zip(rows, velocity, strict=True):
+            velocities[row] = value
+    return torch.stack(velocities).float()
+
+
+@contextmanager
+def _asking(pipe: Any, times_N: Tensor) -> Iterator[None]:
+    """Inside, the pipeline takes one step, each row at a time of its own, and ends in the velocity. For a copied scheduler."""
+    scheduler = pipe.scheduler
+
+    @functools.wraps(scheduler.set_timesteps)  # pipelines look at its signature
+    def set_timesteps(*arguments: Any, **named: Any) -> None:
+        scheduler.timesteps = times_N[None] * scheduler.config.num_train_timesteps
+
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
+        return SimpleNamespace(prev_sample=model_output) if return_dict else (model_output,)
+
+    scheduler.set_timesteps, scheduler.step = set_timesteps, step
+    yield
