@@ -71,4 +71,4 @@ class Replayed:
         mean, std = self.variant.moments(x, velocity, t, t_next)
         self.means.append(mean)
         self.stds.append(std)
-        return self.actions_NS[:, number - self.first].to(x)
+        return self.actions_NS[:, number - self.first].to(x).contiguous()  # laid out as drawn: rounding depends on it
