@@ -25,6 +25,7 @@ PIPELINE_NAMES = {
 
 def catalog() -> dict[str, Callable[[Path], None]]:
     """Name to writer."""
+    from uae.systems.rehearsal.emu3 import EMU3
     from uae.systems.rehearsal.encoders import ENCODERS
     from uae.systems.rehearsal.janus import JANUS
     from uae.systems.rehearsal.language_models import LANGUAGE_MODELS
@@ -32,7 +33,7 @@ def catalog() -> dict[str, Callable[[Path], None]]:
     from uae.systems.rehearsal.pipelines import PIPELINES
 
     pipelines = {name: PIPELINES[kind] for name, kind in PIPELINE_NAMES.items()}
-    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **pipelines, **ENCODERS}
+    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **EMU3, **pipelines, **ENCODERS}
 
 
 def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], None] = lambda line: None) -> None:
