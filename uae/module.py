@@ -22,6 +22,7 @@ from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
 from uae.models.finetune import Finetune
+from uae.models.flow_policy import Exploration
 from uae.policies import is_shared, prepare, roots
 from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Train, parts, roll_out
@@ -81,7 +82,7 @@ class UnifiedGRPO(AutoEncoder):
         image_weight: float = 1.0,
         image_finetune: Finetune | None = None,
         image_lr: float | None = None,
-        exploration: Any = None,
+        exploration: Exploration | None = None,
         mini_batches: int = 1,
         num_iterations: int = 1,
         shared_noise: bool = True,

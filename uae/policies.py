@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from uae.models.finetune import Finetune
+from uae.models.flow_policy import Exploration, FlowPolicy
 from uae.rollout import Train
 from uae.types import UMM
 
@@ -19,7 +20,7 @@ def prepare(
     references: Collection[str],
     finetune: Finetune,
     image_finetune: Finetune | None,
-    exploration: Any = None,
+    exploration: Exploration | None = None,
 ) -> UMM:
     """Unfreeze what trains and keep the references it needs; everything else is frozen.
 
@@ -48,11 +49,9 @@ def prepare(
         finetune.attach(captioner, keep_reference=bool(references))
         renderer.reference_policy, renderer.starting_adapter = captioner.reference_policy, captioner.starting_adapter
         return umm
-    if train == "both":
-        finetune.attach(captioner, keep_reference="caption" in references)
-    else:
+    finetune.attach(captioner, keep_reference="caption" in references)
+    if train == "images":  # from the adapter it starts with, if any
         captioner.policy.requires_grad_(False)
-        captioner.reference_policy = captioner.policy  # it stays where it started
     if image_finetune is None:
         raise ValueError(
             f"model.train={train} needs model.image_finetune (uae.models.finetune.LoRA or Full): the renderer has weights of "
@@ -74,7 +73,7 @@ def roots(umm: UMM, train: Train) -> list[nn.Module]:
     return list(found.values())
 
 
-def _explorer(renderer: Any, exploration: Any) -> Any:
+def _explorer(renderer: Any, exploration: Exploration | None) -> Any:
     if hasattr(renderer, "logprobs"):
         return renderer
     if exploration is None:
@@ -82,6 +81,4 @@ def _explorer(renderer: Any, exploration: Any) -> Any:
             f"{type(renderer).__name__} has no actions with log-probs, so it cannot learn from rewards: set "
             "model.exploration (uae.models.flow_policy.Exploration, for flow-matching pipelines), or model.train=captions"
         )
-    from uae.models.flow_policy import FlowPolicy
-
     return FlowPolicy(renderer, exploration)

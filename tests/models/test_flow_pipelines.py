@@ -9,7 +9,6 @@ from uae.models.finetune import LoRA
 from uae.models.flow_policy import Exploration, FlowPolicy
 from uae.models.renderer import DiffusersRenderer
 from uae.models.rendering import Rendering
-from uae.models.sde import DanceSDE, FlowSDE
 from uae.placement import Placement
 
 PIPELINES = ["sd3", "flux", "sana", "qwen_image"]
@@ -21,15 +20,15 @@ def create(name, guidance=1.0, placement=FLOAT32, pipe=None, negative=True, **se
     return FlowPolicy(DiffusersRenderer(pipe or load(name, placement), rendering, given), Exploration(**settings))
 
 
-@pytest.mark.parametrize("variant", [FlowSDE(), DanceSDE()], ids=["flow", "dance"])
+@pytest.mark.parametrize("variant", [("flow", 0.7), ("dance", 0.3)])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_ratio_is_one(name, guidance, variant):
-    policy, condition = create(name, guidance, sde=variant), ragged(name)
+    policy, condition = create(name, guidance, noise=variant[0], noise_level=variant[1]), ragged(name)
     trajectory = policy.sample(condition, SEEDS)
     assert trajectory.logp_NS.shape == (4, 3)
     torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_NS, **CLOSE)
-    later = create(name, guidance, sde=variant, window=1, start=2)
+    later = create(name, guidance, noise=variant[0], noise_level=variant[1], window=1, start=2)
     drawn = later.sample(condition, SEEDS)
     torch.testing.assert_close(later.logprobs(drawn), drawn.logp_NS, **CLOSE)
     one = later.sample(condition.index([2]), SEEDS[2:3])
@@ -49,7 +48,7 @@ def test_without_noise_it_is_the_renderer(name, guidance):
     pipe, condition = load(name), ragged(name)
     if name == "sana":
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=1)
-    policy = create(name, guidance, pipe=pipe, sde=FlowSDE(1e-7))
+    policy = create(name, guidance, pipe=pipe, noise_level=1e-7)
     trajectory = policy.sample(condition, SEEDS)
     expected = policy.render(condition, SEEDS)
     torch.testing.assert_close(policy.pixels(trajectory), expected, atol=2e-5, rtol=0)
@@ -66,7 +65,7 @@ def test_captions_as_text(name, guidance):
     torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_NS, **CLOSE)
     images = policy.pixels(trajectory)
     assert images.shape == (4, 3, SIDE, SIDE)
-    still = create(name, guidance, negative=False, sde=FlowSDE(1e-7))
+    still = create(name, guidance, negative=False, noise_level=1e-7)
     if name != "sana":
         found = still.pixels(still.sample(condition, SEEDS))
         torch.testing.assert_close(found, policy.render(condition, SEEDS), atol=2e-5, rtol=0)

@@ -22,7 +22,6 @@ from tests.models.flow_cases import (
 from uae.models.conditioners import EmbeddingCondition
 from uae.models.finetune import Full, LoRA
 from uae.models.flow_policy import Exploration, FlowPolicy
-from uae.models.sde import FlowSDE
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 LATENTS = {"atol": 2e-4, "rtol": 1e-5}  # of other arithmetic; these grow to 15
@@ -178,7 +177,7 @@ def test_pixels_are_what_sampling_drew(create, condition):
 
 def test_without_noise_it_is_the_renderer(decoder, create, condition):
     expected = tiny_renderer(decoder, 4.0).render(condition, SEEDS)
-    policy = create(4.0, sde=FlowSDE(1e-7))
+    policy = create(4.0, noise_level=1e-7)
     torch.testing.assert_close(policy.pixels(policy.sample(condition, SEEDS)), expected, **CLOSE)
     noisy = create(4.0)
     assert (noisy.pixels(noisy.sample(condition, SEEDS)) - expected).abs().mean() > 1e-2
@@ -262,6 +261,28 @@ def test_an_update_moves_what_trains_and_not_the_reference(create, condition, fi
         assert all(torch.equal(now[name], tensor) for name, tensor in frozen.items())
         adapted = {name.split(".lora_")[0].split(".attn.")[1] for name in now if "lora_" in name}
         assert {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj"} <= adapted
+
+
+def test_an_adapter_to_start_from_is_the_reference(create, condition, tmp_path):
+    first = create()
+    LoRA(2).attach(first, keep_reference=False)
+    for name, weight in first.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, 0, 0.1)
+    first.policy.model.save_pretrained(tmp_path)
+    policy = create()
+    LoRA(2, adapter=str(tmp_path)).attach(policy, keep_reference=True)
+    trajectory = policy.sample(condition, SEEDS)
+    torch.testing.assert_close(first.logprobs(trajectory).detach(), trajectory.logp_NS, **CLOSE)
+    trains = {name for name, weight in policy.policy.named_parameters() if weight.requires_grad}
+    assert trains == {name for name, _ in policy.policy.named_parameters() if "lora_" in name and ".default." in name}
+    for name, weight in policy.policy.named_parameters():
+        if name in trains:
+            weight.data.mul_(1.5)
+    with policy.reference(), torch.no_grad():
+        torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_NS, **CLOSE)
+    assert (policy.logprobs(trajectory) - trajectory.logp_NS).abs().max() > 1e-4
+    assert trains == {name for name, weight in policy.policy.named_parameters() if weight.requires_grad}
 
 
 def test_divergence_is_that_of_the_steps(create, condition):

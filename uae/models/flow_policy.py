@@ -32,7 +32,8 @@ class Exploration:
     """Which denoising steps are random, and how much. These settings *define* the policy.
 
     Args:
-        sde: The random step.
+        noise: Kind of random step: "flow" (Flow-GRPO) or "dance" (DanceGRPO), see `uae.models.sde`.
+        noise_level: Its noise: Flow-GRPO's a, or DanceGRPO's eta (there .3).
         window: S, how many consecutive steps are random and trained; the others are deterministic. None is all but the
             last, which is always deterministic.
         start: First step of the window: a number, or "random", drawn for every row from its seed.
@@ -41,10 +42,16 @@ class Exploration:
             as nothing was drawn from that policy. Without guidance both are the same.
     """
 
-    sde: sde.FlowSDE | sde.DanceSDE = sde.FlowSDE()  # noqa: RUF009 (frozen)
+    noise: Literal["flow", "dance"] = "flow"
+    noise_level: float = 0.7
     window: int | None = None
     start: int | Literal["random"] = 0
     guidance_in_update: Literal["guided", "conditional"] = "guided"
+
+    @property
+    def sde(self) -> sde.SDE:
+        """The random step."""
+        return sde.FlowSDE(self.noise_level) if self.noise == "flow" else sde.DanceSDE(self.noise_level)
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,8 @@ class FlowPolicy:
 
 def _check(exploration: Exploration, renderer: DiffusersRenderer) -> None:
     """Raise for a window that does not fit, and for weights that could not train where they are."""
+    if exploration.noise not in ("flow", "dance"):
+        raise ValueError(f"exploration.noise={exploration.noise!r}; allowed: flow, dance")
     steps, start = renderer.rendering.steps, exploration.start
     first = 0 if start == "random" else start
     window = steps - 1 if exploration.window is None else exploration.window
