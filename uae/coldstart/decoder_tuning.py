@@ -36,7 +36,7 @@ class DecoderTuning(SystemObjective):
 
     Args:
         decoder: What of the denoiser trains. The default is an adapter of rank 32 on its attention.
-        trainable: Regular expression over the conditioner's parameter names: what of it trains, too. None is nothing.
+        trainable: Regular expression over the conditioner's parameter names: what of it trains, too. "" is nothing.
         mean, std: Of the logit of the time; larger means are noisier images.
         dropout: Share of images whose caption is replaced by the empty one (for guidance).
         gradient_checkpointing: Compute the insides of the denoiser's layers again in the backward pass.
@@ -45,7 +45,7 @@ class DecoderTuning(SystemObjective):
     def __init__(
         self,
         decoder: Finetune | None = None,
-        trainable: str | None = None,
+        trainable: str = "",
         mean: float = 0.0,
         std: float = 1.0,
         dropout: float = 0.0,
@@ -76,7 +76,7 @@ class DecoderTuning(SystemObjective):
         holder = SimpleNamespace(policy=SimpleNamespace(model=denoiser_of(renderer.pipe)), starting_adapter=None)
         self.decoder.attach(holder, keep_reference=False)
         self.denoiser: nn.Module = holder.policy.model  # an adapter goes into the pipeline's own layers
-        if self.trainable is not None:
+        if self.trainable:
             unfreeze(umm.conditioner, self.trainable, "DecoderTuning")
             self.conditioner = umm.conditioner
         if self.gradient_checkpointing:
@@ -94,7 +94,7 @@ class DecoderTuning(SystemObjective):
         draws = torch.stack([torch.rand(1, generator=stream)[0] for stream in streams])
         texts = zip(captions_of(batch, self), draws.tolist(), strict=True)
         captions = ["" if draw < self.dropout else caption for caption, draw in texts]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable is not None):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trainable)):
             condition = self.condition(batch, captions)
         work = working_device(renderer.rendering.placement, batch["image"].device)
         with torch.no_grad():
@@ -113,5 +113,5 @@ class DecoderTuning(SystemObjective):
     def save(self, folder: Path) -> None:
         """Write ``denoiser/`` and ``conditioner.safetensors``."""
         save_network(folder / DENOISER, self.denoiser)
-        if self.trainable is not None:
+        if self.trainable:
             save_trained(folder, self.conditioner)
