@@ -227,7 +227,8 @@ class FlowPolicy:
 def _check(exploration: Exploration, renderer: DiffusersRenderer) -> None:
     """Raise for a window that does not fit, and for weights that could not train where they are."""
     if exploration.noise not in ("flow", "dance"):
-        raise ValueError(f"exploration.noise={exploration.noise!r}; allowed: flow, dance")
+        raise ValueError(f"exploration.noise={exploration.noise!r}; allowed: flow, dance; change exploration.noise")
+    _ = exploration.sde  # refuses a level without noise
     steps, start = renderer.rendering.steps, exploration.start
     first = 0 if start == "random" else start
     window = steps - 1 if exploration.window is None else exploration.window

@@ -145,5 +145,5 @@ def _single(x: Tensor) -> Tensor:
 def _above_zero(key: str, value: float) -> None:
     if not value > 0:
         raise ValueError(
-            f"{key}={value}: without noise a step has no log-prob; allowed: above 0; change exploration.sde"
+            f"{key}={value}: without noise a step has no log-prob; allowed: above 0; change exploration.noise_level"
         )
