@@ -86,7 +86,7 @@ def save_adapter(folder: Path, policy: Any, weights: dict[str, Tensor]) -> None:
     """The adapter in training, as PEFT writes it, with the name of the model below it."""
     config = policy.model.peft_config["default"]
     name = getattr(base_of(policy), "name_or_path", None) or config.base_model_name_or_path
-    config.base_model_name_or_path = None if name is None else str(name)  # diffusers keeps a path
+    config.base_model_name_or_path = name
     # Adapters hold no embeddings; PEFT's default would look the base up on the hub to be sure.
     policy.model.save_pretrained(folder, state_dict=weights, selected_adapters=["default"], save_embedding_layers=False)
 

@@ -218,7 +218,7 @@ def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
     conditioner = HiddenStateConditioner(reader, words, projector, template="{caption} " + END)
     conditioner.requires_grad_(False).eval()
     transformer = SD3Transformer2DModel.from_pretrained(
-        folder / "transformer", torch_dtype=torch.float32, local_files_only=True
+        str(folder / "transformer"), torch_dtype=torch.float32, local_files_only=True
     )
     vae = load_autoencoder(folder / "vae")
     return conditioner, assemble_renderer(conditioner, transformer, vae, steps, guidance)
