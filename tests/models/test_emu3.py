@@ -197,8 +197,14 @@ def test_a_prompt_is_run_once_and_exactly(assemble, made):
         torch.testing.assert_close(ours[n, : len(tokens)], expected, atol=1e-8, rtol=0)
 
 
-def test_captions_hold_no_picture(assemble, made):
-    captioner, words = assemble().captioner, made[1].tokenizer
+@pytest.mark.parametrize("special", [True, False])
+def test_captions_hold_no_picture(assemble, made, monkeypatch, special):
+    """Also where a tokenizer does not say that visual tokens are special."""
+    words = made[1].tokenizer
+    marks = {i: token for i, token in words.added_tokens_decoder.items() if "visual" not in token.content}
+    if not special:
+        monkeypatch.setattr(type(words), "added_tokens_decoder", property(lambda self: marks))
+    captioner = assemble().captioner
     banned = set(words.convert_ids_to_tokens(captioner.policy.banned_ids.tolist()))
     assert {f"<|visual token {code:06d}|>" for code in range(CODES)} <= banned
     assert {
