@@ -85,8 +85,9 @@ def base_of(policy: Any) -> Any:
 def save_adapter(folder: Path, policy: Any, weights: dict[str, Tensor]) -> None:
     """The adapter in training, as PEFT writes it, with the name of the model below it."""
     config = policy.model.peft_config["default"]
-    name = getattr(base_of(policy), "name_or_path", None) or config.base_model_name_or_path
-    config.base_model_name_or_path = name
+    base = base_of(policy)  # of transformers or of diffusers
+    name = getattr(base, "name_or_path", None) or getattr(base.config, "_name_or_path", None)
+    config.base_model_name_or_path = name or config.base_model_name_or_path
     # Adapters hold no embeddings; PEFT's default would look the base up on the hub to be sure.
     policy.model.save_pretrained(folder, state_dict=weights, selected_adapters=["default"], save_embedding_layers=False)
 
