@@ -195,18 +195,20 @@ def test_a_tokenizer_that_loses_spaces_is_refused(checkpoints):
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
-def test_three_steps(checkpoints, monkeypatch, tmp_path, finetune):
+def test_trains(checkpoints, monkeypatch, tmp_path, finetune):
     """The shipped configuration, rehearsed; the VQ model is byte-identical afterwards and in the export."""
     monkeypatch.setenv("UAE_CHECKPOINTS", str(checkpoints))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["uae"])
     rehearsal = yaml.safe_load((CONFIGS / "debug/rehearsal.yaml").read_text())
+    rehearsal["trainer"].update(max_steps=1, val_check_interval=1)
+    rehearsal["data"]["init_args"].update(val_size=2, test_size=2)
     del rehearsal["model"]["init_args"]["system"]["init_args"]["rendering"]  # of diffusion
     (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(rehearsal))
     files = [CONFIGS / "janus_pro.yaml", CONFIGS / f"finetune/{finetune}_pretrained.yaml", tmp_path / "rehearsal.yaml"]
     words = [word for file in files for word in ("--config", str(file))]
     run = cli.main(["fit", *words, "--model.init_args.optimizer.init_args.lr=0.01"])
-    assert run.trainer.global_step == 3
+    assert run.trainer.global_step == 1
     summary = json.loads((tmp_path / "outputs/janus_pro/summary.json").read_text())
     assert 0 < summary["after"]["unified_score/held_out"] <= 1
     start, trained = JanusPro(reading=FLOAT).build(), run.model.umm
