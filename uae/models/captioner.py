@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from uae.models.caption_policy import CaptionPolicy, VLMContext
+from uae.models.finetune import switched_to
 from uae.types import Rollout, Sampling
 
 SPECIAL_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -167,28 +168,12 @@ class HFCaptioner:
             finally:
                 self.policy, self.reference_policy = self.reference_policy, self.policy
         elif self.starting_adapter is not None:
-            with _switched_to(self.starting_adapter, self.policy.model):
+            with switched_to(self.starting_adapter, self.policy.model):
                 yield
         else:
             raise RuntimeError(
                 "no reference was kept: attach the finetuning with keep_reference=True (model.loss.beta > 0)"
             )
-
-
-@contextmanager
-def _switched_to(adapter: str, model: Any) -> Iterator[None]:
-    """A PeftModel with another adapter than "default", or with none ("")."""
-    if not adapter:
-        with model.disable_adapter():
-            yield
-        return
-    model.set_adapter(adapter)
-    try:
-        yield
-    finally:
-        model.set_adapter("default")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name and ".default." in name)
 
 
 def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:

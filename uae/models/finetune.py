@@ -106,10 +106,11 @@ def switched_to(adapter: str, model: Any) -> Iterator[None]:
         with model.disable_adapter():
             yield
         return
+    trains = [parameter.requires_grad for parameter in model.parameters()]
     model.set_adapter(adapter)
     try:
         yield
     finally:
         model.set_adapter("default")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name and ".default." in name)
+        for parameter, trained in zip(model.parameters(), trains, strict=True):  # PEFT switches these as well
+            parameter.requires_grad_(trained)
