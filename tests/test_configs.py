@@ -19,6 +19,7 @@ COMPLETE = [file for file in FILES if file.parent in (CONFIGS, CONFIGS / "pretra
 FRAGMENTS = [file for file in FILES if file not in COMPLETE]
 BASES = {  # of fragments whose keys the miniature has not
     "debug/rehearsal.yaml": "uae.yaml",
+    "debug/rehearsal_tokens.yaml": "janus_pro.yaml",
     "finetune/lora_pretrained.yaml": "qwen_any.yaml",
     "finetune/full_pretrained.yaml": "qwen_any.yaml",
 }

@@ -33,7 +33,7 @@ def checkpoints(folder):
 def fit(name, stage, *changes):
     """The run, in the current folder; ``changes`` without the leading dashes."""
     rehearsal = [] if name == "tiny" else ["debug/rehearsal.yaml"]
-    files = [f"{name}.yaml", *rehearsal, f"stages/cold_start_{stage}.yaml"]
+    files = [f"{name}.yaml", *rehearsal, f"stages/{stage}.yaml"]
     words = [word for file in files for word in ("--config", str(CONFIGS / file))]
     small = SMALL if name == "tiny" else ()
     return cli.main(["fit", *words, *(f"--{change}" for change in (*small, *changes))])

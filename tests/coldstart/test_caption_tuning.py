@@ -94,7 +94,7 @@ def test_the_loss_falls_and_gradients_reach_what_trains(checkpoints, finetune):
 
 @pytest.mark.parametrize("name", ["tiny", "uae", "metaquery"])
 def test_three_steps_from_the_command_line(name, tmp_path):
-    run = runs.fit(name, "captions", "model.init_args.learning_rate=0.01")
+    run = runs.fit(name, "cold_start_captions", "model.init_args.learning_rate=0.01")
     folder = tmp_path / "outputs" / name
     (umm,) = run.model.objective.frozen
     before, again = runs.started_from(run, folder / "cold_start")
@@ -117,7 +117,7 @@ def test_what_full_finetuning_writes_is_a_checkpoint(tmp_path, not_the_package):
 
     from uae.systems.tiny import WEIGHTS
 
-    run = runs.fit("tiny", "captions", "model.init_args.finetune=Full", "model.init_args.learning_rate=0.001")
+    run = runs.fit("tiny", "cold_start_captions", "model.init_args.finetune=Full", "model.init_args.learning_rate=0.001")
     (umm,) = run.model.objective.frozen
     assert runs.changed(Tiny().build(), umm) <= runs.matching(umm, r"^captioner\.(?!.*visual)")
     folder = shutil.copytree(WEIGHTS, tmp_path / "weights")
@@ -128,7 +128,7 @@ def test_what_full_finetuning_writes_is_a_checkpoint(tmp_path, not_the_package):
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    def message(*changes, name="tiny", stage="captions"):
+    def message(*changes, name="tiny", stage="cold_start_captions"):
         with pytest.raises(SystemExit):
             runs.fit(name, stage, *changes)
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -173,7 +173,7 @@ def test_the_loss_falls_and_gradients_reach_what_trains(decoder, trainable):
 
 @pytest.mark.parametrize("name", ["tiny", "uae", "metaquery"])
 def test_three_steps_from_the_command_line(in_a_folder, name, tmp_path):
-    run = runs.fit(name, "decoder", "model.init_args.learning_rate=0.01")
+    run = runs.fit(name, "cold_start_decoder", "model.init_args.learning_rate=0.01")
     folder = tmp_path / "outputs" / name
     (umm,) = run.model.objective.frozen
     before, again = runs.started_from(run, folder / "cold_start")
@@ -190,7 +190,7 @@ def test_three_steps_from_the_command_line(in_a_folder, name, tmp_path):
 
 def test_what_full_training_writes_is_a_checkpoint(in_a_folder, tmp_path):
     full = ["decoder=Full", "decoder.init_args.trainable=transformer_blocks", "trainable="]
-    run = runs.fit("tiny", "decoder", *(f"model.init_args.objective.init_args.{change}" for change in full))
+    run = runs.fit("tiny", "cold_start_decoder", *(f"model.init_args.objective.init_args.{change}" for change in full))
     (umm,) = run.model.objective.frozen
     unread = r"(?!.*blocks\.4\.attn\.(norm_added_q|add_q_proj))"  # what text asks in the last block
     assert runs.changed(Tiny().build(), umm) == runs.matching(umm, rf"^{unread}denoiser\.transformer_blocks\.")

@@ -115,7 +115,7 @@ def test_the_loss_falls_and_gradients_reach_what_trains(trainable):
 
 @pytest.mark.parametrize("name", ["tiny", "uae", "metaquery"])
 def test_three_steps_from_the_command_line(in_a_folder, name, tmp_path):
-    run = runs.fit(name, "reconstruction", "model.init_args.learning_rate=0.01")
+    run = runs.fit(name, "cold_start", "model.init_args.learning_rate=0.01")
     folder = tmp_path / "outputs" / name
     (umm,) = run.model.objective.frozen
     before, again = runs.started_from(run, folder / "cold_start")
@@ -133,7 +133,7 @@ def test_the_language_model_trains_where_it_is_asked_to(in_a_folder, tmp_path):
     objective = "model.init_args.objective.init_args"
     answers = "model.init_args.system.init_args.condition_on=answer_states"
     run = runs.fit(
-        "uae", "reconstruction", f"{objective}.language_model=true", "model.init_args.learning_rate=0.01", answers
+        "uae", "cold_start", f"{objective}.language_model=true", "model.init_args.learning_rate=0.01", answers
     )
     (umm,) = run.model.objective.frozen
     moved = runs.adapters(umm.captioner.policy)
@@ -146,7 +146,7 @@ def test_the_language_model_trains_where_it_is_asked_to(in_a_folder, tmp_path):
 
 
 def test_a_projector_goes_into_a_checkpoint(in_a_folder, checkpoints, tmp_path):
-    run = runs.fit("uae", "reconstruction", "model.init_args.learning_rate=0.01")
+    run = runs.fit("uae", "cold_start", "model.init_args.learning_rate=0.01")
     trained = read_state(tmp_path / "outputs/uae/cold_start/conditioner.safetensors")
     folder = shutil.copytree(checkpoints / "UAE", tmp_path / "copy")
     state = {**read_state(folder / "llm_lora"), **trained}
@@ -158,7 +158,7 @@ def test_a_projector_goes_into_a_checkpoint(in_a_folder, checkpoints, tmp_path):
     expected = runs.outputs(run.model.objective.frozen[0], images)[1]
     torch.testing.assert_close(runs.outputs(copied, images)[1], expected, atol=1e-5, rtol=0)
 
-    run = runs.fit("tiny", "reconstruction", "model.init_args.learning_rate=0.01")
+    run = runs.fit("tiny", "cold_start", "model.init_args.learning_rate=0.01")
     trained = read_state(tmp_path / "outputs/tiny/cold_start/conditioner.safetensors")
     folder = shutil.copytree(WEIGHTS, tmp_path / "weights")
     save_state(folder / "decoder", "projector", {k.removeprefix("projector."): v for k, v in trained.items()})
@@ -179,7 +179,7 @@ def test_what_cannot_train_is_refused_in_one_line(in_a_folder, capsys, name, cha
         f"model.init_args.{places.get(change.split('=')[0], 'objective.init_args')}.{change}" for change in changes
     ]
     with pytest.raises(SystemExit):
-        runs.fit(name, "reconstruction", *changes)
+        runs.fit(name, "cold_start", *changes)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert reason in errors[0]

@@ -15,6 +15,8 @@ CAPTIONERS = {  # parameters on the model's page: everything, tied embeddings on
     "Qwen/Qwen3-VL-4B-Instruct": 4.44e9,
     "OpenGVLab/InternVL3-1B-hf": 0.94e9,
     "OpenGVLab/InternVL3-2B-hf": 2.09e9,
+    "deepseek-community/Janus-Pro-1B": 2_076_636_811,
+    "deepseek-community/Janus-Pro-7B": 7_407_773_323,
 }
 CLIP_L, CLIP_G, T5 = 123.65e6, 694.7e6, 4.762e9  # text sides with their projections; the encoder half of T5-XXL v1.1
 SD3 = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5, "vae": 83.8e6}
