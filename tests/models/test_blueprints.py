@@ -17,6 +17,7 @@ CAPTIONERS = {  # parameters on the model's page: everything, tied embeddings on
     "OpenGVLab/InternVL3-2B-hf": 2.09e9,
     "deepseek-community/Janus-Pro-1B": 2_076_636_811,
     "deepseek-community/Janus-Pro-7B": 7_407_773_323,
+    "BAAI/Emu3-Gen-hf": 8_492_011_520 + 0.271e9,  # language model, from its sizes; vision tokenizer
 }
 CLIP_L, CLIP_G, T5 = 123.65e6, 694.7e6, 4.762e9  # text sides with their projections; the encoder half of T5-XXL v1.1
 SD3 = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5, "vae": 83.8e6}
