@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo test unit lint types pretrain pretrain-janus gate sweep tensorboard gpu notebooks clean
+.PHONY: help demo demo-janus test unit lint types pretrain pretrain-janus gate sweep tensorboard gpu notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -18,6 +18,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## train the miniature by reconstruction reward (minutes, two CPU cores)
 	$(RUN) -m uae.cli fit --config configs/tiny.yaml
+
+demo-janus: $(READY)  ## train the miniature that captions and draws with one network (minutes, two CPU cores)
+	$(RUN) -m uae.cli fit --config configs/tiny_janus.yaml
 
 test: lint types unit  ## everything CI runs
 
