@@ -39,8 +39,8 @@ pretrain: $(READY)  ## rebuild the miniature's cold-start weights (about an hour
 	done
 	$(RUN) benchmarks/miniature.py gate
 
-pretrain-janus: $(READY)  ## rebuild the weights of the miniature of UMM-2 (about 15 minutes of one CPU core)
-	for stage in janus_autoencoder janus; do \
+pretrain-janus: $(READY)  ## rebuild the weights of the miniature of UMM-2 (about 20 minutes of one CPU core)
+	for stage in janus_autoencoder janus janus_refine; do \
 		$(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; \
 	done
 

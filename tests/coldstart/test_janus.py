@@ -99,6 +99,13 @@ def test_the_number_of_objects_to_draw_grows(objective, batch, monkeypatch):
         for _ in range(4):
             objective(batch, progress)
         assert max(len(scene.objects) for scenes in seen[-4:] for scene in scenes) == most
+        assert all(len(scenes) == len(batch["scene"]) for scenes in seen)
+    seen.clear()
+    objective.curriculum, objective.drawn = False, 0.5
+    for _ in range(8):
+        objective(batch, 0.0)
+    assert max(len(scene.objects) for scenes in seen for scene in scenes) == 3
+    assert all(2 * len(scenes) == len(batch["scene"]) for scenes in seen)
 
 
 def test_images_are_asked_for_in_every_level_of_detail(objective):

@@ -32,6 +32,8 @@ class JanusObjective(CaptionObjective):
         dropout: Share of prompts without their caption (for guidance).
         detailed: Share of detailed captions to draw from; the rest leaves out some attributes.
         start: Folder with a Janus whose autoencoder is trained; "package" is the package's own.
+        drawn: Images to draw per image to describe.
+        curriculum: Whether the number of objects to draw grows; False is all of them from the first step.
     """
 
     def __init__(
@@ -41,9 +43,12 @@ class JanusObjective(CaptionObjective):
         dropout: float = 0.1,
         detailed: float = 0.5,
         start: str = "package",
+        drawn: float = 1.0,
+        curriculum: bool = True,
     ) -> None:
         super().__init__(styles, reading, start)
         self.dropout, self.detailed = dropout, detailed
+        self.drawn, self.curriculum = drawn, curriculum
 
     def build(self) -> None:
         """The Janus that the autoencoder was trained in."""
@@ -55,9 +60,10 @@ class JanusObjective(CaptionObjective):
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``caption``, ``image``: nats per token; ``reading``: nats per cell; ``loss``: all of them."""
-        most = 3 if progress >= 0.25 else 2 if progress >= 0.1 else 1
+        most = 3 if progress >= 0.25 or not self.curriculum else 2 if progress >= 0.1 else 1
+        rows, counts = round(self.drawn * len(batch["scene"])), tuple(range(1, most + 1))
         caption = self._caption_loss(batch)
-        image = self._image_loss([sample_scene(self.rng, tuple(range(1, most + 1))) for _ in batch["scene"]])
+        image = self._image_loss([sample_scene(self.rng, counts) for _ in range(rows)])
         reading = self._reading_loss(batch["scene"])
         loss = caption + image + self.reading * reading
         return {"loss": loss, "caption": caption.detach(), "image": image.detach(), "reading": reading.detach()}
