@@ -12,6 +12,7 @@ from uae.data.module import SceneData
 from uae.encoders import LayoutEncoder
 from uae.grpo import GRPOLoss
 from uae.rewards import BaseReward, EncoderSimilarity, WeightedReward
+from uae.systems.rehearsal.catalog import write
 from uae.types import Sampling
 
 
@@ -86,3 +87,17 @@ def trainer():
         return Trainer(**{**arguments, **changes})
 
     return build_trainer
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder laid out like the hub; also what UAE_CHECKPOINTS names while a test runs (see `mirrored`)."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write(folder)
+    return folder
+
+
+@pytest.fixture
+def mirrored(checkpoints, monkeypatch):
+    monkeypatch.setenv("UAE_CHECKPOINTS", str(checkpoints))
+    return checkpoints

@@ -8,7 +8,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.systems.conftest import checkpoints, mirrored  # noqa: F401  fixtures
 from uae import cli
 from uae.systems.tiny import Tiny
 
@@ -119,7 +118,7 @@ def test_what_cannot_learn_is_refused(fit, capsys, extra, message):
     assert message in line
 
 
-def test_a_renderer_without_flow_matching_is_refused(fit, mirrored, capsys):  # noqa: F811
+def test_a_renderer_without_flow_matching_is_refused(fit, mirrored, capsys):
     pipeline = "--model.init_args.system.init_args.pipeline=stabilityai/stable-diffusion-xl-base-1.0"
     with pytest.raises(SystemExit):
         fit("understanding_for_generation", pipeline, base="configs/qwen_any.yaml", delta="configs/debug/rehearsal.yaml")
@@ -128,7 +127,7 @@ def test_a_renderer_without_flow_matching_is_refused(fit, mirrored, capsys):  # 
 
 
 @pytest.mark.parametrize("name", ["uae", "metaquery"])
-def test_stage_three_of_real_systems(fit, mirrored, name):  # noqa: F811
+def test_stage_three_of_real_systems(fit, mirrored, name):
     module = fit(
         "understanding_for_generation", "--model.init_args.system.init_args.rendering.steps=3", "--model.init_args.group=2",
         base=f"configs/{name}.yaml", delta="configs/debug/rehearsal.yaml",

@@ -20,12 +20,10 @@ from uae.coldstart.system_objective import (
 )
 from uae.coldstart.velocity import check_pipeline, latents_of, velocity_of
 from uae.models.contracts import denoiser_of
-from uae.models.finetune import Finetune, Full, LoRA
+from uae.models.finetune import IMAGE_TRANSFORMER, Finetune, Full, LoRA
 from uae.placement import working_device
 from uae.seeds import seed_of
 from uae.types import UMM, ImageBatch
-
-ATTENTION = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # of diffusers' transformers
 
 
 class DecoderTuning(SystemObjective):
@@ -54,7 +52,7 @@ class DecoderTuning(SystemObjective):
         super().__init__()
         if not 0 <= dropout <= 1:
             raise ValueError(f"model.init_args.objective.init_args.dropout={dropout}; allowed: 0 to 1")
-        self.decoder = decoder or LoRA(rank=32, alpha=32, target_modules=ATTENTION)
+        self.decoder = decoder or LoRA(rank=32, alpha=32, target_modules=IMAGE_TRANSFORMER)
         self.trainable, self.mean, self.std, self.dropout = trainable, mean, std, dropout
         self.gradient_checkpointing = gradient_checkpointing
 
