@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import torch
@@ -90,9 +91,7 @@ class FlowMatchingObjective(Objective):
         shuffle = self.rng.random() < 0.3
         if chance < self.dropout + self.detailed:
             return describe(scene, Detail(shuffle=shuffle), self.rng)
-        size, position, background = (self.rng.random() < 0.5 for _ in range(3))
-        omit = 0.0 if size or position or background else 0.85
-        return describe(scene, Detail(size, position, background, omit_tiny=omit, shuffle=shuffle), self.rng)
+        return describe(scene, some_detail(self.rng, shuffle), self.rng)
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
@@ -108,3 +107,10 @@ class FlowMatchingObjective(Objective):
     def save(self, folder: Path) -> None:
         """Write ``decoder/``, but for the autoencoder."""
         save_decoder(folder / "decoder", self.conditioner.cpu(), self.transformer.cpu())
+
+
+def some_detail(rng: random.Random, shuffle: bool) -> Detail:
+    """Any of size, place and background. Tiny objects are left out only where nothing but color and shape is said."""
+    size, position, background = (rng.random() < 0.5 for _ in range(3))
+    omit = 0.0 if size or position or background else 0.85
+    return Detail(size, position, background, omit_tiny=omit, shuffle=shuffle)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uae.coldstart.captioning import CaptionObjective, CaptionStyle
+from uae.coldstart.flow_matching import some_detail
 from uae.metrics.scenes import agreement
 from uae.models.image_tokens import TokenCondition, TokenSampling
 from uae.scenes import Detail, Scene, describe, detect, render, sample_scene
@@ -95,9 +96,7 @@ class JanusObjective(CaptionObjective):
         shuffle = self.rng.random() < 0.3
         if self.rng.random() < self.detailed:
             return describe(scene, Detail(shuffle=shuffle), self.rng)
-        size, position, background = (self.rng.random() < 0.5 for _ in range(3))
-        omit = 0.0 if size or position or background else 0.85
-        return describe(scene, Detail(size, position, background, omit_tiny=omit, shuffle=shuffle), self.rng)
+        return describe(scene, some_detail(self.rng, shuffle), self.rng)
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:

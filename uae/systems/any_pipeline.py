@@ -8,12 +8,8 @@ from uae.models.blueprints import Blueprint
 from uae.models.renderer import Rendering
 from uae.models.vision_language import Reading
 from uae.placement import Placement
+from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
-
-INSTRUCTION = (
-    "Describe this image in so much detail that someone who cannot see it could draw it again: every object with its "
-    "color, size, material and place, how many there are, the background, the light, the style, and any text word for word."
-)
 
 
 class AnyPipeline:
@@ -61,7 +57,7 @@ class AnyPipeline:
         from uae.models.text_encoders import PipelineTextConditioner
         from uae.models.vision_language import load_captioner
 
-        captioner = load_captioner(self.captioner, self.reading, INSTRUCTION)
+        captioner = load_captioner(self.captioner, self.reading, IN_DETAIL)
         pipe = load_pipeline(self.pipeline, self.rendering.placement)
         if not contract_of(pipe).takes_embeddings:
             return UMM(captioner, TextConditioner(), DiffusersRenderer(pipe, self.rendering))

@@ -8,12 +8,9 @@ from typing import Any
 from uae.models.blueprints import Blueprint
 from uae.models.image_tokens import LogProb, TokenSampling
 from uae.models.vision_language import Reading
+from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
-INSTRUCTION = (
-    "Describe this image in so much detail that someone who cannot see it could draw it again: every object with its "
-    "color, size, material and place, how many there are, the background, the light, the style, and any text word for word."
-)
 NEGATIVE = (  # of the official demonstration
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
@@ -72,7 +69,7 @@ class Emu3:
 
         check_layout(self.checkpoint)
         reading = replace(self.reading, min_pixels=None, max_pixels=None)
-        captioner = load_captioner(self.checkpoint, reading, INSTRUCTION)
+        captioner = load_captioner(self.checkpoint, reading, IN_DETAIL)
         set_pixels(captioner.processor.image_processor, self.reading)
         return unify(captioner, self.height, self.width, self.sampling, self.rows, self.template, self.negative_prompt)
 

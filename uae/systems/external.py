@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uae.models.external import ExternalRenderer
 from uae.models.vision_language import Reading
-from uae.systems.any_pipeline import INSTRUCTION
+from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
 
@@ -30,4 +30,4 @@ class External:
         from uae.models.conditioners import TextConditioner
         from uae.models.vision_language import load_captioner
 
-        return UMM(load_captioner(self.captioner, self.reading, INSTRUCTION), TextConditioner(), self.renderer)
+        return UMM(load_captioner(self.captioner, self.reading, IN_DETAIL), TextConditioner(), self.renderer)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from uae.models.blueprints import Blueprint
 from uae.models.image_tokens import LogProb, TokenSampling
 from uae.models.vision_language import Reading
+from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
-INSTRUCTION = (
-    "Describe this image in so much detail that someone who cannot see it could draw it again: every object with its "
-    "color, size, material and place, how many there are, the background, the light, the style, and any text word for word."
-)
 KEY = "system.init_args.checkpoint"
 
 
@@ -55,7 +52,7 @@ class JanusPro:
         from uae.models.vision_language import load_captioner
 
         check_layout(self.checkpoint)
-        captioner = load_captioner(self.checkpoint, self.reading, INSTRUCTION)
+        captioner = load_captioner(self.checkpoint, self.reading, IN_DETAIL)
         check_spaces(captioner.processor.tokenizer)
         return unify(captioner, self.sampling, self.rows)
 

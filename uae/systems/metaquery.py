@@ -15,12 +15,9 @@ from uae.locations import local_file, local_folder
 from uae.models.blueprints import Blueprint
 from uae.models.renderer import Rendering
 from uae.models.vision_language import Reading
+from uae.systems.instructions import COMPLETELY
 from uae.types import UMM
 
-INSTRUCTION = (
-    "Describe this image so completely that it can be drawn again from your words alone: objects with their attributes, "
-    "counts, places and relations, background, light, viewpoint, style, and any text word for word."
-)
 KEY = "system.init_args.checkpoint"
 METAQUERY_SYSTEM = (  # the prompt its queries were trained behind
     "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
@@ -94,7 +91,7 @@ class _Queries:
         from uae.placement import torch_dtype
 
         frozen, placement = self.condition_weights == "start", self.rendering.placement
-        captioner = load_captioner(self.captioner, self.reading, INSTRUCTION)
+        captioner = load_captioner(self.captioner, self.reading, COMPLETELY)
         conditioner, trained = self.conditioner(captioner, captioner.reference if frozen else nullcontext)
         conditioner.requires_grad_(False).eval().to(torch_dtype(placement))
         pipe = load_pipeline(self.pipeline, placement, text_encoder=None, tokenizer=None)

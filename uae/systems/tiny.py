@@ -82,19 +82,18 @@ class SceneFormat(CaptionFormat):
 
 def tokenizer() -> Any:
     """One token per word."""
+    specials = [START, VISION_START, VISION_END, IMAGE, VIDEO]
+    return word_level(VOCABULARY, UNKNOWN, eos_token=END, pad_token=PAD, additional_special_tokens=specials)
+
+
+def word_level(vocabulary: list[str], unknown: str, **marks: Any) -> Any:
+    """A tokenizer with one token per word; ``marks`` are its special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=unknown))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        eos_token=END,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[START, VISION_START, VISION_END, IMAGE, VIDEO],
-        padding_side="left",
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=unknown, padding_side="left", **marks)
 
 
 def processor() -> Any:

@@ -21,7 +21,7 @@ from uae.models.image_tokens import LogProb, TokenSampling
 from uae.models.janus import TokenConditioner, unify
 from uae.scenes import SIDE, WORDS, Scene
 from uae.scenes.world import BACKGROUNDS, CELL, COLORS, GRID, KINDS, SHAPES, SIZES, cell_codes
-from uae.systems.tiny import INSTRUCTION, verify
+from uae.systems.tiny import INSTRUCTION, verify, word_level
 from uae.types import UMM
 
 WEIGHTS = Path(__file__).parent / "tiny_janus_weights"
@@ -83,19 +83,9 @@ def scene_codes(scenes: list[Scene]) -> Tensor:
 
 def tokenizer() -> Any:
     """One token per word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token=BEGIN,
-        eos_token=END,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        extra_special_tokens={"image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END},
-        padding_side="left",
+    images = {"image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
+    return word_level(
+        VOCABULARY, UNKNOWN, bos_token=BEGIN, eos_token=END, pad_token=PAD, extra_special_tokens=images
     )
 
 

@@ -17,12 +17,9 @@ from uae.models.blueprints import Blueprint
 from uae.models.renderer import Rendering
 from uae.models.vision_language import Reading
 from uae.placement import Placement
+from uae.systems.instructions import COMPLETELY
 from uae.types import UMM
 
-INSTRUCTION = (
-    "Describe this image so completely that it can be drawn again from your words alone: objects with their attributes, "
-    "counts, places and relations, background, light, viewpoint, style, and any text word for word."
-)
 KEY = "system.init_args.checkpoint"
 PUBLISHED = "Qwen/Qwen2.5-VL-7B-Instruct"  # of this size
 T5_TOKENS = 256  # officially
@@ -102,7 +99,7 @@ class UniWorldV1:
             folder, getattr(torch, self.reading.dtype), self.reading.attention
         )
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        captioner = assemble_captioner(model, processor, self.reading, INSTRUCTION)
+        captioner = assemble_captioner(model, processor, self.reading, COMPLETELY)
         pipe = self._pipeline(folder, flux)
         conditioner = self._conditioner(captioner, projectors, pipe, flux)
         return UMM(captioner, conditioner, DiffusersRenderer(pipe, self.rendering))
