@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.models.families import IDS, plain_logprobs
-from uae.models.captioner import HFCaptioner, VLMContext, _draw
+from uae.models.captioner import HFCaptioner, VLMContext
+from uae.models.draws import draw
 from uae.types import Rollout, Sampling
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -279,4 +280,4 @@ def test_draws_invert_the_cumulative_distribution():
     """Also at the very ends: a word of probability 0 is never drawn, wherever it stands."""
     logp_NV = torch.tensor([[0.0, 0.25, 0.5, 0.0, 0.25, 0.0]]).log().expand(7, -1)
     uniform_N = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 0.9, 1 - 2**-53], dtype=torch.float64)
-    assert _draw(logp_NV, uniform_N).tolist() == [1, 1, 2, 2, 4, 4, 4]
+    assert draw(logp_NV, uniform_N).tolist() == [1, 1, 2, 2, 4, 4, 4]

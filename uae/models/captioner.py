@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from uae.models.caption_policy import CaptionPolicy, VLMContext
+from uae.models.draws import draw, uniforms
 from uae.models.finetune import switched_to
 from uae.types import Rollout, Sampling
 
@@ -131,12 +132,12 @@ class HFCaptioner:
         temperature, device = sampling.policy_temperature, self.device
         prefix = self.policy.prefill(context).expand(group)
         hidden_ND, done_N = prefix.hidden_ND, torch.zeros(len(prefix.hidden_ND), dtype=torch.bool, device=device)
-        uniform_NT = _uniforms(seeds, sampling.max_tokens).to(device)
+        uniform_NT = uniforms(seeds, sampling.max_tokens).to(device)
         ends = torch.tensor(self.end_ids, device=device)
         tokens, logps, masks = [], [], []
         for step in range(sampling.max_tokens):
             logp_NV = self.policy.logits(hidden_ND, temperature).log_softmax(-1)
-            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else _draw(logp_NV, uniform_NT[:, step])
+            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NT[:, step])
             token_N = token_N.masked_fill(done_N, self.pad_id)
             tokens.append(token_N)
             masks.append((~done_N).float())
@@ -174,17 +175,3 @@ class HFCaptioner:
             raise RuntimeError(
                 "no reference was kept: attach the finetuning with keep_reference=True (model.loss.beta > 0)"
             )
-
-
-def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """Uniform numbers ``[N, steps]`` in [0, 1), float64, one independent stream per seed."""
-    return torch.stack(
-        [torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-    )
-
-
-def _draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the uniform number; never one of probability 0."""
-    cumulative_NV = logp_NV.double().exp().cumsum(-1)
-    target_N1 = (uniform_N * cumulative_NV[:, -1])[:, None]
-    return torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0].clamp(max=logp_NV.shape[1] - 1)

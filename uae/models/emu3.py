@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uae.models.caption_policy import VLMContext
-from uae.models.captioner import HFCaptioner, _draw
+from uae.models.captioner import HFCaptioner
+from uae.models.draws import draw
 from uae.models.fixed_cache import fixed_cache
 from uae.models.image_tokens import (
     ImageTokenPolicy,
@@ -161,7 +162,7 @@ class Emu3Policy(TokenPolicy):
             c_ND, *u_ND = hidden_MPD[:, -1].chunk(copies)
             logits_NV = self._image_logits(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance))
             logp_NV = (logits_NV / sampling.policy_temperature).log_softmax(-1)
-            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else _draw(logp_NV, uniform_NS[:, step])
+            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, step])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
             row_NS = torch.stack(tokens[step - step % W :], dim=1)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from uae.grpo import token_logprobs
 from uae.models.caption_policy import CaptionPolicy
-from uae.models.captioner import HFCaptioner, _draw, _uniforms
+from uae.models.captioner import HFCaptioner
+from uae.models.draws import draw, uniforms
 from uae.models.fixed_cache import fixed_cache
 from uae.models.prefix_cache import recomputing
 from uae.types import Trajectory
@@ -183,7 +184,7 @@ class TokenPolicy(CaptionPolicy):
             c_ND, *u_ND = self.image_states(hidden_MPD[:, -1]).chunk(2 if guided else 1)
             logits_NV = self._image_logits(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance))
             logp_NV = (logits_NV / sampling.policy_temperature).log_softmax(-1)
-            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else _draw(logp_NV, uniform_NS[:, end - L])
+            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, end - L])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
             embeds_MPD, start = self.embed_image(token_N.repeat(len(ids_ML) // len(token_N))[:, None]), end
@@ -259,7 +260,7 @@ class ImageTokenPolicy:
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
         drawn = [
             self.policy.draw(
-                condition.index(part), self.sampling, _uniforms([seeds[n] for n in part], self.policy.tokens)
+                condition.index(part), self.sampling, uniforms([seeds[n] for n in part], self.policy.tokens)
             )
             for part in self._parts(len(seeds))
         ]

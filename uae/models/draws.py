@@ -1,0 +1,22 @@
+"""Tokens from uniform numbers: a draw depends on its row's seed and distribution, never on its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
+    """Uniform numbers ``[N, steps]`` in [0, 1), float64, one independent stream per seed."""
+    return torch.stack(
+        [torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    )
+
+
+def draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds the uniform number; never one of probability 0."""
+    cumulative_NV = logp_NV.double().exp().cumsum(-1)
+    target_N1 = (uniform_N * cumulative_NV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0].clamp(max=logp_NV.shape[1] - 1)
