@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from runs import Run, train
 
-from uae.bench.mini_geneval import mini_geneval
 from uae.coldstart.contrastive import edit
 from uae.encoders import LayoutEncoder, similarity
+from uae.metrics.mini_geneval import mini_geneval
 from uae.metrics.scenes import SceneScore, agreement, shows
 from uae.metrics.unified_score import UnifiedScore
 from uae.models.finetune import Full, LoRA

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from uae.bench.mini_geneval import mini_geneval
+from uae.metrics.mini_geneval import mini_geneval
 from uae.strategy import unsharded
 
 

@@ -10,13 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "types": 0, "locations": 0, "placement": 0, "seeds": 0, "stopwatch": 0,
+    "types": 0, "locations": 0, "placement": 0, "seeds": 0, "stopwatch": 0, "intervals": 0,
     "grpo": 1, "encoders": 1, "scenes": 1,
     "models": 2, "rewards": 2, "metrics": 2, "data": 2, "trainable": 2,
     "systems": 3, "rollout": 3, "strategy": 3,
     "measure": 3.5, "policies": 3.5, "evaluation": 3.5, "memory": 3.5,
-    "module": 4, "coldstart": 4, "bench": 4,
+    "module": 4, "coldstart": 4,
     "cli": 5, "cli_errors": 5, "callbacks": 5,
+    "bench": 6,
 }  # fmt: skip
 ONE_PACKAGE = {"cli_errors": "cli"}
 HEAVY = {"transformers", "diffusers", "peft", "open_clip"}

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from uae.encoders import similarity
+from uae.intervals import bootstrap
 from uae.types import ImageEncoder
 
 __all__ = ["UnifiedScore", "similarity"]
@@ -136,7 +137,7 @@ class UnifiedScore(Metric):
             result |= {"floor": floor, "calibrated": (result["unified"] - floor) / max(1 - floor, 1e-6)}
         result |= {"n": float(len(table)), "n_invalid": float(table[:, 3].sum())}
         if self.bootstrap:
-            low, high = _interval(row_N, self.bootstrap, self.seed)
+            _, low, high = bootstrap(row_N, self.bootstrap, self.seed)
             result |= {"ci95": (high - low) / 2, "ci95_low": low, "ci95_high": high}
         return result
 
@@ -179,9 +180,3 @@ def _as_ids(ids: Tensor | Sequence[int] | None, count: int) -> Tensor:
         raise ValueError(f"ids must be whole numbers in [0, 2**48), got {id_N.tolist()[:4]} ...")
     return id_N.long()
 
-
-def _interval(row_N: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    draw = np.random.default_rng(seed)
-    means = [row_N[draw.integers(len(row_N), size=len(row_N))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from uae.bench.mini_geneval import TASKS, mini_geneval, prompts
+from uae.metrics.mini_geneval import TASKS, mini_geneval, prompts
 from uae.models.conditioners import TextConditioner
 from uae.scenes import Object, Scene, parse, render
 from uae.scenes.world import COLUMNS, ROWS

@@ -1,0 +1,53 @@
+"""``python -m uae.bench COMMAND ...``: one module per command, imported when it is asked for.
+
+``UAE_DEBUG=1`` shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from uae.cli import debugging, fail, interrupted, mistake, quieten
+
+COMMANDS = {
+    "score": "Unified-Bench protocol 1: similarity of sources and reconstructions",
+    "run": "caption and reconstruct a folder of images with any system",
+    "judge": "Unified-Bench protocol 2: which caption do language models prefer",
+    "geneval": "GenEval: do images show the objects, counts, colors and places of their prompts",
+    "geneval_plus": "GenEval++: the same for longer prompts, told by a judge",
+    "dpg": "DPG-Bench: do images show what dense prompts ask for",
+    "understanding": "MMBench, MMMU and MMT-Bench from saved predictions, per subtask",
+    "report": "several results in one table, beside the paper's",
+}
+
+
+def usage() -> str:
+    """All commands, a line each."""
+    lines = [f"  {name:14s} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: python -m uae.bench COMMAND ... (COMMAND --help tells more)", "", *lines])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command; user mistakes are one line and status 2, Ctrl-C is one line and status 130."""
+    name, *rest = (sys.argv[1:] if args is None else list(args)) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name not in COMMANDS:
+        fail(f"unknown command {name!r} of uae.bench; allowed: {', '.join(COMMANDS)}")
+    quieten()
+    try:
+        import_module(f"uae.bench.{name}").main(rest)
+    except KeyboardInterrupt:
+        interrupted()
+    except Exception as error:
+        line = None if debugging() else mistake(error)
+        if line is None:
+            raise
+        fail(line)
+
+
+if __name__ == "__main__":
+    main()
