@@ -13,7 +13,7 @@ FLOORS = {
     "types": 0, "locations": 0, "placement": 0, "seeds": 0, "stopwatch": 0, "intervals": 0,
     "grpo": 1, "encoders": 1, "scenes": 1,
     "models": 2, "rewards": 2, "metrics": 2, "data": 2, "trainable": 2,
-    "systems": 3, "rollout": 3, "strategy": 3,
+    "systems": 3, "rollout": 3, "sharded_checkpoints": 2.5, "strategy": 3,
     "measure": 3.5, "policies": 3.5, "evaluation": 3.5, "memory": 3.5,
     "module": 4, "coldstart": 4,
     "cli": 5, "cli_errors": 5, "callbacks": 5,

@@ -38,7 +38,8 @@ def test_mistakes_are_one_line(args, said, capsys):
 
 def test_usage_and_unknown_commands(capsys):
     main([])
-    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
     with pytest.raises(SystemExit, match="2"):
         main(["scor"])
     assert "unknown command 'scor'" in capsys.readouterr().err
