@@ -36,3 +36,7 @@ class LayoutEncoder:
         check_images(images_NCHW)
         with torch.autocast(images_NCHW.device.type, enabled=False):
             return (F.adaptive_avg_pool2d(images_NCHW.float(), self.cells) - 0.5).flatten(1)
+
+    def fingerprint(self) -> str:
+        """What an embedding depends on."""
+        return f"layout of {self.cells} x {self.cells} cells"

@@ -17,7 +17,7 @@ class Preprocessing:
     """Resize, centre crop, normalise. Sources and reconstructions go through the same arithmetic, so identity scores 1.
 
     The official pipelines round to 8 bit after resizing; this one stays in float (a difference below 1/255 per pixel)
-    so that gradients pass.
+    so that gradients pass. `of_bytes` is the official arithmetic, bit for bit: what benchmarks look through.
 
     Args:
         resize: Short side in pixels, or ``(height, width)`` for a direct resize, or None.
@@ -26,6 +26,7 @@ class Preprocessing:
         std: Per-channel standard deviation, in [0, 1] units.
         interpolation: "bicubic" or "bilinear"; always antialiased, as PIL does.
         offset: Turns the crop's fractional offset into a pixel: ``int`` (transformers) or ``round`` (torchvision).
+        rounded: Whether `of_bytes` rounds to 8 bit after resizing. All official processors do but DINOv3's.
     """
 
     resize: int | tuple[int, int] | None
@@ -34,22 +35,36 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     offset: Callable[[float], int] = int
+    rounded: bool = True
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         """float32 ``[N, 3, H, W]`` in [0, 1] to the tower's ``[N, 3, h, w]``."""
-        pixels = self._cropped(self._resized(images_NCHW.float()))
+        return self._normalised(self._cropped(self._resized(images_NCHW.float())))
+
+    def of_bytes(self, image_3HW: Tensor) -> Tensor:
+        """uint8 ``[3, H, W]`` to the tower's float32 ``[3, h, w]``, in the official processors' own order and rounding."""
+        from torchvision.transforms.v2 import functional as pixelwise
+
+        image = image_3HW if self.rounded else image_3HW.float() / 255
+        size = self._size(*image.shape[-2:])
+        image = pixelwise.resize(image, list(size), pixelwise.InterpolationMode(self.interpolation), antialias=True)
+        pixels = self._cropped(image[None]).float()
+        return self._normalised(pixels / 255 if self.rounded else pixels)[0]
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
         mean, std = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing."""
+        if not isinstance(self.resize, int):
+            return self.resize or (height, width)
+        short = min(height, width)  # the long side is truncated, not rounded, in transformers and torchvision alike
+        return int(self.resize * height / short), int(self.resize * width / short)
+
     def _resized(self, images: Tensor) -> Tensor:
-        if self.resize is None:
-            return images
-        height, width = images.shape[-2:]
-        size = self.resize
-        if isinstance(size, int):  # the long side is truncated, not rounded, in transformers and torchvision alike
-            short = min(height, width)
-            size = (int(size * height / short), int(size * width / short))
-        if size == (height, width):
+        size = self._size(*images.shape[-2:])
+        if size == tuple(images.shape[-2:]):
             return images
         resized = F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=True)
         return resized.clamp(0, 1)  # bicubic overshoots at edges; 8-bit pipelines saturate there too
@@ -79,6 +94,7 @@ def from_image_processor(numbers: Mapping[str, Any]) -> Preprocessing:
         mean=tuple(numbers["image_mean"]) if numbers.get("do_normalize") else (0.0, 0.0, 0.0),
         std=tuple(numbers["image_std"]) if numbers.get("do_normalize") else (1.0, 1.0, 1.0),
         interpolation=_interpolation(numbers.get("resample")),
+        rounded=not str(numbers.get("image_processor_type")).startswith("DINOv3"),
     )
 
 

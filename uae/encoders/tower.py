@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,7 @@ class Tower:
     """
 
     _loaded: _Loaded | None = None
+    feature: str = "projection"  # which of a tower's outputs is the embedding
 
     def __init__(self, placement: Placement = EXACT) -> None:
         if placement.dtype == "float8":
@@ -100,15 +102,53 @@ class Tower:
         check_images(images_NCHW)
         if self._loaded is None:
             self.load(images_NCHW.device)
-        loaded = self._loaded
-        assert loaded is not None
         if self.placement.offload and images_NCHW.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "placement.offload=true moves an encoder away before the gradient of its embedding can be computed; "
                 "set the encoder's init_args.placement.offload to false"
             )
+        return self._embed(images_NCHW, self._ready().preprocessing)
+
+    def prepare(self, image_3HW: Tensor) -> Tensor:
+        """One 8-bit image uint8 ``[3, H, W]`` of any size as the tower's pixels float32 ``[3, h, w]``, on the CPU.
+
+        Bit for bit what the official processor makes of it, rounding included; `embed` stays in float and is
+        differentiable. Threads may call it at once, after ``load``.
+        """
+        return self._ready().preprocessing.of_bytes(image_3HW)
+
+    def embed_prepared(self, pixels_NCHW: Tensor) -> Tensor:
+        """Embeddings float32 ``[N, D]`` of what `prepare` made, stacked; otherwise as `embed`."""
+        return self._embed(pixels_NCHW, None)
+
+    def fingerprint(self) -> str:
+        """sha256 of all that an embedding of prepared pixels depends on: weights, architecture, dtype, preprocessing.
+
+        The same wherever the weights lie; reads them once, about a second per gigabyte.
+        """
+        loaded = self._ready()
+        parts = [type(self).features.__qualname__, self.feature, repr(loaded.dtype), repr(loaded.preprocessing)]
+        for name, module in loaded.module.named_modules():
+            plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str)}
+            plain.pop("name_or_path", None)  # where the weights lie
+            parts += [name, type(module).__qualname__, repr(sorted(plain.items()))]
+        digest = hashlib.sha256("\n".join(parts).encode())
+        for name, weight in loaded.module.state_dict().items():
+            digest.update(f"{name} {list(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _ready(self) -> _Loaded:
+        if self._loaded is None:
+            self.load()
+        assert self._loaded is not None
+        return self._loaded
+
+    def _embed(self, images_NCHW: Tensor, preprocessing: Preprocessing | None) -> Tensor:
+        loaded = self._ready()
         with at_work([loaded.module], self.placement, loaded.device) as device, torch.autocast(device.type, enabled=False):
-            pixels_NCHW = loaded.preprocessing(images_NCHW.to(device))
+            pixels_NCHW = images_NCHW.to(device)
+            pixels_NCHW = pixels_NCHW if preprocessing is None else preprocessing(pixels_NCHW)
             return self.features(loaded.module, pixels_NCHW.to(loaded.dtype)).to(images_NCHW.device, torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
