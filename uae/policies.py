@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -42,11 +43,13 @@ def prepare(
     captioner, references = umm.captioner, {*references, *(["caption"] if umm.needs_reference else [])}
     if train == "captions":
         finetune.attach(captioner, keep_reference="caption" in references)
+        _freeze_unreached(captioner.policy, train)
         return umm
     umm = replace(umm, renderer=_explorer(umm.renderer, exploration))
     renderer: Any = umm.renderer
     if is_shared(umm):
         finetune.attach(captioner, keep_reference=bool(references))
+        _freeze_unreached(captioner.policy, train)
         renderer.reference_policy, renderer.starting_adapter = captioner.reference_policy, captioner.starting_adapter
         return umm
     finetune.attach(captioner, keep_reference="caption" in references)
@@ -71,6 +74,15 @@ def roots(umm: UMM, train: Train) -> list[nn.Module]:
     owners: list[Any] = [umm.captioner] if train == "captions" else [umm.captioner, umm.renderer]
     found = {id(root): root for owner in owners for root in (owner.policy, owner.reference_policy) if root is not None}
     return list(found.values())
+
+
+def _freeze_unreached(policy: nn.Module, train: Train) -> None:
+    """Freeze what only the other half uses: no loss reaches it, and DDP waits for the gradient of all that trains."""
+    for half, names in getattr(policy, "only", {}).items():
+        if train not in (half, "both"):
+            for name, parameter in policy.named_parameters():
+                if re.search(names, name):
+                    parameter.requires_grad_(False)
 
 
 def _explorer(renderer: Any, exploration: Exploration | None) -> Any:

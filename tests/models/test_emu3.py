@@ -15,7 +15,6 @@ from uae.types import Sampling
 CAPTIONS = ["a cat", "a large red circle on the left of a blue square"]
 NEGATIVE = "lowres, bad anatomy, worst quality."
 HEIGHT, WIDTH = 24, 16  # pixels: 3 rows of 2 tokens
-TEXT_MODEL = r".*text_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 SETTINGS = [TokenSampling(w, 0.7, mode) for w in (1.0, 5.0) for mode in ("guided", "guided_detach_uncond")]
 EXACT = {"atol": 1e-10, "rtol": 0}
 
@@ -227,7 +226,7 @@ def vq_state(umm):
     return {name: value.clone() for name, value in umm.captioner.policy.vqmodel.state_dict().items()}
 
 
-@pytest.mark.parametrize("finetune", [LoRA(4, 8, TEXT_MODEL), Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("finetune", [LoRA(4, 8), Full()], ids=["lora", "full"])
 def test_gradients_reach_the_language_model_and_not_the_vq_model(assemble, finetune):
     umm = assemble(dtype=torch.float32)
     policy, before, condition = umm.captioner.policy, vq_state(umm), umm.conditioner.encode(CAPTIONS)

@@ -7,6 +7,8 @@ import torch
 from tests.models import families
 from uae.models.caption_policy import CaptionPolicy
 from uae.models.finetune import Full, LoRA
+from uae.systems.rehearsal.emu3 import emu3
+from uae.systems.rehearsal.janus import janus_pro
 from uae.types import Sampling
 
 
@@ -97,6 +99,16 @@ def test_lora_adapts_the_language_model_only(created, family):
     mixers = [LINEAR_ATTENTION if family == "qwen3_5" else ATTENTION, ATTENTION]
     expected = {f"model.language_model.layers.{i}.{x}" for i in range(2) for x in mixers[i] | FEED_FORWARD}
     assert adapted(captioner) == expected
+
+
+@pytest.mark.parametrize(("name", "root"), [("janus", "language_model"), ("emu3", "text_model")])
+def test_lora_adapts_the_language_model_of_token_systems_and_not_their_image_tokenizer(name, root):
+    model = {"janus": lambda: janus_pro(2, seed=0), "emu3": lambda: emu3(seed=0)}[name]()[0]
+    vision = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("q_proj")}
+    assert any(root not in n for n in vision)  # an image tower, or attention of the VQ model, by the same names
+    captioner = SimpleNamespace(policy=CaptionPolicy(model), reference_policy=None, starting_adapter=None)
+    LoRA(rank=2).attach(captioner, keep_reference=True)
+    assert adapted(captioner) == {f"model.{root}.layers.{i}.{x}" for i in range(2) for x in ATTENTION | FEED_FORWARD}
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -24,6 +24,7 @@ from tests.models.test_captioner import (  # noqa: F401 (collected here, for thi
 from uae.models.finetune import Full, LoRA
 from uae.models.image_tokens import ImageTokenPolicy, TokenSampling
 from uae.models.janus import JanusPolicy, TokenConditioner, unify
+from uae.policies import prepare
 from uae.systems import tiny
 from uae.types import Sampling
 
@@ -266,6 +267,22 @@ def test_lora_trains_the_language_model_only(umm):
     step(umm)
     reached = {n for n, p in umm.renderer.policy.model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached == {name for name in trainable(umm) if "lora_B" in name}  # A waits for B, which starts at 0
+
+
+@pytest.mark.parametrize("finetune", [Full("."), LoRA(rank=2, target_modules="all-linear")], ids=["full", "lora"])
+@pytest.mark.parametrize("train", ["captions", "images", "both"])
+def test_what_trains_is_what_the_loss_of_the_stage_reaches(umm, images, finetune, train):
+    """DDP waits for the gradient of everything that trains, also after the reference had its turn."""
+    umm = prepare(umm, train, ["caption", "image"], finetune, None)
+    rollout = umm.captioner.sample(umm.captioner.prepare(images), 2, Sampling(1.0, 6), range(4))
+    drawn = umm.renderer.sample(condition(umm), [1, 2])
+    with umm.captioner.reference():
+        umm.captioner.logprobs(rollout)
+    losses = {"captions": umm.captioner.logprobs(rollout).sum(), "images": umm.renderer.logprobs(drawn).sum()}
+    sum(losses[half] for half in losses if train in (half, "both")).backward()
+    named = dict(umm.captioner.policy.named_parameters())
+    assert {n for n, p in named.items() if p.requires_grad} == {n for n, p in named.items() if p.grad is not None}
+    assert any("language_model" in name for name in trainable(umm))
 
 
 def test_the_state_dict_is_complete_and_a_copy_keeps_it(umm):

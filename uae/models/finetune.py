@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
-LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids
-    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
+LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids; Emu3's is named text_model
+    r".*\b(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
 )
 IMAGE_TRANSFORMER = (
     r".*attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # of diffusers; as Flow-GRPO adapts them
@@ -62,9 +62,11 @@ class LoRA(Finetune):
 
         model = captioner.policy.model.requires_grad_(False)
         if self.adapter is None:
+            head = getattr(captioner.policy, "image_head", None)  # its weight is read, past any adapter
             config = peft.LoraConfig(
-                r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, lora_dropout=0.0
-            )
+                r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, lora_dropout=0.0,
+                exclude_modules=[name for name, module in model.named_modules() if module is head] or None,
+            )  # fmt: skip
             captioner.policy.model = peft.get_peft_model(model, config)
             captioner.starting_adapter = ""
             return
@@ -102,15 +104,14 @@ class Full(Finetune):
 @contextmanager
 def switched_to(adapter: str, model: Any) -> Iterator[None]:
     """Inside, a PeftModel works with another adapter than "default", or with none ("")."""
-    if not adapter:
-        with model.disable_adapter():
-            yield
-        return
     trains = [parameter.requires_grad for parameter in model.parameters()]
-    model.set_adapter(adapter)
+    if adapter:
+        model.set_adapter(adapter)
     try:
-        yield
+        with nullcontext() if adapter else model.disable_adapter():
+            yield
     finally:
-        model.set_adapter("default")
+        if adapter:
+            model.set_adapter("default")
         for parameter, trained in zip(model.parameters(), trains, strict=True):  # PEFT switches these as well
             parameter.requires_grad_(trained)

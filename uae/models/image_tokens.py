@@ -11,9 +11,10 @@ the states before it: one product with the vocabulary instead of two, and no rou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -106,6 +107,7 @@ class TokenPolicy(CaptionPolicy):
 
     tokens: int  # S, image tokens of an image
     image_head: nn.Linear  # the last map, [V, D]
+    only: Mapping[str, str] = MappingProxyType({})  # what "captions" or "images" alone use; searched in parameter names
 
     def embed_image(self, tokens_NS: Tensor) -> Tensor:
         """Input embeddings ``[N, S, D]`` of image tokens."""

@@ -8,6 +8,7 @@ and that padding is attended to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,6 +57,13 @@ class JanusPolicy(TokenPolicy):
         model: A ``JanusForConditionalGeneration``, or a PeftModel around one.
         banned_ids, gradient_checkpointing: See `uae.models.caption_policy.CaptionPolicy`.
     """
+
+    only = MappingProxyType(
+        {
+            "captions": r"\b(vision_model|aligner|lm_head)\.",
+            "images": r"\bgeneration_(embeddings|aligner|head)\.",
+        }
+    )
 
     def __init__(self, model: nn.Module, banned_ids: Sequence[int] = (), gradient_checkpointing: bool = False) -> None:
         super().__init__(model, banned_ids, gradient_checkpointing)
