@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from uae.intervals import bootstrap, wilson
+from uae.intervals import bootstrap, mean_of_means, wilson
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says():
@@ -38,3 +38,13 @@ def test_wilson_known_values():
     assert wilson(10, 10).high == pytest.approx(1)
     assert math.isnan(wilson(0, 0).value)
     assert wilson(0, 0)[1:] == (0, 1)
+
+
+def test_the_mean_of_means_weighs_groups_and_not_cases():
+    draw = np.random.default_rng(3)
+    small, large = draw.normal(1, 1, size=20), draw.normal(0, 1, size=2000)
+    both = mean_of_means([(small, np.arange(20)), (large, np.arange(2000))], resamples=4000)
+    assert both.value == pytest.approx((small.mean() + large.mean()) / 2)
+    deviation = np.sqrt(small.var() / 20 + large.var() / 2000) / 2  # of independent means
+    assert both.high - both.low == pytest.approx(2 * 1.96 * deviation, rel=0.07)
+    assert mean_of_means([(small, np.arange(20))]) == pytest.approx(bootstrap(small, clusters_N=np.arange(20)))

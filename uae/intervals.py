@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,32 @@ def bootstrap(values_N: np.ndarray, resamples: int = 1000, seed: int = 0, cluste
         seed: Equal seeds draw equal cases, also for other values: differences of paired means are paired.
         clusters_N: Cases of equal value (an image, a prompt) are drawn together; the mean stays that of the cases.
     """
+    means = resampled_means(values_N, resamples, seed, clusters_N)
+    low, high = np.quantile(means, LEVEL)
+    return Interval(float(np.mean(values_N, dtype=np.float64)), float(low), float(high))
+
+
+def mean_of_means(groups: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 1000, seed: int = 0) -> Interval:
+    """The unweighted mean of the means of groups (tasks of a benchmark), whose cases are drawn apart.
+
+    Args:
+        groups: Values and clusters of each, see `bootstrap`.
+        resamples: As there.
+        seed: As there.
+    """
+    draws = [
+        resampled_means(values_N, resamples, seed + place, clusters_N)
+        for place, (values_N, clusters_N) in enumerate(groups)
+    ]
+    low, high = np.quantile(np.mean(draws, axis=0), LEVEL)
+    value = np.mean([np.mean(values_N, dtype=np.float64) for values_N, _ in groups])
+    return Interval(float(value), float(low), float(high))
+
+
+def resampled_means(
+    values_N: np.ndarray, resamples: int = 1000, seed: int = 0, clusters_N: np.ndarray | None = None
+) -> np.ndarray:
+    """The means of cases drawn again, see `bootstrap`."""
     values_N = np.asarray(values_N, dtype=np.float64)
     totals_C, sizes_C = values_N, np.ones(len(values_N))
     if clusters_N is not None:
@@ -37,8 +64,7 @@ def bootstrap(values_N: np.ndarray, resamples: int = 1000, seed: int = 0, cluste
     for i in range(resamples):
         chosen_C = draw.integers(len(totals_C), size=len(totals_C))
         means[i] = totals_C[chosen_C].sum() / sizes_C[chosen_C].sum()
-    low, high = np.quantile(means, LEVEL)
-    return Interval(float(values_N.mean()), float(low), float(high))
+    return means
 
 
 def wilson(successes: float, n: int) -> Interval:

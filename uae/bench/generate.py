@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,6 +46,7 @@ class Job:
     Args:
         folder: Where to.
         drawings: All of them, also those that are there already.
+        origin: What they are drawn from, as prompts and seed: a folder is of one origin and one system.
         batch_size: Pictures drawn at once.
         part: "i/n": this process draws the i-th of n shares, 1/n to n/n.
         device: Where to draw; None is the first GPU, or the CPU.
@@ -51,13 +54,14 @@ class Job:
 
     folder: Path
     drawings: Sequence[Drawing]
+    origin: dict[str, Any]
     batch_size: int = 8
     part: str = "1/1"
     device: str | None = None
 
 
-def seeds_of(seed: int, number: int, samples: int, first: int = 0) -> tuple[int, ...]:
-    """The seeds of a prompt's pictures: they depend on its number and theirs, not on batches, parts or other prompts."""
+def seeds_of(seed: int, number: int | str, samples: int, first: int = 0) -> tuple[int, ...]:
+    """The seeds of a prompt's pictures: they depend on its number (or name) and theirs, not on batches, parts or other prompts."""
     return tuple(seed_of(seed, "prompt", number, sample) for sample in range(first, first + samples))
 
 
@@ -97,7 +101,7 @@ def draw(system: Loaded, job: Job) -> None:
         ValueError: The folder holds another system's images, two drawings share a path, or ``part`` is none.
     """
     check(job)
-    sign(job.folder, system.identity)
+    sign(job.folder, {**system.identity, **job.origin})
     first, parts = share(job.part)
     mine = list(job.drawings)[first::parts]
     missing = [drawing for drawing in mine if not drawing.path.is_file()]
@@ -150,15 +154,14 @@ def sign(folder: Path, identity: dict[str, Any]) -> None:
         ValueError: It was another system, or the same with other weights or settings.
     """
     record, written = folder / RECORD, json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    if record.is_file() and record.read_text() != written:
-        before, now = json.loads(record.read_text()), json.loads(written)
-        keys = sorted(set(_leaves(before).items()) ^ set(_leaves(now).items()))
+    if not record.is_file():
+        write_whole(record, written.encode())
+    before, now = (set(_leaves(json.loads(text)).items()) for text in (record.read_text(), written))
+    if before != now:
         raise ValueError(
-            f"{folder} holds images of another system (it differs in {keys[0][0] if keys else 'its record'}, see {RECORD}); "
+            f"{folder} holds images of another system or of other prompts (they differ in {min(before ^ now)[0]}, see {RECORD}): "
             "draw into another folder, or delete this one"
         )
-    _whole(record, lambda draft: draft.write_text(written))
 
 
 def save(images: Sequence[Tensor], path: Path) -> None:
@@ -170,14 +173,16 @@ def save(images: Sequence[Tensor], path: Path) -> None:
         raise ValueError(f"{len(images)} pictures make no square grid; allowed: 1, 4, 9, ...")
     rows = [torch.cat(list(images[row * side : (row + 1) * side]), dim=2) for row in range(side)]
     picture = to_pil_image(torch.cat(rows, dim=1).float().clamp(0, 1).cpu())
-    _whole(path, lambda draft: picture.save(draft))
+    content = BytesIO()
+    picture.save(content, format=Image.registered_extensions()[path.suffix.lower()])
+    write_whole(path, content.getvalue())
 
 
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a hidden file beside ``path``, then give it its name at once."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Fill a hidden file beside ``path``, then give it its name at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{os.getpid()}.{path.name}")
-    write(draft)
+    draft.write_bytes(content)
     draft.replace(path)
 
 

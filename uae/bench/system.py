@@ -83,7 +83,7 @@ def load(words: Sequence[str], device: str | None = None) -> Loaded:
         )
     module.reward, module.unified_score = _Unscored(), None  # type: ignore[assignment]
     module.configure_model()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = working_device(device)
     if config.ckpt_path is not None:
         read_checkpoint(module, config.ckpt_path)
     module.eval().requires_grad_(False).to(place)
@@ -91,6 +91,11 @@ def load(words: Sequence[str], device: str | None = None) -> Loaded:
         part.to(place)
     identity = {"model": _plain(config.model), "checkpoint": None if config.ckpt_path is None else sha256(config.ckpt_path)}
     return Loaded(module, place, identity, _precision(config.trainer.precision, place))
+
+
+def working_device(name: str | None) -> torch.device:
+    """The device of that name; for None the first GPU, or the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def read_checkpoint(module: AutoEncoder, path: str | Path) -> None:

@@ -1,0 +1,161 @@
+"""DPG-Bench's rules: what answers to questions about an image are worth (Hu et al., ELLA, arXiv 2403.05135).
+
+A question may depend on others: whether the cat is red means nothing without a cat. Two readings:
+
+* ``official`` does what the published script does, defects included: its first row of questions is skipped (so an item whose
+  first question others depend on is dropped), dependencies are followed in the order of the file (a child listed before
+  its parent escapes), and categories count the last tile of a grid alone.
+* ``fixed`` uses every row, follows dependencies from parents to children, and counts every tile.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Literal
+
+Mode = Literal["official", "fixed"]
+COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
+FETCH = (
+    "git clone --depth 1 https://github.com/TencentQQGYLab/ELLA  # dpg_bench/dpg_bench.csv and dpg_bench/prompts, Apache-2.0"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about an image, answered by yes or no.
+
+    Args:
+        text: As asked.
+        parents: Numbers of the questions it depends on.
+        category: What it is about, as "attribute - color"; the broad category is the part before the dash.
+    """
+
+    text: str
+    parents: tuple[int, ...]
+    category: str
+
+    @property
+    def broad(self) -> str:
+        """The broad category."""
+        return self.category.split("-")[0].strip()
+
+
+Item = dict[int, Question]  # number to question, in the order of the file
+
+
+@dataclass
+class Scores:
+    """What answers are worth.
+
+    Args:
+        items: Item to score, in [0, 1].
+        categories: Category to pairs (item, answer in {0, 1}), of whatever the mode counts.
+        dropped: Item to why it has no score.
+    """
+
+    items: dict[str, float] = field(default_factory=dict)
+    categories: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+def read_questions(path: str | Path, mode: Mode) -> dict[str, Item]:
+    """Item to its questions.
+
+    Raises:
+        FileNotFoundError: There is none; says where the published one is.
+        ValueError: Columns are missing or a row cannot be read; in the fixed mode also: a number is there twice, a parent is
+            not, or questions depend on each other in a circle.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no questions at {str(path)!r}; get them by: {FETCH}")
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = set(COLUMNS) - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{str(path)!r} has no column {', '.join(sorted(missing))}; correct --csv")
+        rows = list(reader)
+    items: dict[str, Item] = {}
+    before = None
+    for line, row in enumerate(rows[1:] if mode == "official" else rows, start=3 if mode == "official" else 2):
+        name, number, question = _question(row, line, path)
+        if mode == "official" and name != before:
+            items[name] = {}  # and forgets what an earlier block of the item said
+        before, item = name, items.setdefault(name, {})
+        if mode == "fixed" and number in item:
+            raise ValueError(f"row {line} of {str(path)!r}: question {number} of {name} is there twice; correct --csv")
+        item[number] = question
+    if mode == "fixed":
+        for name, item in items.items():
+            _order(name, item)
+    return items
+
+
+def score_tile(name: str, item: Item, answers: Mapping[int, bool], mode: Mode) -> float:
+    """The share of questions answered by yes, where a question whose parent is not counts as no.
+
+    Raises:
+        KeyError: In the official mode: a parent is not among the questions.
+    """
+    worth = {number: float(answers[number]) for number in item}
+    for number in item if mode == "official" else _order(name, item):
+        if any(worth[parent] == 0 for parent in item[number].parents):
+            worth[number] = 0.0
+    return sum(worth.values()) / len(worth)
+
+
+def score_items(questions: Mapping[str, Item], answers: Mapping[str, Sequence[Mapping[int, bool]]], mode: Mode) -> Scores:
+    """Scores of items and categories.
+
+    Args:
+        questions: See `read_questions`.
+        answers: Item to the answers (number to yes) of every tile. Items without answers are not there: the official mode
+            leaves them out, the fixed one counts them 0.
+        mode: Which rules.
+    """
+    scores = Scores()
+    for name, tiles in answers.items():
+        item = questions.get(name)
+        if item is None:
+            scores.dropped[name] = "it has no questions"
+            continue
+        try:
+            scores.items[name] = sum(score_tile(name, item, tile, mode) for tile in tiles) / len(tiles)
+        except KeyError as parent:
+            scores.dropped[name] = f"question {parent} is skipped, and others depend on it"
+            continue
+        for tile in tiles[-1:] if mode == "official" else tiles:
+            for number, question in item.items():
+                scores.categories.setdefault(question.category, []).append((name, float(tile[number])))
+    for name in questions.keys() - answers.keys():
+        scores.dropped[name] = "it has no image"
+        if mode == "fixed":
+            scores.items[name] = 0.0
+    return scores
+
+
+def _question(row: Mapping[str, str], line: int, path: str | Path) -> tuple[str, int, Question]:
+    try:
+        parents = tuple(number for part in row["dependency"].split(",") if (number := int(part)) != 0)
+        category = row["tuple"].split("(")[0].strip()
+        return row["item_id"], int(row["proposition_id"]), Question(row["question_natural_language"], parents, category)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"row {line} of {str(path)!r} is no question ({error}); correct --csv") from error
+
+
+def _order(name: str, item: Item) -> list[int]:
+    """Parents before children.
+
+    Raises:
+        ValueError: There is no such order, or a parent is missing.
+    """
+    missing = sorted({parent for question in item.values() for parent in question.parents} - item.keys())
+    if missing:
+        raise ValueError(f"item {name} has no question {missing[0]}, but others depend on it; correct --csv")
+    try:
+        return list(TopologicalSorter({number: question.parents for number, question in item.items()}).static_order())
+    except CycleError as error:
+        raise ValueError(f"questions {error.args[1]} of item {name} depend on each other in a circle; correct --csv") from error
