@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from uae.encoders.preprocessing import Preprocessing, from_image_processor
 from uae.encoders.tower import EXACT, Tower, located
 from uae.placement import Placement
+from uae.remote_code import refused, trusted
+
+CODE_KEY = "the encoder's init_args.trust_remote_code"
 
 
 class HFEncoder(Tower):
@@ -29,16 +32,22 @@ class HFEncoder(Tower):
         feature: "projection": the embedding in the joint image-text space (CLIP-like models). "cls": the first token of
             the last hidden state (DINOv2, DINOv3).
         placement: dtype and device, see `Tower`.
+        trust_remote_code: ``path`` once more, if Python code that lies in it may run; None runs none.
     """
 
     def __init__(
-        self, path: str, feature: Literal["projection", "cls"] = "projection", placement: Placement = EXACT
+        self,
+        path: str,
+        feature: Literal["projection", "cls"] = "projection",
+        placement: Placement = EXACT,
+        trust_remote_code: str | None = None,
     ) -> None:
         super().__init__(placement)
         if feature not in ("projection", "cls"):
             raise ValueError(f"feature={feature!r}; allowed: projection, cls; set the encoder's init_args.feature")
         self.path = path
         self.feature = feature
+        self.trusted = trusted(path, trust_remote_code, CODE_KEY)
 
     def weights(self) -> Hashable:
         """The folder or id; both features come from one module."""
@@ -47,14 +56,18 @@ class HFEncoder(Tower):
 
     def read(self) -> tuple[nn.Module, Preprocessing]:
         """Config, image processor and weights; the text tower is dropped."""
+        with refused(self.path, CODE_KEY):
+            return self._read()
+
+    def _read(self) -> tuple[nn.Module, Preprocessing]:
         path = located(self.path, "path")
         import transformers
 
-        local = os.path.isdir(path)
+        options = {"local_files_only": os.path.isdir(path), "trust_remote_code": self.trusted}
         try:
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=local)
-            processor = transformers.AutoImageProcessor.from_pretrained(path, local_files_only=local)
-            module, missing = _pretrained(transformers, path, config, local)
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+            processor = transformers.AutoImageProcessor.from_pretrained(path, **options)
+            module, missing = _pretrained(transformers, path, config, options)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
@@ -84,12 +97,12 @@ class HFEncoder(Tower):
         )
 
 
-def _pretrained(transformers: Any, path: str, config: Any, local: bool) -> tuple[nn.Module, list[str]]:
+def _pretrained(transformers: Any, path: str, config: Any, options: dict[str, bool]) -> tuple[nn.Module, list[str]]:
     # AutoModel maps a vision-only CLIP folder to the class without the projection.
     projected = config.model_type == "clip_vision_model"
     kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
     module, report = kind.from_pretrained(
-        path, config=config, dtype=torch.float32, local_files_only=local, output_loading_info=True
+        path, config=config, dtype=torch.float32, output_loading_info=True, **options
     )
     for part in ("text_model", "text_projection"):
         if hasattr(module, part):

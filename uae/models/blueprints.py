@@ -103,7 +103,9 @@ def vlm_skeleton(name: str, dtype: str = "bfloat16") -> nn.Module:
 
     with torch.device("meta"):
         config = _transformers_config(config_of(name), name)
-        return transformers.AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+        return transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
 
 
 def denoiser_skeleton(name: str, subfolder: str | None = "transformer", dtype: str = "bfloat16") -> nn.Module:
@@ -188,7 +190,7 @@ def _transformers_skeleton(config: dict[str, Any], name: str, kind: str, dtype: 
     built = _transformers_config(config, name)
     with torch.device("meta"):
         if kind == "AutoModel":
-            return transformers.AutoModel.from_config(built, dtype=getattr(torch, dtype))
+            return transformers.AutoModel.from_config(built, dtype=getattr(torch, dtype), trust_remote_code=False)
         return getattr(transformers, kind)._from_config(built, dtype=getattr(torch, dtype))
 
 

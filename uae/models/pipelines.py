@@ -12,6 +12,7 @@ from typing import Any
 
 from uae.locations import locate
 from uae.placement import Placement, torch_dtype
+from uae.remote_code import refused
 
 
 def load_pipeline(name: str, placement: Placement, key: str = "system.init_args.pipeline", **parts: Any) -> Any:
@@ -33,9 +34,10 @@ def load_pipeline(name: str, placement: Placement, key: str = "system.init_args.
     local = os.path.isdir(path)
     if local:
         _check_folder(Path(path), key, parts)
-    return diffusers.DiffusionPipeline.from_pretrained(
-        path, torch_dtype=torch_dtype(placement), local_files_only=local, **parts
-    )
+    with refused(name):
+        return diffusers.DiffusionPipeline.from_pretrained(
+            path, torch_dtype=torch_dtype(placement), local_files_only=local, trust_remote_code=False, **parts
+        )
 
 
 def _check_folder(folder: Path, key: str, parts: dict[str, Any]) -> None:
@@ -43,7 +45,7 @@ def _check_folder(folder: Path, key: str, parts: dict[str, Any]) -> None:
     file = folder / "model_index.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no model_index.json, so it is no diffusers pipeline; change {key}")
-    index = {name: value for name, value in json.loads(file.read_text()).items() if isinstance(value, list)}
+    index = {name: value for name, value in json.loads(file.read_text()).items() if isinstance(value, list) and name[0] != "_"}
     unknown = sorted(set(parts) - set(index))
     if unknown:
         raise ValueError(f"{folder} has no part {', '.join(unknown)}; allowed: {', '.join(sorted(index))}")

@@ -11,6 +11,7 @@ import torch
 from uae.locations import locate
 from uae.models.captioner import HFCaptioner
 from uae.models.prefix_cache import check_memory
+from uae.remote_code import refused, trusted
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Reading:
             of the squared token size, 28 x 28 for Qwen2.5-VL). None is the checkpoint's own.
         attention: Implementation in transformers: "sdpa", "eager", "flash_attention_2", ...; None is the library's choice.
         gradient_checkpointing: Compute the insides of layers again in the backward pass instead of keeping them.
+        trust_remote_code: The captioner's name once more, if Python code that lies in its checkpoint may run; None runs none.
     """
 
     instruction: str | None = None
@@ -34,6 +36,7 @@ class Reading:
     max_pixels: int | None = None
     attention: str | None = None
     gradient_checkpointing: bool = False
+    trust_remote_code: str | None = None
 
 
 def load_captioner(
@@ -52,20 +55,29 @@ def load_captioner(
         FileNotFoundError: There is no checkpoint.
         ValueError: It cannot be read, lacks weights or a chat template, or cannot do what ``reading`` asks for.
     """
+    key = "system.init_args.reading.trust_remote_code"
+    trust = trusted(name, reading.trust_remote_code, key)
+    with refused(name, key):
+        model, processor = _read(name, processor_name or name, reading, trust)
+    return assemble_captioner(model, processor, reading, instruction, image_first)
+
+
+def _read(name: str, processor_name: str, reading: Reading, trust: bool) -> tuple[Any, Any]:
+    """Model and processor, or one line on why not."""
     import transformers
     from safetensors import SafetensorError
 
-    path, processor_path = locate(name), locate(processor_name or name)
-    local = os.path.isdir(path)
+    path, words = locate(name), locate(processor_name)
     try:
         processor = transformers.AutoProcessor.from_pretrained(
-            processor_path, local_files_only=os.path.isdir(processor_path)
+            words, local_files_only=os.path.isdir(words), trust_remote_code=trust and words == path
         )
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=getattr(torch, reading.dtype),
             attn_implementation=reading.attention,
-            local_files_only=local,
+            local_files_only=os.path.isdir(path),
+            trust_remote_code=trust,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
@@ -81,7 +93,7 @@ def load_captioner(
             f"captioner {name!r} lacks {len(absent)} weights of its config ({absent[0]}, ...), or has them in other "
             "shapes; set system.init_args.captioner to a complete checkpoint"
         )
-    return assemble_captioner(model, processor, reading, instruction, image_first)
+    return model, processor
 
 
 def assemble_captioner(

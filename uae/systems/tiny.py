@@ -138,14 +138,14 @@ def load_captioner(folder: Path) -> Any:
     """The captioner, by transformers' own loader."""
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
+    return AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_processor(folder: Path) -> Any:
     """The processor, by transformers' own loader."""
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def create_decoder(width: int = 128, layers: int = 5, steps: int = 8, guidance: float = 1.0) -> tuple[Any, Any]:

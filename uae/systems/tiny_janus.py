@@ -176,7 +176,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoProcessor, JanusForConditionalGeneration
 
     model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return model, AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def save(folder: Path, model: Any) -> None:

@@ -18,6 +18,7 @@ from uae.locations import here, local_folder
 from uae.models.blueprints import Blueprint
 from uae.models.renderer import Rendering
 from uae.models.vision_language import Reading
+from uae.remote_code import refused
 from uae.types import UMM
 
 INSTRUCTION = (
@@ -104,7 +105,9 @@ class UAE:
             folder, getattr(torch, self.reading.dtype), attention=self.reading.attention
         )
         words = folder / "llm_model_preprocessor"
-        processor = AutoProcessor.from_pretrained(words if words.is_dir() else folder / "llm", local_files_only=True)
+        words = words if words.is_dir() else folder / "llm"
+        with refused(self.checkpoint):
+            processor = AutoProcessor.from_pretrained(words, local_files_only=True, trust_remote_code=False)
         captioner = assemble_captioner(model, processor, self.reading, INSTRUCTION, image_first=False)
         conditioner, unconditional = self._conditioners(
             captioner, load_projector(projector, model.config.get_text_config().hidden_size, KEY), folder
@@ -167,7 +170,8 @@ def empty_pooled(folder: Path) -> Tensor:
 
     pooled = []
     for suffix in ("", "_2"):
-        tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}", local_files_only=True)
+        words = folder / f"tokenizer{suffix}"
+        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True, trust_remote_code=False)
         clip = CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{suffix}", local_files_only=True)
         ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
         pooled.append(clip.float()(ids).text_embeds[0])

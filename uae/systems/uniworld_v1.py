@@ -17,6 +17,7 @@ from uae.models.blueprints import Blueprint
 from uae.models.renderer import Rendering
 from uae.models.vision_language import Reading
 from uae.placement import Placement
+from uae.remote_code import refused
 from uae.systems.instructions import COMPLETELY
 from uae.types import UMM
 
@@ -98,7 +99,8 @@ class UniWorldV1:
         model, projectors = uniworld_language_model(
             folder, getattr(torch, self.reading.dtype), self.reading.attention
         )
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        with refused(self.checkpoint):
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         captioner = assemble_captioner(model, processor, self.reading, COMPLETELY)
         pipe = self._pipeline(folder, flux)
         conditioner = self._conditioner(captioner, projectors, pipe, flux)
@@ -144,7 +146,7 @@ class UniWorldV1:
         folder = local_folder(self.siglip, "system.init_args.siglip")
         dtype = torch_dtype(self.rendering.placement)
         tower = SiglipVisionModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        images = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         projector = self._projector(projectors["siglip_projector"], tower.config.hidden_size)
         return SourceImageConditioner(tower, images, projector)
 
@@ -160,7 +162,7 @@ def empty_pooled(flux: Path) -> Tensor:
     """The pooled vector ``[P]`` of the empty caption under FLUX's CLIP."""
     from transformers import AutoTokenizer, CLIPTextModel
 
-    tokenizer = AutoTokenizer.from_pretrained(flux / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(flux / "tokenizer", local_files_only=True, trust_remote_code=False)
     clip = CLIPTextModel.from_pretrained(flux / "text_encoder", local_files_only=True)
     ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
     return clip.float()(ids).pooler_output[0]
