@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from uae.checkpoint_files import newest, partial_of, publish, remove, tidy
+
+
+class NotSavedError(Exception):
+    """A checkpoint could not be written. All ranks raise it together."""
+
+
+def save(trainer: Trainer, path: str | Path, weights_only: bool = False) -> None:
+    """Save a checkpoint, or raise on all ranks. Collective.
+
+    Raises:
+        NotSavedError: A rank could not write its part: the disk is full, a quota reached, the folder gone.
+    """
+    error = None
+    try:
+        trainer.save_checkpoint(path, weights_only)
+    except OSError as failure:
+        error = failure
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # where ranks without an error wait
+    if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
+        raise NotSavedError(str(error or f"another process could not write checkpoint {str(path)!r}")) from error
 
 
 class RolloutCheckpoint(ModelCheckpoint):
@@ -13,15 +42,21 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     A rollout is not part of a checkpoint, so one taken in its middle could not continue with the same captions.
 
+    ``ckpt_path: last`` is the newest checkpoint of the run's folder that can be loaded, also one written at a preemption.
+    A checkpoint that cannot be written (disk full) is a warning: the run goes on and keeps the ones it has.
+
     Args:
         every_n_train_steps: Optimizer steps between checkpoints; a multiple of the steps that one rollout feeds
             (``mini_batches * num_iterations / accumulate_grad_batches``).
+        max_failures: The run stops when so many checkpoints in a row could not be written.
         **kwargs: Of `lightning.pytorch.callbacks.ModelCheckpoint`.
     """
 
-    def __init__(self, every_n_train_steps: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, every_n_train_steps: int | None = None, max_failures: int = 3, **kwargs: Any) -> None:
         super().__init__(every_n_train_steps=every_n_train_steps, **kwargs)
-        self.interval = every_n_train_steps
+        self.interval, self.max_failures = every_n_train_steps, max_failures
+        self.failures = 0  # in a row; the same on all ranks
+        self._failed_at = -1  # the step of the last one
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an interval that never meets the end of a rollout."""
@@ -35,12 +70,24 @@ class RolloutCheckpoint(ModelCheckpoint):
                 "trainer.accumulate_grad_batches)"
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what killed processes left of checkpoints. Whatever is resumed has been read by now."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            tidy(Path(self.dirpath))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, at the end of a rollout."""
-        if getattr(pl_module, "at_rollout_boundary", True):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Save if it is time, at the end of a rollout; at the end of an epoch or of the run, too, if that is wanted."""
+        if not getattr(pl_module, "at_rollout_boundary", True):
+            return
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: Lightning, resumed from what it saves here, takes the order of images of another epoch."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with fresh metrics, at the end of a rollout."""
@@ -51,3 +98,65 @@ class RolloutCheckpoint(ModelCheckpoint):
         """Write ``last.ckpt`` if there is none yet."""
         if getattr(pl_module, "at_rollout_boundary", True):
             super().on_train_end(trainer, pl_module)
+
+    # ------------------------------------------------------------------------------------------- what Lightning calls
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """What ``ckpt_path: last`` means: in the run's own folder, or, for an evaluation, in that of ``fit``."""
+        folders = [self._ModelCheckpoint__resolve_ckpt_dir(trainer)]
+        if self.dirpath is None:
+            folders.append(Path(trainer.default_root_dir, "checkpoints"))
+        for folder in map(Path, folders):
+            found = newest(folder)
+            if found is not None:
+                return {str(found)}
+        if trainer.state.fn != TrainerFn.FITTING:  # a fit starts anew, so that one command starts and continues a run
+            raise FileNotFoundError(f"no checkpoint in {str(folder)!r}: correct run_name or ckpt_path")
+        return set()
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        with self._surviving(trainer):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if self._failed_at == trainer.global_step:
+            return
+        with self._surviving(trainer):
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        save(trainer, filepath, self.save_weights_only)
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        self.failures = 0
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(proxy(self))
+
+    @contextmanager
+    def _surviving(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, a checkpoint that cannot be written leaves the record of the others as it was."""
+        names = [*self.state_dict(), "_last_global_step_saved", "_last_checkpoint_saved"]
+        before = {name: getattr(self, name) for name in names} | {"best_k_models": dict(self.best_k_models)}
+        try:
+            yield
+        except NotSavedError as error:
+            vars(self).update(before)
+            self.failures, self._failed_at = self.failures + 1, trainer.global_step
+            if self.failures >= self.max_failures:
+                raise RuntimeError(
+                    f"{self.failures} checkpoints in a row could not be written, the last: {error}; earlier ones are kept: "
+                    "make room and continue with --ckpt_path last"
+                ) from error
+            warnings.warn(f"{error}; training goes on, earlier checkpoints are kept", stacklevel=2)
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """Point ``last.ckpt`` at the newest, in one move."""
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            link = Path(linkpath)
+            try:
+                remove(partial_of(link))
+                os.symlink(os.path.relpath(filepath, link.parent), partial_of(link))
+                publish(partial_of(link), link)
+            except OSError as error:  # a link is a convenience
+                warnings.warn(f"{linkpath!r} cannot be linked to {filepath!r}: {error.strerror}", stacklevel=2)
+        trainer.strategy.barrier()

@@ -40,7 +40,7 @@ class Export(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the weights on all ranks, write them on the first."""
         log_dir = self.folder or trainer.log_dir  # asking for log_dir is collective
-        if trainer.fast_dev_run or log_dir is None:
+        if trainer.fast_dev_run or trainer.interrupted or log_dir is None:  # a preempted run is not trained yet
             return
         folder = Path(self.folder) if self.folder else Path(log_dir, "export")
         policy = trained(getattr(pl_module, "policy", None))

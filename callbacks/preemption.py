@@ -3,36 +3,85 @@
 from __future__ import annotations
 
 import signal
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+from callbacks.checkpoint import NotSavedError, save
+
+SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+NAME = "preempted.ckpt"
 
 
 class Preemption(Callback):
-    """On SIGTERM, finishes the rollout, saves ``checkpoints/preempted.ckpt`` in the log directory and stops.
+    """On SIGTERM or SIGUSR1, finishes the rollout, saves ``preempted.ckpt`` beside the other checkpoints and stops.
 
-    Lightning's own handler runs collectives inside the signal handler, which can hang several processes for good.
+    The handler only notes the request; at the end of the next rollout all ranks agree whether one was asked. A request
+    during a validation, or before the first step, waits for that. The process then ends with status 0, without a last
+    validation or an export, and ``--ckpt_path last`` continues the run. From the first request on, further ones change
+    nothing.
+
+    Lightning's own handlers run collectives inside the signal handler, which can hang several processes for good, and on
+    SLURM save and requeue in there; they are replaced.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._handlers: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the handler, after Lightning has set its own."""
-        signal.signal(signal.SIGTERM, self._ask)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen, before anything is loaded."""
+        if stage != "fit" or threading.current_thread() is not threading.main_thread():
+            return
+        self.asked = False
+        self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        connector = trainer._signal_connector  # registers these two after the model is loaded
+        connector._sigterm_notifier_fn = connector._slurm_sigusr_handler_fn = self._ask  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Stop here if asked."""
+        self._vote(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop here if asked meanwhile; before the first step, nothing is worth saving yet."""
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._vote(trainer, pl_module)
+
+    def _vote(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and stop at the end of a rollout, all ranks together."""
-        if not getattr(pl_module, "at_rollout_boundary", True):
+        if trainer.interrupted or not getattr(pl_module, "at_rollout_boundary", True):
             return
-        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
-            log_dir = trainer.log_dir
-            if log_dir is not None:
-                trainer.save_checkpoint(Path(log_dir, "checkpoints", "preempted.ckpt"))
-            trainer.should_stop = True
+        if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            return
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or Path(trainer.log_dir or ".", "checkpoints")
+        try:
+            save(trainer, Path(folder, NAME))
+        except NotSavedError as error:
+            warnings.warn(f"{error}; stopping, earlier checkpoints are kept", stacklevel=2)
+        trainer.should_stop = True
+        trainer.limit_val_batches = 0  # Lightning would validate once more; the machine may be gone by then
+        trainer.state.status = TrainerStatus.INTERRUPTED
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Hand the signals back, also in the record from which Lightning restores them after this."""
+        trainer._signal_connector._original_handlers.update(self._handlers)
+        self._restore()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand the signals back, unless the process is asked to end: the next request would be its death, not status 0."""
+        if not self.asked:
+            self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     def _ask(self, *_: Any) -> None:
         self.asked = True

@@ -8,6 +8,7 @@ hyper-parameters stored in a checkpoint never override them. Runs write to ``out
 
 from __future__ import annotations
 
+import errno
 import linecache
 import logging
 import os
@@ -21,11 +22,13 @@ import torch
 from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import uae.strategy  # noqa: F401  registers "fsdp2"
+from uae.checkpoint_files import CheckpointFiles
 from uae.cli_errors import explain
+from uae.event_log import EnduringTensorBoard
 
 OUTPUTS = "outputs"
 GIB = 2**30
@@ -110,12 +113,15 @@ class CLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         self._plan_memory(trainer)
         if trainer.get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(
+            kwargs["logger"] = EnduringTensorBoard(
                 OUTPUTS, name, version="" if self.subcommand == "fit" else self.subcommand
             )
         if trainer.get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(Path(OUTPUTS, name))
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # none is configured
+            made.strategy.checkpoint_io = CheckpointFiles()
+        return made
 
     def _plan_memory(self, trainer: Mapping[str, Any]) -> None:
         """Print the plan and stop, or stop a run that cannot fit. Before the trainer, which would ask for the GPUs."""
@@ -167,7 +173,8 @@ def mistake(error: BaseException) -> str | None:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    if isinstance(error, (FileNotFoundError, MisconfigurationException)):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or isinstance(error, (FileNotFoundError, MisconfigurationException)):
         return _line(str(error))
     if type(error).__module__.startswith("omegaconf"):
         return _line(f"interpolation in the configuration: {error}")

@@ -300,4 +300,4 @@ class UnifiedGRPO(AutoEncoder):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else."""
         if "state_dict" in checkpoint:
-            check_trainable_state(self, checkpoint["state_dict"])
+            check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,13 @@ def trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
     return {name: value for name, value in state.items() if name in names}
 
 
-def check_trainable_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+def check_trainable_state(module: nn.Module, state: Mapping[str, Any], path: str | Path | None = None) -> None:
     """Raise unless a state dict holds exactly the module's trainable parameters.
+
+    Args:
+        module: What trains.
+        state: Name to tensor, or to anything with a ``shape``.
+        path: Of the checkpoint it is from, for the message.
 
     Raises:
         ValueError: A parameter is missing, unexpected or of another shape.
@@ -33,7 +39,8 @@ def check_trainable_state(module: nn.Module, state: Mapping[str, Any]) -> None:
         if names
     ]
     if faults:
+        name = f"checkpoint {str(path)!r}" if path else "the checkpoint"
         raise ValueError(
-            f"the checkpoint does not fit what trains here: {'; '.join(faults)}; model.finetune (or model.system) differs "
-            "from the run that wrote it"
+            f"{name} does not fit what trains here: {'; '.join(faults)}; model.finetune (or model.system) differs from the "
+            "run that wrote it"
         )

@@ -1,10 +1,14 @@
+import errno
+import os
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
 from callbacks.checkpoint import RolloutCheckpoint
-from callbacks.preemption import Preemption
+from uae import cli
+from uae.checkpoint_files import CheckpointFiles, read
 from uae.data import SceneData
 
 
@@ -18,6 +22,7 @@ def saved_steps(folder):
         ({"train_time_interval": timedelta(0)}, [2, 4]),  # wants every step
         ({"every_n_train_steps": 4}, [4]),
         ({"every_n_epochs": 1, "save_on_train_epoch_end": False}, [2, 4]),  # wants every validation: 1, 2, 3, 4
+        ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, []),  # the run ends inside an epoch, and a rollout
     ],
 )
 def test_a_checkpoint_waits_for_the_end_of_the_rollout(build, trainer, tmp_path, triggers, steps):
@@ -42,21 +47,96 @@ def test_an_interval_that_never_meets_a_rollout_is_refused(build, trainer, tmp_p
             run.fit(build(mini_batches=2), data)
 
 
-def test_preemption_finishes_the_rollout_saves_and_stops(build, trainer, tmp_path):
-    import os
-    import signal
+class Full:
+    """A disk with room for what comes before some save, and after some other."""
 
-    from lightning.pytorch import Callback
-    from lightning.pytorch.loggers import CSVLogger
+    def __init__(self, saves):
+        self.saves, self.count, self.save = saves, 0, torch.save
 
-    class Scheduler(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def __call__(self, content, file):
+        self.count += 1
+        if self.count in self.saves:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.save(content, file)
 
-    handler = signal.getsignal(signal.SIGTERM)
-    run = trainer(callbacks=[Scheduler(), Preemption()], max_steps=20, logger=CSVLogger(tmp_path, "", ""))
-    run.fit(build(mini_batches=2), SceneData(batch_size=2, train_size=64))
-    assert run.global_step == 4
-    assert torch.load(tmp_path / "checkpoints/preempted.ckpt", weights_only=False)["global_step"] == 4
-    assert signal.getsignal(signal.SIGTERM) == handler
+
+def fit_on_a_full_disk(build, trainer, monkeypatch, folder, full, **options):
+    checkpoint = RolloutCheckpoint(2, dirpath=folder, filename="{step}", save_last="link", **options)
+    run = trainer(callbacks=[checkpoint], enable_checkpointing=True, max_steps=10, plugins=[CheckpointFiles()])
+    with monkeypatch.context() as patch:
+        patch.setattr("uae.checkpoint_files.torch.save", Full(full))
+        run.fit(build(mini_batches=2), SceneData(batch_size=2, train_size=64))
+    return run, checkpoint
+
+
+@pytest.mark.parametrize(("full", "kept"), [({3}, 10), ({4, 5}, 6), ({1}, 10)])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(build, trainer, tmp_path, monkeypatch, full, kept):
+    with pytest.warns(UserWarning, match="step=.*cannot be written: No space left on device; training goes on"):
+        run, checkpoint = fit_on_a_full_disk(build, trainer, monkeypatch, tmp_path, full)
+    assert run.global_step == 10
+    last = tmp_path / f"step={kept}.ckpt"  # rotation removed the earlier ones only when this was complete
+    assert {path.name for path in tmp_path.iterdir()} == {last.name, "last.ckpt"}
+    assert (tmp_path / "last.ckpt").resolve() == last
+    assert checkpoint.best_model_path == str(last)
+    assert read(last)["global_step"] == kept
+
+
+def test_the_best_checkpoints_survive_a_full_disk(build, trainer, tmp_path, monkeypatch):
+    options = {"monitor": "reward/mean", "mode": "max", "save_top_k": 2}
+    with pytest.warns(UserWarning, match="training goes on"):
+        _, checkpoint = fit_on_a_full_disk(build, trainer, monkeypatch, tmp_path, {2, 3}, **options)
+    stored = {str(path) for path in tmp_path.glob("step=*.ckpt")}
+    assert stored == set(checkpoint.best_k_models)
+    assert checkpoint.best_model_path in stored
+
+
+def test_a_disk_that_stays_full_ends_the_run_in_words(build, trainer, tmp_path, monkeypatch):
+    with (
+        pytest.warns(UserWarning, match="training goes on"),
+        pytest.raises(RuntimeError, match=r"2 checkpoints in a row.*No space left.*--ckpt_path last") as stop,
+    ):
+        fit_on_a_full_disk(build, trainer, monkeypatch, tmp_path, {2, 4, 5, 6}, max_failures=2)
+    assert cli.mistake(stop.value) == str(stop.value)
+    assert read(tmp_path / "last.ckpt")["global_step"] == 6  # 4 failed alone, 8 and 10 in a row
+
+
+def test_last_is_the_newest_that_loads(build, trainer, tmp_path):
+    def fit(max_steps, resume="last"):
+        checkpoint = RolloutCheckpoint(2, filename="{step}", save_top_k=-1, save_last="link")
+        settings = {"default_root_dir": tmp_path, "enable_checkpointing": True, "plugins": [CheckpointFiles()]}
+        run = trainer(callbacks=[checkpoint], max_steps=max_steps, **settings)
+        run.fit(build(mini_batches=2), SceneData(batch_size=2, train_size=64), ckpt_path=resume)
+        return Path(run.ckpt_path).name if run.ckpt_path else None
+
+    assert fit(6) is None  # one command starts a run and continues it
+    folder = tmp_path / "checkpoints"
+    (folder / "step=8.ckpt.partial").write_bytes(b"killed")
+    (folder / "step=4.ckpt").rename(folder / "preempted.ckpt")
+    touch(folder / "preempted.ckpt", 10)
+    assert fit(6) == "preempted.ckpt"
+    assert not list(folder.glob("*.partial"))
+    touch(folder / "step=2.ckpt", 20)
+    truncate(folder / "step=2.ckpt")
+    with pytest.warns(UserWarning, match=r"skipped.*step=2\.ckpt.*truncated"):
+        assert fit(8) == "preempted.ckpt"
+    for path in folder.glob("*.ckpt"):
+        truncate(path)
+    with pytest.raises(ValueError, match=r"none of \d checkpoints in .* can be loaded.*ckpt_path"):
+        fit(8)
+    settings = {"enable_checkpointing": True, "default_root_dir": tmp_path / "nowhere"}
+    run = trainer(callbacks=[RolloutCheckpoint()], **settings)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*nowhere"):
+        run.validate(build(), SceneData(), ckpt_path="last")
+
+
+def touch(path, seconds):
+    now = path.stat().st_mtime + seconds
+    os.utime(path, (now, now))
+
+
+def truncate(path):
+    path = path.resolve()
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    os.truncate(path, path.stat().st_size // 2)
+    os.utime(path, ns=times)

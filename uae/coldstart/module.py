@@ -152,4 +152,4 @@ class ColdStart(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else."""
         if self.of_system and "state_dict" in checkpoint:
-            check_trainable_state(self, checkpoint["state_dict"])
+            check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))

@@ -1,0 +1,93 @@
+"""TensorBoard that loses events rather than the run."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class EnduringTensorBoard(TensorBoardLogger):
+    """Lightning's TensorBoardLogger on a disk that may be full for a while.
+
+    TensorBoard writes in a thread of its own, which dies of the first error and raises it at every later call. Here that
+    is a warning, and some time later a new file of events is tried.
+
+    Args:
+        *args: Of `lightning.pytorch.loggers.TensorBoardLogger`.
+        retry_seconds: How long after a failure nothing is written.
+        **kwargs: Of `lightning.pytorch.loggers.TensorBoardLogger`.
+    """
+
+    def __init__(self, *args: Any, retry_seconds: float = 60.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.retry_seconds = retry_seconds
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The ``SummaryWriter``."""
+        summary = super().experiment
+        files = summary._get_file_writer()
+        if not isinstance(files.event_writer, _EnduringWriter):
+            files.event_writer = _EnduringWriter(files.event_writer, self.retry_seconds)
+        return summary
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write hyper-parameters, if that is possible."""
+        _try(super().save)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left, if that is possible."""
+        _try(super().finalize, status)
+
+
+class _EnduringWriter:
+    """An ``EventFileWriter`` that is replaced when it fails."""
+
+    def __init__(self, writer: Any, retry_seconds: float) -> None:
+        self.writer, self.retry_seconds = writer, retry_seconds
+        self.folder, self.make = writer.get_logdir(), type(writer)
+        self.failed_at = 0.0
+
+    def get_logdir(self) -> str:
+        return self.folder
+
+    def add_event(self, event: Any) -> None:
+        self._do(lambda writer: writer.add_event(event))
+
+    def flush(self) -> None:
+        self._do(lambda writer: writer.flush())
+
+    def close(self) -> None:
+        self._do(lambda writer: writer.close())
+
+    def _do(self, work: Callable[[Any], None]) -> None:
+        if self.writer is None and time.monotonic() < self.failed_at + self.retry_seconds:
+            return
+        try:
+            if self.writer is None:
+                self.writer = self.make(self.folder)
+            work(self.writer)
+        except Exception as error:  # whatever the thread died of
+            if self.writer is not None:
+                _warn(error)
+            self.writer, self.failed_at = None, time.monotonic()
+
+
+def _try(work: Callable[..., None], *args: Any) -> None:
+    try:
+        work(*args)
+    except OSError as error:
+        _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(f"TensorBoard cannot write ({error}): training goes on, events are lost", stacklevel=3)
