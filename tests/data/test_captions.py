@@ -8,8 +8,10 @@ from PIL import Image
 
 from uae.data import ImageFolderData, SceneData
 from uae.data.captions import CaptionFiles
-from uae.data.folder import FolderSource, id_of, list_images
+from uae.data.folder import FolderSource, list_images
+from uae.data.pictures import Reading
 from uae.data.sampler import ImageLoader, TrainBatches
+from uae.data.source import id_of
 from uae.scenes import describe
 
 
@@ -73,7 +75,7 @@ def test_a_broken_line_is_named(tmp_path, line):
 def test_a_batch_has_captions_if_all_of_its_images_have(photographs):
     picture(photographs, "bare.png")
     names = list_images(photographs, "data.root")
-    source = FolderSource(str(photographs), names, 4, "squash", 100, captions=CaptionFiles(photographs))
+    source = FolderSource(str(photographs), names, Reading(4, "squash", 100), captions=CaptionFiles(photographs))
     captioned = [place for place, name in enumerate(names) if name != "bare.png"]
     batch, _ = source.__getitems__(captioned[5:9])
     assert batch["caption"] == [f"photograph {name.removesuffix('.png')}" for name in batch["name"]]

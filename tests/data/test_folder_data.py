@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from uae.data import ImageFolderData
-from uae.data.folder import list_images, read_image, split_of
+from uae.data.folder import list_images
+from uae.data.pictures import Reading
+from uae.data.source import split_of
 
 LIMIT = 10**6
 
@@ -41,7 +43,7 @@ def gray(value):
 
 def test_modes_become_rgb(tmp_path):
     def read(image, name="x.png", **options):
-        return read_image(saved(tmp_path, image, name, **options), 4, "squash", LIMIT)
+        return Reading(4, "squash", LIMIT)(saved(tmp_path, image, name, **options))
 
     half = np.full((4, 4), 32896, dtype=np.uint16)  # 128 * 257: the 16-bit twin of 128
     torch.testing.assert_close(read(Image.fromarray(half)), gray(128 / 255))
@@ -66,7 +68,7 @@ def test_exif_rotation_is_applied(tmp_path):
     image.paste("white", (0, 0, 4, 2))  # the stored top is white
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise: the top comes to the right
-    seen = read_image(saved(tmp_path, image, exif=exif), 4, "squash", LIMIT)
+    seen = Reading(4, "squash", LIMIT)(saved(tmp_path, image, exif=exif))
     assert torch.equal(seen[0], torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(4, 4))
 
 
@@ -75,17 +77,17 @@ def test_fits(tmp_path):
     image.paste("red", (4, 0, 8, 4))  # black, red, black; 4 pixels each
     file = saved(tmp_path, image)
     red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
-    assert torch.equal(read_image(file, 4, "crop", LIMIT), red.expand(3, 4, 4))
-    padded = read_image(file, 12, "pad", LIMIT)
+    assert torch.equal(Reading(4, "crop", LIMIT)(file), red.expand(3, 4, 4))
+    padded = Reading(12, "pad", LIMIT)(file)
     assert torch.equal(padded[:, :4], torch.ones(3, 4, 12))
     assert torch.equal(padded[:, 8:], torch.ones(3, 4, 12))
     assert torch.equal(padded[:, 4:8, 4:8], red.expand(3, 4, 4))
-    squashed = read_image(file, 12, "squash", LIMIT)
+    squashed = Reading(12, "squash", LIMIT)(file)
     assert torch.equal(squashed[:, :, 6:7], red.expand(3, 12, 1))
     assert squashed[:, :, 0].max() == 0
     line = saved(tmp_path, Image.new("RGB", (900, 1), "red"), "line.png")
     for fit in ("crop", "pad", "squash"):
-        assert read_image(line, 4, fit, LIMIT).shape == (3, 4, 4)
+        assert Reading(4, fit, LIMIT)(line).shape == (3, 4, 4)
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def test_the_limit_of_pixels(folder):
 
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "x.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match="no image in .* is readable"):
+    with pytest.raises(ValueError, match="no image of these 1 is readable; x.png: none of BMP, GIF"):
         list(module(tmp_path, batch_size=1).train_dataloader())
 
 

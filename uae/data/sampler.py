@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from uae.types import ImageBatch
 
+LOUD = 5  # unreadable images that are warned about
+
 
 class ImageSource(Sized, Protocol):
     """Images by position, a whole batch at once."""
@@ -161,6 +163,8 @@ class ImageLoader:
         for name, reason in failures.items():
             if name not in self.skipped:
                 self.skipped[name] = reason
+                if len(self.skipped) > LOUD:
+                    continue  # all are named in a file, see `uae.data.skipped`
                 warnings.warn(f"unreadable image {name} ({reason}), {len(self.skipped)} skipped so far", stacklevel=2)
 
     def state_dict(self) -> dict[str, int]:
