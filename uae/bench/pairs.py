@@ -1,0 +1,101 @@
+"""Which reconstruction belongs to which source: by name, as the official scripts pair, but nothing is guessed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from uae.data.folder import list_images
+
+PREFIX = "recon_"
+Key = Callable[[PurePosixPath], str]
+
+
+@dataclass
+class Pairs:
+    """Files of two folders, by relative name.
+
+    Args:
+        matched: Source to reconstruction, ordered by source.
+        unmatched_sources: Sources without a reconstruction.
+        unmatched_reconstructions: Reconstructions without a source.
+        ambiguous: Files of either folder that could be paired in several ways, with their candidates.
+    """
+
+    matched: dict[str, str] = field(default_factory=dict)
+    unmatched_sources: list[str] = field(default_factory=list)
+    unmatched_reconstructions: list[str] = field(default_factory=list)
+    ambiguous: dict[str, list[str]] = field(default_factory=dict)
+
+
+def _whole(name: PurePosixPath) -> str:
+    return str(name)
+
+
+def _appended(name: PurePosixPath) -> str:
+    """``a.jpg`` became ``a.jpg.png``."""
+    return str(name.with_suffix("")) if len(name.suffixes) > 1 else str(name)
+
+
+def _stem(name: PurePosixPath) -> str:
+    return str(name.with_suffix(""))
+
+
+def _without_prefix(name: PurePosixPath) -> str:
+    return str(name.with_name(name.stem.removeprefix(PREFIX)))
+
+
+def _bare(name: PurePosixPath) -> str:
+    return name.stem.removeprefix(PREFIX)
+
+
+# How a source and a reconstruction are called alike, most certain first.
+RULES: tuple[tuple[Key, Key], ...] = (
+    (_whole, _whole),
+    (_whole, _appended),
+    (_stem, _stem),
+    (_stem, _without_prefix),
+    (lambda name: name.stem, _bare),  # whatever their subfolders
+)
+
+
+def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
+    """Pair the images of two folders.
+
+    Rules, most certain first: equal relative names; the source's name with another suffix appended (``a.jpg.png``); equal
+    stems (``a.png`` for ``a.jpg``); ``recon_`` before the stem; the last two in whatever subfolder. A rule takes only what
+    the rules before left over. Files that one rule would pair in several ways are left out and reported.
+
+    Raises:
+        FileNotFoundError: A folder is missing or holds no image.
+    """
+    left = [PurePosixPath(name) for name in list_images(sources, "sources")]
+    right = [PurePosixPath(name) for name in list_images(reconstructions, "reconstructions")]
+    pairs = Pairs()
+    for source_key, reconstruction_key in RULES:
+        met: tuple[set[PurePosixPath], set[PurePosixPath]] = (set(), set())
+        for ours, theirs in _alike((left, source_key), (right, reconstruction_key)):
+            met[0].update(ours)
+            met[1].update(theirs)
+            if len(ours) == len(theirs) == 1:
+                pairs.matched[str(ours[0])] = str(theirs[0])
+            else:
+                pairs.ambiguous |= {f"sources/{name}": [str(other) for other in theirs] for name in ours}
+                pairs.ambiguous |= {f"reconstructions/{name}": [str(other) for other in ours] for name in theirs}
+        left = [name for name in left if name not in met[0]]
+        right = [name for name in right if name not in met[1]]
+    pairs.matched = dict(sorted(pairs.matched.items()))
+    pairs.unmatched_sources = [str(name) for name in left]
+    pairs.unmatched_reconstructions = [str(name) for name in right]
+    return pairs
+
+
+def _alike(*sides: tuple[list[PurePosixPath], Key]) -> list[tuple[list[PurePosixPath], list[PurePosixPath]]]:
+    """Names of both sides that have the same key."""
+    groups: dict[str, tuple[list[PurePosixPath], list[PurePosixPath]]] = defaultdict(lambda: ([], []))
+    for side, (names, key) in enumerate(sides):
+        for name in names:
+            groups[key(name)][side].append(name)
+    return [both for both in groups.values() if all(both)]
