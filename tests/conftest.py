@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from lightning.pytorch import Trainer
 
 from tests.tiny_random import RandomTiny
@@ -14,6 +15,10 @@ from uae.grpo import GRPOLoss
 from uae.rewards import BaseReward, EncoderSimilarity, WeightedReward
 from uae.systems.rehearsal.catalog import write
 from uae.types import Sampling
+
+# A busy machine is no fault of what is tested: hypothesis would fail an example that takes more than 200 ms.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 class Copies:
