@@ -191,7 +191,7 @@ class StreamedData(PhotographData):
         """A stream has its own order."""
         if not isinstance(source, StreamSource):
             return super().train_batches(source, rank, world_size, shuffle)
-        return StreamBatches(len(source), self.batch_size, rank, world_size, self.seed, shuffle=False)
+        return StreamBatches(len(source), self.batch_size, rank, world_size)
 
 
 class WebDatasetData(StreamedData):

@@ -87,21 +87,30 @@ class TarShards:
 
         path = f"{self.folder}/{self.names[shard]}"
         with fsspec.open(path if "://" in path else str(Path(path).expanduser()), "rb", compression="infer") as file:
-            image, caption, last = "", None, None
-            content: bytes | UnreadableImageError = b""
+            yield from self._items(file, self.names[shard])
+
+    def _items(self, file: BinaryIO, shard: str) -> Iterator[Item]:
+        """Images of an open archive; one whose own bytes are whole also counts where the archive breaks off behind it."""
+        item, last = None, None
+        try:
             for name, size, take in members(file):
-                stem, _, suffix = name.rpartition("/")[2].partition(".")
-                group = name.rpartition("/")[0], stem
-                if group != last and image:
-                    yield Item(image, content, caption)
-                if group != last:
-                    image, caption, last = "", None, group
-                if not image and stem and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES:
-                    image, content = f"{self.names[shard]}/{inside(name)}", self._content(size, take)
+                folder, _, base = name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                if (folder, stem) != last:
+                    if item:
+                        yield item
+                    item, last, caption = None, (folder, stem), None
+                if not item and stem and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES:
+                    item = Item(f"{shard}/{inside(name)}", self._content(size, take), caption)
                 elif suffix == self.caption and size <= LONGEST_TEXT:
                     caption = take().decode("utf-8-sig", "replace").strip() or None
-            if image:
-                yield Item(image, content, caption)
+                    item = item and item._replace(caption=caption)
+        except ValueError:
+            if item:
+                yield item
+            raise
+        if item:
+            yield item
 
     def _content(self, size: int, take: Take) -> bytes | UnreadableImageError:
         if size > self.max_file_bytes:

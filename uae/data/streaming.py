@@ -118,6 +118,8 @@ class Lane:
                     yield item
             self._barren.add(unit)
             if len(self._barren) == total:
+                yield None  # what the buffer holds was not looked at
+            if len(self._barren) == total:
                 raise ValueError(
                     f"no image of the {len(self.shards)} shards {self.shards.name(0)} ... is readable: {_last(self.failures)}"
                 )
@@ -141,8 +143,9 @@ class StreamBatches(TrainBatches):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches from ``start`` on."""
-        for positions in super().__iter__():
-            yield [self.epoch * self.count + position for position in positions]
+        for batch in range(self.start, len(self)):
+            first = self.epoch * self.count + batch * self.images + self.rank * self.batch_size
+            yield list(range(first, first + self.batch_size))
 
 
 class StreamSource:
