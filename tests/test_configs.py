@@ -16,7 +16,7 @@ from uae.rewards import CaptionFormat, EncoderSimilarity, RandomReward
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 COMPLETE = [file for file in FILES if file.parent in (CONFIGS, CONFIGS / "pretrain")]
-FRAGMENTS = [file for file in FILES if file not in COMPLETE and file.parent.name != "bench"]
+FRAGMENTS = [file for file in FILES if file not in COMPLETE and CONFIGS / "bench" not in file.parents]
 BASES = {  # of fragments whose keys the miniature has not
     "debug/rehearsal.yaml": "uae.yaml",
     "debug/rehearsal_tokens.yaml": "janus_pro.yaml",

@@ -1,0 +1,1 @@
+"""Language models as judges: what they are asked, asking them once and no more, and what their answers say."""

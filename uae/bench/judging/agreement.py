@@ -1,0 +1,33 @@
+"""How far judges agree, and whether a difference could be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import comb
+
+
+def krippendorff(units: Iterable[Sequence[float]]) -> float | None:
+    """Krippendorff's alpha with squared differences: 1 is full agreement, 0 is chance.
+
+    Args:
+        units: For each thing judged, what its judges said: numbers, as many as there are.
+
+    Returns:
+        None if no two judges judged the same thing, or if all said the same of everything.
+    """
+    judged = [values for values in units if len(values) > 1]
+    pooled = [value for values in judged for value in values]
+    expected = _spread(pooled) / (len(pooled) - 1) if pooled else 0.0
+    observed = sum(_spread(values) / (len(values) - 1) for values in judged)
+    return 1 - observed / expected if expected else None
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The sum of squared differences over all ordered pairs."""
+    return 2 * (len(values) * sum(value**2 for value in values) - sum(values) ** 2)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of so uneven a split of decisive cases, if either side were equally likely."""
+    n, fewer = wins + losses, min(wins, losses)
+    return min(1.0, 2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n)

@@ -1,0 +1,212 @@
+"""Asking all questions of a plan: several at a time, never twice, and never for more money than allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from uae.bench.fingerprints import sha256
+from uae.bench.judging.cache import Cache
+from uae.bench.judging.clients import Answer, Client, Failure
+from uae.bench.judging.judges import Judge
+from uae.bench.judging.requests import Plan, Question
+
+HOPELESS = (401, 402, 403, 404)  # no key, no money, no permission, no such model: the judge is out of this run
+STRIKES = 5  # so many questions in a row given up or answered by another model: the judge is out of this run
+
+
+@dataclass
+class Purse:
+    """Money: spent, promised to calls under way, and how much there is."""
+
+    cap: float
+    spent: float
+    promised: float = 0.0
+    under_way: int = 0
+    empty: bool = False
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def promise(self, usd: float) -> bool:
+        """Set money aside for a call; waits for calls under way if it might do then. False: never."""
+        async with self._changed:
+            while self.spent + self.promised + usd > self.cap and self.under_way and not self.empty:
+                await self._changed.wait()
+            if self.empty or self.spent + self.promised + usd > self.cap + 1e-12:
+                self.empty = True
+                self._changed.notify_all()
+                return False
+            self.promised += usd
+            self.under_way += 1
+            return True
+
+    async def pay(self, promised: float, usd: float) -> None:
+        """A call is over."""
+        async with self._changed:
+            self.under_way -= 1
+            self.promised = self.promised - promised if self.under_way else 0.0
+            self.spent += usd
+            self._changed.notify_all()
+
+
+@dataclass
+class Asking:
+    """A run over a plan.
+
+    Args:
+        plan: What to ask.
+        cache: Where answers are kept; its ``writing()`` must be entered.
+        max_cost_usd: For the plan's questions, those of earlier runs included.
+        retry_errors: Ask again where another model answered.
+        client: Makes a judge's client.
+    """
+
+    plan: Plan
+    cache: Cache
+    max_cost_usd: float
+    retry_errors: bool = False
+    client: Callable[[Judge], Any] = Client
+    calls: int = 0
+    failures: list[str] = field(default_factory=list)
+    closed: dict[str, str] = field(default_factory=dict)
+    strikes: Counter[str] = field(default_factory=Counter)
+
+    def pending(self) -> list[Question]:
+        """Questions without an answer, equal ones once."""
+        unique = {question.key: question for question in self.plan.questions}
+        return [question for question in unique.values() if not self._settled(question)]
+
+    def run(self) -> None:
+        """Ask; returns when all is answered, failed, or paid out.
+
+        Raises:
+            ValueError: A key or a library is missing, or the money does not do for one call.
+        """
+        pending = self.pending()
+        if pending:
+            spent = self.cache.spent(question.key for question in self.plan.questions)
+            self._check_images(pending)
+            self._check_money(pending, spent)
+            clients = {name: self.client(self.plan.judges[name]) for name in {question.judge for question in pending}}
+            asyncio.run(self._ask_all(pending, clients, spent))
+
+    def most_usd(self, question: Question) -> float:
+        """What a call for a question can cost at most."""
+        return self._judge(question).most_usd("".join(self._texts(question)), question.image is not None)
+
+    def usual_usd(self, question: Question) -> float:
+        """What it costs about."""
+        return self._judge(question).usual_usd("".join(self._texts(question)), question.image is not None)
+
+    def _judge(self, question: Question) -> Judge:
+        return self.plan.judges[question.judge]
+
+    def _texts(self, question: Question) -> tuple[str, str]:
+        return self.plan.prompt.texts(question.given)
+
+    def _settled(self, question: Question) -> bool:
+        swapped = bool(self.cache.errors(question.key)) and not self.retry_errors
+        return swapped or self.cache.answer(question, self.plan.prompt) is not None
+
+    def _check_images(self, pending: list[Question]) -> None:
+        digests = {question.image: question.image_sha256 for question in pending if question.image is not None}
+        for path, expected in digests.items():
+            if not Path(path).is_file() or sha256(path) != expected:
+                raise ValueError(f"the image {path!r} is not the one that the questions were built with; build again")
+
+    def _check_money(self, pending: list[Question], spent: float) -> None:
+        least = min(self.most_usd(question) for question in pending)
+        if spent + least > self.max_cost_usd:
+            raise ValueError(
+                f"max_cost_usd={self.max_cost_usd:g} does not do for one more call, which can cost {least:.4f} USD "
+                f"({spent:.4f} USD are spent); all calls cost about {sum(map(self.usual_usd, pending)):.2f} USD: set max_cost_usd"
+            )
+
+    async def _ask_all(self, pending: list[Question], clients: Mapping[str, Any], spent: float) -> None:
+        from tqdm.auto import tqdm
+
+        purse = Purse(self.max_cost_usd, spent)
+        queues: dict[Any, deque[Question]] = defaultdict(deque)
+        limits: dict[Any, int] = {}
+        for question in pending:
+            judge = self._judge(question)
+            queues[judge.vendor].append(question)
+            limits[judge.vendor] = min(limits.get(judge.vendor, judge.concurrency), judge.concurrency)
+        with tqdm(total=len(pending), desc="judging", unit="question") as bar:
+            work = [self._work(queue, clients, purse, bar) for vendor, queue in queues.items() for _ in range(limits[vendor])]
+            try:
+                await asyncio.gather(*work)
+            finally:
+                for client in clients.values():
+                    await client.close()
+
+    async def _work(self, queue: deque[Question], clients: Mapping[str, Any], purse: Purse, bar: Any) -> None:
+        while queue and not purse.empty:
+            question = queue.popleft()
+            asked = True
+            while asked and question.judge not in self.closed and not self._settled(question):
+                asked = await self._ask(question, clients[question.judge], purse)
+            bar.update()
+            bar.set_postfix_str(f"{purse.spent:.4f} USD")
+
+    async def _ask(self, question: Question, client: Any, purse: Purse) -> bool:
+        """Until there is an answer, of whatever kind: True. False: no hope, or no money."""
+        judge, most = self._judge(question), self.most_usd(question)
+        image = None if question.image is None else Path(question.image).read_bytes()
+        for attempt in range(judge.retries + 1):
+            if not await purse.promise(most):
+                return False
+            self.calls += 1
+            came, cost = Failure("interrupted", None, again=False, paid=True, pause=None), most
+            try:
+                came = await client.complete(*self._texts(question), image)
+            finally:  # also when it is cancelled
+                cost = self._keep(question, came, most)
+                await purse.pay(most, cost)
+            if isinstance(came, Answer):
+                return came.model is None or judge.accepts(came.model)
+            pause = _pause(judge, attempt, came.pause)
+            if not came.again or pause > judge.longest_pause * 1.25 or attempt == judge.retries:
+                self._strike(question.judge, came.message, closing=came.status in HOPELESS)
+                return False
+            await asyncio.sleep(pause)
+        return False
+
+    def _keep(self, question: Question, came: Answer | Failure, most: float) -> float:
+        """Write down what came and return what it cost."""
+        judge = self._judge(question)
+        note: dict[str, Any] = {"key": question.key, "judge": judge.name, "asked": judge.model}
+        note["at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if isinstance(came, Failure):
+            if came.paid:
+                self.cache.append(**note, lost=came.message, cost_usd=most)
+            return most if came.paid else 0.0
+        counted = came.input_tokens is not None and came.output_tokens is not None
+        cost = judge.usd(came.input_tokens, came.output_tokens) if counted else most
+        note |= {"answered": came.model, "input_tokens": came.input_tokens, "output_tokens": came.output_tokens}
+        if came.model is None or judge.accepts(came.model):
+            self.strikes[judge.name] = 0
+            self.cache.append(**note, text=came.text, cost_usd=cost)
+        else:
+            swap = f"asked {judge.model}, answered {came.model}"
+            self.cache.append(**note, error=swap, cost_usd=cost)
+            self._strike(judge.name, swap, closing=False)
+        return cost
+
+    def _strike(self, judge: str, why: str, closing: bool) -> None:
+        self.failures.append(f"judge {judge}: {why}")
+        self.strikes[judge] += 1
+        if closing or self.strikes[judge] >= STRIKES:
+            self.closed[judge] = why
+
+
+def _pause(judge: Judge, attempt: int, asked: float | None) -> float:
+    """Seconds before the next try, with jitter so that calls do not come back in step; never less than was asked."""
+    if asked is not None:
+        return asked * random.uniform(1.0, 1.25)
+    return min(judge.longest_pause, judge.first_pause * 2.0**attempt) * random.uniform(0.5, 1.0)

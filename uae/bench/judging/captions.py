@@ -1,0 +1,113 @@
+"""Captions of several systems for the same images, and which of them are compared."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from uae.bench.judging.judges import Judge
+from uae.bench.judging.prompt import Prompt
+from uae.bench.judging.requests import Question, image_digest, question
+
+_FENCE = re.compile(r"^```.*$", re.MULTILINE)
+_LINE_MARKS = re.compile(r"^\s*(?:#{1,6}\s+|>\s?|[-*+]\s+)", re.MULTILINE)
+_MARKS = re.compile(r"(\*\*|__|`)(.+?)\1", re.DOTALL)
+_PREAMBLE = re.compile(
+    r"^(?:(?:sure|certainly|of course|okay)[!,.]\s*)?"
+    r"(?:here(?:'s| is)\b[^:.\n]{0,80}\b(?:caption|description)\b[^:.\n]{0,40}:|caption:)\s*",
+    re.IGNORECASE,
+)
+
+
+def read_captions(path: str | Path) -> dict[str, str]:
+    """Name of an image to its caption.
+
+    Args:
+        path: JSON (a list of objects with ``name`` and ``caption``, as ``predict`` writes, or a mapping of name to caption),
+            or JSON Lines of such objects.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no captions at {str(path)!r}")
+    try:
+        rows = _rows(Path(path).read_text(encoding="utf-8"))
+        pairs = [(row["name"], row["caption"]) for row in rows]
+    except (ValueError, KeyError, TypeError):
+        pairs = [(None, None)]
+    if not pairs or not all(isinstance(word, str) for pair in pairs for word in pair):
+        raise ValueError(f"{str(path)!r} must hold JSON or JSON Lines with a name and a caption per image")
+    captions = dict(pairs)
+    if len(captions) < len(pairs):
+        raise ValueError(f"{len(pairs) - len(captions)} images of {str(path)!r} have several captions; keep one each")
+    return captions
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(content, dict) and not {"name", "caption"} <= content.keys():
+        return [{"name": name, "caption": caption} for name, caption in content.items()]
+    return content if isinstance(content, list) else [content]
+
+
+def plain(caption: str) -> str:
+    """A caption without Markdown and without "Here is a caption:"; not a word of the caption itself is taken away."""
+    text = _LINE_MARKS.sub("", _FENCE.sub("", unicodedata.normalize("NFC", caption)))
+    while (bare := _MARKS.sub(r"\2", text)) != text:
+        text = bare
+    return " ".join(_PREAMBLE.sub("", text.strip()).split())
+
+
+def find_images(folder: str | Path, names: list[str]) -> dict[str, Path]:
+    """Name to file, for those names that have one: a path below the folder, or such a path without its extension."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder of images at {str(folder)!r}; set images")
+    stems: dict[str, list[Path]] = {}
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        stems.setdefault(path.relative_to(root).with_suffix("").as_posix(), []).append(path)
+    found = {name: root / name for name in names if (root / name).is_file()}
+    return found | {name: stems[name][0] for name in names if name not in found and len(stems.get(name, ())) == 1}
+
+
+def compared(systems: list[str], ours: str, all_pairs: bool) -> list[tuple[str, str]]:
+    """Pairs of systems: ours with each other one, or each with each."""
+    ordered = [ours, *(system for system in systems if system != ours)]
+    return list(combinations(ordered, 2)) if all_pairs else [(ours, rival) for rival in ordered[1:]]
+
+
+def caption_questions(
+    judges: Mapping[str, Judge],
+    prompt: Prompt,
+    captions: Mapping[str, Mapping[str, str]],
+    images: Mapping[str, Path],
+    pairs: list[tuple[str, str]],
+) -> Iterator[Question]:
+    """Each pair in both orders for each judge, image by image: what an interrupted run has is complete for its images.
+
+    Args:
+        judges: By name.
+        prompt: Fills in ``$first`` and ``$second``.
+        captions: System to name to plain caption.
+        images: Name to file.
+        pairs: Of systems.
+    """
+    for name, path in sorted(images.items()):
+        sha256 = image_digest(path) if prompt.image else ""
+        for a, b in pairs:
+            texts = [captions[system].get(name) for system in (a, b)]
+            if None in texts or texts[0] == texts[1]:
+                continue
+            for judge in judges.values():
+                for order, (first, second) in (("ab", texts), ("ba", texts[::-1])):
+                    about = {"image": name, "a": a, "b": b, "order": order}
+                    yield question(judge, prompt, {"first": first, "second": second}, str(path), sha256, about)

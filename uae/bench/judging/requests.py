@@ -1,0 +1,119 @@
+"""What is to be asked, as files: a plan and its questions, built once and kept beside the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from uae.bench.judging.judges import Judge, judge_of
+from uae.bench.judging.prompt import Prompt, prompt_of
+
+MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call to make.
+
+    Args:
+        key: Digest of everything that the answer depends on: equal questions are asked once.
+        judge: Name of the judge.
+        given: What the prompt is filled with.
+        image: Path of the image; None if the judge sees none.
+        image_sha256: Of the file's bytes; empty without an image.
+        about: What the answer is for; no part of the key.
+    """
+
+    key: str
+    judge: str
+    given: Mapping[str, str]
+    image: str | None
+    image_sha256: str
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that asking and scoring need.
+
+    Args:
+        judges: By name.
+        prompt: For all of them.
+        questions: In the order in which they are asked.
+        inputs: Name to sha256 of what was read.
+        about: Settings of the benchmark that scoring needs.
+    """
+
+    judges: Mapping[str, Judge]
+    prompt: Prompt
+    questions: tuple[Question, ...]
+    inputs: Mapping[str, str]
+    about: Mapping[str, Any]
+
+
+def question(
+    judge: Judge, prompt: Prompt, given: Mapping[str, str], image: str | None, image_sha256: str, about: Mapping[str, Any]
+) -> Question:
+    """A question with its key."""
+    image, image_sha256 = (image, image_sha256) if prompt.image else (None, "")
+    content = [judge.api, judge.model, dict(judge.params), prompt.digest, image_sha256, dict(given)]
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Question(key, judge.name, given, image, image_sha256, about)
+
+
+def media_type(content: bytes) -> str | None:
+    """Of an image file that judges accept: JPEG, PNG, GIF or WebP; None for others."""
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return "image/webp"
+    return next((media for magic, media in MEDIA.items() if content.startswith(magic)), None)
+
+
+def image_digest(path: str | Path) -> str:
+    """The sha256 of an image file.
+
+    Raises:
+        ValueError: Judges cannot read it.
+    """
+    content = Path(path).read_bytes()
+    if media_type(content) is None:
+        raise ValueError(f"judges read JPEG, PNG, GIF and WebP, {str(path)!r} is none of them; convert it")
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_plan(folder: str | Path, plan: Plan) -> None:
+    """``plan.json`` and ``requests.jsonl``, each whole or not at all."""
+    judges = {name: {k: v for k, v in asdict(judge).items() if k not in ("name", "vendor")} for name, judge in plan.judges.items()}
+    content = {"judges": judges, "prompt": asdict(plan.prompt), "inputs": dict(plan.inputs), "about": dict(plan.about)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _replace(Path(folder, "requests.jsonl"), (json.dumps(asdict(question)) + "\n" for question in plan.questions))
+    _replace(Path(folder, "plan.json"), [json.dumps(content, indent=2) + "\n"])
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """What `write_plan` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: There is none, or files were changed.
+    """
+    try:
+        content = json.loads(Path(folder, "plan.json").read_text())
+        lines = Path(folder, "requests.jsonl").read_text().splitlines()
+        questions = tuple(Question(**json.loads(line)) for line in lines)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"nothing is built in {str(folder)!r} (plan.json, requests.jsonl); build first") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"plan.json or requests.jsonl in {str(folder)!r} cannot be read; build again, answers are kept") from None
+    judges = {name: judge_of(name, entry) for name, entry in content["judges"].items()}
+    return Plan(judges, prompt_of(content["prompt"], "plan.json"), questions, content["inputs"], content["about"])
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w") as file:
+        file.writelines(lines)
+    draft.replace(path)
