@@ -1,4 +1,5 @@
 import ast
+import copy
 import json
 import random
 import re
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from uae.metrics.scenes import agreement
 from uae.models.image_tokens import TokenSampling
@@ -154,6 +156,25 @@ def test_the_codes_of_a_scene_are_a_picture_of_it(umm, scenes):
     found = quantizer.encode(render(scenes) * 2 - 1).image_tokens.view(len(scenes), 9)
     assert (found == codes).float().mean() > 0.99
     assert agreement(detect(umm.captioner.policy.pixels(codes)), scenes)["whole"] > 0.97
+
+
+@torch.no_grad()
+def test_codes_looked_up_by_length_or_by_direction_decode_to_the_same_scene(umm, scenes):
+    """transformers' ``encode`` goes by distance, its decoder and the original Janus by direction only."""
+    vq = copy.deepcopy(umm.captioner.policy.base.model.vqmodel)
+    images, codebook = render(scenes) * 2 - 1, vq.quantize.embedding.weight
+
+    def by_direction():
+        states_NSD = vq.quant_conv(vq.encoder(images)).flatten(2).mT
+        return (normalize(states_NSD, dim=-1) @ normalize(codebook, dim=-1).T).argmax(-1)
+
+    found, drawn = by_direction(), vq.decode(tiny_janus.scene_codes(scenes))
+    assert (vq.encode(images).image_tokens.view(-1, 9) == found).float().mean() > 0.995
+    assert agreement(detect(umm.captioner.policy.pixels(found)), scenes)["whole"] > 0.97
+    codebook.mul_(torch.linspace(0.1, 8, len(codebook))[:, None])  # of a codebook with other lengths, only one is right
+    torch.testing.assert_close(vq.decode(tiny_janus.scene_codes(scenes)), drawn, atol=1e-4, rtol=0)
+    assert torch.equal(by_direction(), found)
+    assert (vq.encode(images).image_tokens.view(-1, 9) == found).float().mean() < 0.5
 
 
 @torch.no_grad()

@@ -23,6 +23,12 @@ class VectorQuantizingObjective(Objective):
     of the true codes, weighted by the inverse of an object's area, plus cross-entropy over the distances between the
     encoder's output and the codebook. Half of the images are crowded (up to nine objects): every cell then teaches something.
 
+    The decoder of transformers' Janus reads codes normalised to length 1, but its ``encode`` compares them as they are; the
+    original compares directions (LlamaGen's ``l2_norm``). Where lengths differ, such tokens decode to another image: of a
+    checkpoint whose encoder was trained by directions, look codes up by directions. Here distances are as ``encode`` takes
+    them, so what is trained is what is looked up, lengths stay near 1, and nothing learns from tokens that were looked up:
+    those of a scene are known.
+
     Args:
         sharpness: Nats per unit of squared distance to the codebook (whose vectors are near length 1).
     """
