@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,42 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torchvision.transforms.functional import to_pil_image
 
+ROWS = "captions.rank*.jsonl"
+
 
 class Predictions(BasePredictionWriter):
     """Writes every reconstruction as a PNG named after its image, and all captions to ``captions.json``.
 
+    Images appear whole or not at all, and then their row in ``captions.rank<rank>.jsonl``: whoever has a row is finished,
+    whenever the run is killed.
+
     Args:
         folder: Where to; the default is ``predictions`` in the log directory.
+        resume: Keep the rows that are there. Which images are left to predict is the data module's affair.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: str | None = None, resume: bool = False) -> None:
         super().__init__("batch")
-        self.folder = folder
+        self.folder, self.resume = folder, resume
         self._rows: list[dict[str, Any]] = []
-        self._path = Path()
+        self._path = self._file = Path()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh, in a folder all ranks agree on."""
+        """Begin, in a folder all ranks agree on; with nothing in it that counts, unless the run is resumed."""
         log_dir = trainer.log_dir
         if self.folder is None and log_dir is None:
             raise ValueError("callbacks.predictions.Predictions does not know where to write: set its folder")
         self._path = Path(self.folder) if self.folder else Path(str(log_dir), "predictions")
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._file = self._path / ROWS.replace("*", str(trainer.global_rank))
         self._rows = []
+        if trainer.is_global_zero and not self.resume:
+            for file in self._path.glob(ROWS):
+                file.unlink()
+        trainer.strategy.barrier("old rows are gone")
+        if _torn(self._file):
+            with self._file.open("a") as out:
+                out.write("\n")
 
     def write_on_batch_end(
         self,
@@ -44,27 +60,66 @@ class Predictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write the images of one batch; every rank writes its own."""
+        """Write the images of one batch, then their rows; every rank writes its own."""
         rewards = {name: value for name, value in prediction.items() if name.startswith("reward")}
+        rows = []
         for i, name in enumerate(batch["name"]):
             file = file_name(name)
-            (self._path / file).parent.mkdir(parents=True, exist_ok=True)
-            to_pil_image(prediction["reconstruction"][i].float().clamp(0, 1).cpu()).save(self._path / file)
+            _save(prediction["reconstruction"][i], self._path / file)
             row = {"name": name, "id": int(batch["id"][i]), "caption": prediction["caption"][i], "reconstruction": file}
-            self._rows.append(row | {key: float(value[i]) for key, value in rewards.items()})
+            rows.append(row | {key: float(value[i]) for key, value in rewards.items()})
+        self._rows += rows
+        with self._file.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the captions of all ranks, each image once, ordered by name."""
+        """Write the captions of all ranks and of the runs before, each image once, ordered by name."""
         parts = [self._rows]
         if torch.distributed.is_initialized():
             parts = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(parts, self._rows)
-        rows = {row["id"]: row for part in parts for row in part}
         if trainer.is_global_zero:
-            self._path.mkdir(parents=True, exist_ok=True)
-            ordered = sorted(rows.values(), key=lambda row: row["name"])
-            (self._path / "captions.json").write_text(json.dumps(ordered, indent=2, ensure_ascii=False) + "\n")
-            print(f"{len(ordered)} captions and reconstructions in {self._path}")
+            rows = collect(self._path, [row for part in parts for row in part])
+            print(f"{len(rows)} captions and reconstructions in {self._path}")
+
+
+def collect(folder: Path, rows: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Write ``captions.json``: one row per finished image, ordered by name; ``rows`` go before those of earlier runs."""
+    by_name = finished(folder) | {row["name"]: row for row in rows}
+    ordered = [by_name[name] for name in sorted(by_name)]
+    draft = folder / f".captions.json.{os.getpid()}"
+    draft.write_text(json.dumps(ordered, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(folder / "captions.json")
+    return ordered
+
+
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name to row of the images that runs into a folder have finished, whatever became of those runs."""
+    rows = (row for file in sorted(folder.glob(ROWS)) for row in _read(file))
+    return {row["name"]: row for row in rows if (folder / row["reconstruction"]).is_file()}
+
+
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn when a run was killed
+            continue
+        if isinstance(row, dict) and {"name", "reconstruction", "caption"} <= row.keys():
+            yield row
+
+
+def _torn(file: Path) -> bool:
+    """Whether the last line has no end."""
+    return file.is_file() and not file.read_bytes().endswith(b"\n")
+
+
+def _save(image_CHW: torch.Tensor, path: Path) -> None:
+    """Fill a hidden file beside ``path``, then give it its name at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    to_pil_image(image_CHW.float().clamp(0, 1).cpu()).save(draft, format="PNG")
+    draft.replace(path)
 
 
 def file_name(name: str) -> str:

@@ -1,0 +1,155 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+from callbacks.predictions import finished
+from uae.bench.__main__ import main
+from uae.bench.result import read_result
+from uae.scenes import render, scene_of
+
+ROOT = Path(__file__).parents[2]
+FILES = ("configs/tiny.yaml", "configs/debug/fast.yaml", "tests/untrained.yaml")
+SYSTEM = [word for file in FILES for word in ("--config", str(ROOT / file))]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    for i, name in enumerate(["b.png", "a.jpg", "a.png", "deep/c.webp", "deep/d.png", "e.png"]):
+        (folder / name).parent.mkdir(exist_ok=True)
+        to_pil_image(render([scene_of(i, "test", 0, (1, 2))])[0]).save(folder / name)
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture
+def reconstruct(sources, tmp_path, monkeypatch):
+    """Run the command into a folder of that name; its path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["uae"])
+
+    def run(output, *words):
+        options = ["--sources", sources, "--output", tmp_path / output, "--image_size", 24, "--batch_size", 1]
+        main(["run", *SYSTEM, *map(str, [*options, *words])])
+        return tmp_path / output
+
+    return run
+
+
+def pictures(folder):
+    return {file.relative_to(folder).as_posix(): np.array(Image.open(file)).astype(int) for file in folder.rglob("[!.]*.png")}
+
+
+def test_a_folder_becomes_captions_and_reconstructions_that_can_be_scored(reconstruct, sources, tmp_path, capsys):
+    made = reconstruct("ours")
+    said = capsys.readouterr().out
+    assert "7 images: 0 done, 6 to do, 1 unreadable" in said
+    assert "* unreadable: broken.png" in said
+    rows = json.loads((made / "captions.json").read_text())
+    assert [row["name"] for row in rows] == ["a.jpg", "a.png", "b.png", "deep/c.webp", "deep/d.png", "e.png"]
+    assert sorted(pictures(made)) == ["a.jpg.png", "a.png", "b.png", "deep/c.webp.png", "deep/d.png", "e.png"]
+    encoders = ["--encoders", str(ROOT / "configs/bench/tiny.yaml"), "--cache", "false"]
+    result = tmp_path / "result.json"
+    main(["score", "--sources", str(sources), "--reconstructions", str(made), "--output", str(result), *encoders])
+    assert read_result(result)["scores"]["overall"]["n"] == 6
+    assert read_result(result)["left_out"]["unmatched_sources"] == ["broken.png"]
+
+
+def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(reconstruct, sources, tmp_path, capsys):
+    whole = reconstruct("whole")
+    options = ["--sources", sources, "--output", tmp_path / "ours", "--image_size", 24, "--batch_size", 1]
+    words = [*SYSTEM, *map(str, options), "--trainer.callbacks+=tests.bench.killer.Killer"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-m", "uae.bench", "run", *words], cwd=tmp_path, env=environment, capture_output=True, timeout=100
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ours = tmp_path / "ours"
+    before = finished(ours)
+    assert len(before) == 3
+    assert not (ours / "captions.json").exists()
+    written = {name: (ours / row["reconstruction"]).stat().st_mtime_ns for name, row in before.items()}
+    lines = ours / "captions.rank0.jsonl"
+    lines.write_text(lines.read_text() + '{"name": "e.png", "recons')  # as if the row were torn, too
+
+    capsys.readouterr()
+    reconstruct("ours")
+    assert "7 images: 3 done, 3 to do, 1 unreadable" in capsys.readouterr().out
+    after = finished(ours)
+    assert len(after) == 6
+    assert all((ours / after[name]["reconstruction"]).stat().st_mtime_ns == time for name, time in written.items())
+    rows, expected = (json.loads((folder / "captions.json").read_text()) for folder in (ours, whole))
+    assert [(row["name"], row["caption"]) for row in rows] == [(row["name"], row["caption"]) for row in expected]
+    names = [json.loads(line)["name"] for line in lines.read_text().splitlines() if line.endswith("}")]
+    assert len(names) == len(set(names)) == 6
+    drawn, by_whole = pictures(ours), pictures(whole)
+    assert drawn.keys() == by_whole.keys()
+    assert all(np.abs(drawn[name] - by_whole[name]).max() <= 1 for name in drawn)
+
+    stamp = {file: file.stat().st_mtime_ns for file in ours.rglob("*.png")}
+    reconstruct("ours")  # nothing is left to do
+    assert {file: file.stat().st_mtime_ns for file in ours.rglob("*.png")} == stamp
+    assert "6 captions and reconstructions" in capsys.readouterr().out
+
+
+def test_a_folder_is_of_one_system(reconstruct, capsys):
+    made = reconstruct("ours")
+    before = (made / "captions.json").read_text()
+    for words, key in ((["--fit", "pad"], "reading.fit"), (["--model.init_args.validation_temperature", "1.0"], "temperature")):
+        with pytest.raises(SystemExit, match="2"):
+            reconstruct("ours", *words)
+        assert key in capsys.readouterr().err
+    assert (made / "captions.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(reconstruct, sources, tmp_path):
+    one = reconstruct("one")
+    options = ["--sources", sources, "--output", tmp_path / "two", "--image_size", 24, "--batch_size", 2]
+    parallel = ["--config", ROOT / "configs/debug/two_cpu_processes.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run(
+        [sys.executable, "-m", "uae.bench", "run", *SYSTEM, *map(str, [*parallel, *options])],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    two = tmp_path / "two"
+    assert len(list(two.glob("captions.rank*.jsonl"))) == 2
+    rows, expected = (json.loads((folder / "captions.json").read_text()) for folder in (two, one))
+    assert [(row["name"], row["caption"]) for row in rows] == [(row["name"], row["caption"]) for row in expected]
+    drawn, alone = pictures(two), pictures(one)
+    assert drawn.keys() == alone.keys()
+    assert all(np.abs(drawn[name] - alone[name]).max() <= 1 for name in drawn)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sources", "nowhere"], "sources='nowhere' is not a folder"),
+        (["--image_size", "0"], "--image_size 0: allowed: 1 or more"),
+        (["--ckpt_path", "none.ckpt"], "no checkpoint at 'none.ckpt'"),
+        (["--model.init_args.grup", "3"], "did you mean group"),
+    ],
+)
+def test_mistakes_are_one_line(reconstruct, words, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reconstruct("ours", *words)
+    assert said in capsys.readouterr().err
+
+
+def test_a_size_is_asked_for_where_none_is_configured_and_a_system_is_needed(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["uae"])
+    monkeypatch.chdir(tmp_path)
+    options = ["--sources", str(sources), "--output", str(tmp_path / "ours")]
+    for words, said in ((SYSTEM, "give --image_size"), ([], "give --config FILE")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", *words, *options])
+        assert said in capsys.readouterr().err
+
