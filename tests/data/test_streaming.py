@@ -161,10 +161,13 @@ class Watching(TarShards):
 def test_nothing_is_read_ahead_of_need(tmp_path):
     write_shards(tmp_path, shards=30, each=5)
     shards = Watching(*list_shards(str(tmp_path), "data.root"), 2**20)
-    source = StreamSource(shards, READING, epoch_size=100, images=4, lanes=1, buffer=6)
+    source = StreamSource(shards, READING, epoch_size=150, images=5, lanes=1, buffer=6)
     assert shards.opened == 0
-    source.__getitems__([0, 1, 2, 3])
+    source.__getitems__([0, 1, 2, 3, 4])
     assert shards.opened <= 3
+    for batch in list(StreamBatches(150, 5, 0, 1))[1:]:
+        source.__getitems__(batch)
+    assert shards.opened == 30  # once each
 
 
 def evaluated(folder, rank=0, world=1, **options):

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from uae.data.captions import METADATA, CaptionFiles
 from uae.data.folder import FolderSource, list_images
+from uae.data.huggingface import HuggingFaceShards, HuggingFaceTable, load
 from uae.data.module import ImageData, Stage
 from uae.data.pictures import MAX_FILE_BYTES, MAX_PIXELS, Fit, Reading
 from uae.data.sampler import ImageSource, TrainBatches
 from uae.data.shards import TarShards, list_shards
 from uae.data.source import split_of
 from uae.data.streaming import SequentialSource, Shards, StreamBatches, StreamSource
-from uae.data.tables import HuggingFaceShards, HuggingFaceTable, ParquetTable, Table, TableSource, list_tables, load
+from uae.data.tables import ParquetTable, Table, TableSource, list_tables
 
 
 class PhotographData(ImageData):

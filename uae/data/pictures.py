@@ -90,10 +90,9 @@ def _decoded(content: bytes, max_pixels: int) -> Image.Image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels are above data.max_pixels={max_pixels}")
         image.load()
-        upright: Image.Image = image
         with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels worse
-            upright = ImageOps.exif_transpose(image)
-        return _as_rgb(upright)
+            ImageOps.exif_transpose(image, in_place=True)
+        return _as_rgb(image)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -101,10 +100,11 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535.0 if image.mode.startswith("I") else 1.0 if values.max() <= 1 else 255.0
         return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+    if image.has_transparency_data:  # as few copies as possible: an image may have max_pixels
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image)
+        return canvas
     return image.convert("RGB")
 
 

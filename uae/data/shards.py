@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from uae.data.pictures import SUFFIXES, UnreadableImageError
 from uae.data.source import Item
@@ -87,35 +88,34 @@ class TarShards:
 
         path = f"{self.folder}/{self.names[shard]}"
         with fsspec.open(path if "://" in path else str(Path(path).expanduser()), "rb", compression="infer") as file:
-            yield from self._items(file, self.names[shard])
+            for _, group in groupby(members(file), key=lambda member: _split(member[0])[0]):
+                item, error = self._item(group, self.names[shard])
+                if item:
+                    yield item
+                if error:
+                    raise error
 
-    def _items(self, file: BinaryIO, shard: str) -> Iterator[Item]:
-        """Images of an open archive; one whose own bytes are whole also counts where the archive breaks off behind it."""
-        item, last = None, None
+    def _item(self, group: Iterator[Member], shard: str) -> tuple[Item | None, Exception | None]:
+        """The first image of a group with its caption. If the archive breaks off behind it, it still counts."""
+        item, caption = None, None
         try:
-            for name, size, take in members(file):
-                folder, _, base = name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                if (folder, stem) != last:
-                    if item:
-                        yield item
-                    item, last, caption = None, (folder, stem), None
-                if not item and stem and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES:
-                    item = Item(f"{shard}/{inside(name)}", self._content(size, take), caption)
-                elif suffix == self.caption and size <= LONGEST_TEXT:
+            for name, size, take in group:
+                suffix = _split(name)[1]
+                if suffix == self.caption and size <= LONGEST_TEXT:
                     caption = take().decode("utf-8-sig", "replace").strip() or None
-                    item = item and item._replace(caption=caption)
-        except ValueError:
-            if item:
-                yield item
-            raise
-        if item:
-            yield item
+                elif not item and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES:
+                    item = Item(f"{shard}/{inside(name)}", self._content(size, take))
+        except Exception as error:  # ours, or of the decompression
+            return item and item._replace(caption=caption), error
+        return item and item._replace(caption=caption), None
 
     def _content(self, size: int, take: Take) -> bytes | UnreadableImageError:
         if size > self.max_file_bytes:
             return UnreadableImageError(f"{size} bytes are above data.max_file_bytes={self.max_file_bytes}")
         return take()
+
+
+Member: TypeAlias = "tuple[str, int, Take]"
 
 
 class Take:
@@ -142,7 +142,7 @@ class Take:
             left -= passed
 
 
-def members(file: BinaryIO) -> Iterator[tuple[str, int, Take]]:
+def members(file: BinaryIO) -> Iterator[Member]:
     """Name, size and data of the regular files of a tar stream; everything else in it is passed over.
 
     Python's own reader allocates whatever an extended header says it needs.
@@ -171,6 +171,13 @@ def members(file: BinaryIO) -> Iterator[tuple[str, int, Take]]:
                 yield name or header.name, length, data
             name, size = None, None
         data.skip()
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Group and suffix of a member: ``a/b.seg.png`` is ``seg.png`` of ``a/b``; hidden files have no suffix."""
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return f"{folder}/{stem}", suffix if stem else ""
 
 
 def _extended(records: bytes) -> dict[str, str]:

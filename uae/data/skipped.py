@@ -14,6 +14,7 @@ class Skipped(dict[str, str]):
     """
 
     file: Path | None = None
+    _cut = False  # the file's last line is not whole
 
     def __setitem__(self, name: str, reason: str) -> None:
         """Count and, if there is a file, write."""
@@ -24,7 +25,9 @@ class Skipped(dict[str, str]):
         """From now on write ``skipped.rank<rank>.jsonl`` there, beginning with what has been counted so far."""
         self.file, self._written = Path(folder, f"skipped.rank{rank}.jsonl"), set[str]()
         if self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+            text = self.file.read_text(encoding="utf-8", errors="replace")
+            self._cut = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
                 try:
                     self._written.add(json.loads(line)["name"])
                 except (ValueError, KeyError, TypeError):  # a line that a killed run left half written
@@ -41,6 +44,8 @@ class Skipped(dict[str, str]):
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as out:
+                out.write("\n" * self._cut)
+                self._cut = False
                 out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         except OSError as error:
             warnings.warn(f"{self.file} cannot be written ({error}): skipped images go unnamed", stacklevel=2)
