@@ -89,9 +89,14 @@ class CaptionPolicy(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(self, context: VLMContext, tokens_NT: Tensor, group: int, temperature: float) -> Tensor:
-        """Teacher-forced log-probs ``[N, T]``, float32, with gradient."""
-        before_ND, at_NTD = self._read(context, tokens_NT[:, :-1], group)
-        return self.score(torch.cat([before_ND[:, None], at_NTD], dim=1), tokens_NT, temperature)
+        """Teacher-forced log-probs ``[N, T]``, float32, with gradient.
+
+        One token at least is fed, though nothing follows it: a rank whose captions all end at once has to gather and
+        reduce a sharded policy as often as the others.
+        """
+        T = tokens_NT.shape[1]
+        before_ND, at_NTD = self._read(context, tokens_NT[:, : max(1, T - 1)], group)
+        return self.score(torch.cat([before_ND[:, None], at_NTD], dim=1)[:, :T], tokens_NT, temperature)
 
     def hidden(self, context: VLMContext, tokens_NT: Tensor, group: int) -> Tensor:
         """Final hidden states ``[N, T, D]`` (after the last norm) *at* caption tokens, image and question before them.
@@ -105,8 +110,6 @@ class CaptionPolicy(nn.Module):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputing(self.model) if recompute else nullcontext():
             prefix = self.prefill(context, prompt_cache(self.base) if recompute else None).expand(group)
-            if tokens_NT.shape[1] == 0:
-                return prefix.hidden_ND, prefix.hidden_ND[:, None][:, :0]
             return prefix.hidden_ND, self.advance(prefix, tokens_NT)
 
     def prefill(self, context: VLMContext, cache: Any = None) -> Prefix:
