@@ -174,7 +174,7 @@ def test_codes_looked_up_by_length_or_by_direction_decode_to_the_same_scene(umm,
     codebook.mul_(torch.linspace(0.1, 8, len(codebook))[:, None])  # of a codebook with other lengths, only one is right
     torch.testing.assert_close(vq.decode(tiny_janus.scene_codes(scenes)), drawn, atol=1e-4, rtol=0)
     assert torch.equal(by_direction(), found)
-    assert (vq.encode(images).image_tokens.view(-1, 9) == found).float().mean() < 0.5
+    assert (vq.encode(images).image_tokens.view(-1, 9) == found).float().mean() < 0.8
 
 
 @torch.no_grad()
