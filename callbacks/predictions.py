@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -123,7 +124,18 @@ def _save(image_CHW: torch.Tensor, path: Path) -> None:
 
 
 def file_name(name: str) -> str:
-    """A relative PNG path for an image's name; ``a.jpg`` and ``a.png`` do not collide and nothing leaves the folder."""
-    parts = [part for part in Path(name).parts if part not in ("/", "..", ".")]
-    file = str(Path(*parts))
+    """A relative PNG path for an image's name; ``a.jpg`` and ``a.png`` do not collide and nothing leaves the folder.
+
+    Names come from data of others: absolute ones, ``..``, backslashes, and parts that no file system takes are made harmless.
+    """
+    parts = [part for part in name.replace("\0", "").replace("\\", "/").split("/") if part not in ("", "..", ".")]
+    file = "/".join(map(_part, parts)) or "image"
     return file if file.lower().endswith(".png") else f"{file}.png"
+
+
+def _part(part: str) -> str:
+    """A part of a path in at most 200 bytes; what is cut off stays in a hash, so that names stay different."""
+    encoded = part.encode("utf-8", "replace")
+    if len(encoded) <= 200:
+        return encoded.decode()
+    return f"{encoded[:180].decode('utf-8', 'ignore')}-{hashlib.sha256(encoded).hexdigest()[:16]}"

@@ -41,3 +41,16 @@ def test_names_stay_inside_the_folder_and_apart():
     assert (
         len({file_name(name) for name in ("a.png", "a.jpg", "a", "b/a.png")}) == 4 - 1
     )  # "a" and "a.png" are one file
+
+
+def test_names_of_hostile_archives_are_harmless(tmp_path):
+    names = ["..\\..\\x", "a\0b", "", "..", "/", "a//b", "\ud800", "n" * 5000 + "1", "n" * 5000 + "2", "é" * 300, "../" * 50 + "y"]
+    files = [file_name(name) for name in names]
+    assert files[-2].startswith("é" * 80)
+    assert len({*files[-4:-2]}) == 2
+    for file in files:
+        target = (tmp_path / file).resolve()
+        assert target.is_relative_to(tmp_path)
+        assert target != tmp_path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"x")
