@@ -65,9 +65,9 @@ class Mask2Former:
         try:
             processor = AutoImageProcessor.from_pretrained(place, local_files_only=local)
             model = Mask2FormerForUniversalSegmentation.from_pretrained(place, dtype=torch.float32, local_files_only=local)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise FileNotFoundError(f"no detector {path!r} here or on the hub ({reason}); set --detector") from error
+        except (OSError, ImportError) as error:  # its loss, which nothing here computes, needs scipy
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(f"cannot load detector {path!r}, here or from the hub ({reason}); set --detector") from error
         if model.config.num_labels != len(CLASSES):
             raise ValueError(
                 f"detector {path!r} knows {model.config.num_labels} categories, GenEval needs COCO's {len(CLASSES)} "

@@ -43,10 +43,9 @@ def generate(
     part: str = "1/1",
     device: str | None = None,
 ) -> Job:
-    """Draw a grid of images per prompt in DPG-Bench's layout: DIR/<name of the prompt file>.png.
+    """Draw prompts in DPG-Bench's layout. Other options are the system's: --config FILE, --ckpt_path FILE, --key value.
 
-    All other options describe the system, as behind ``python -m uae.cli predict``: --config FILE, --ckpt_path FILE,
-    --key value. What is drawn already stays.
+    One grid of images per prompt, DIR/<name of the prompt file>.png; what is drawn already stays.
 
     Args:
         prompts: Folder of prompts, a .txt file each.

@@ -131,7 +131,7 @@ def score_items(questions: Mapping[str, Item], answers: Mapping[str, Sequence[Ma
             for number, question in item.items():
                 scores.categories.setdefault(question.category, []).append((name, float(tile[number])))
     for name in questions.keys() - answers.keys():
-        scores.dropped[name] = "it has no image"
+        scores.dropped[name] = "it has no image, or no answers"
         if mode == "fixed":
             scores.items[name] = 0.0
     return scores

@@ -58,10 +58,9 @@ def generate(
     part: str = "1/1",
     device: str | None = None,
 ) -> Job:
-    """Draw images of prompts in GenEval's layout: DIR/00000/samples/0000.png beside DIR/00000/metadata.jsonl.
+    """Draw prompts in GenEval's layout. Other options are the system's: --config FILE, --ckpt_path FILE, --key value.
 
-    All other options describe the system, as behind ``python -m uae.cli predict``: --config FILE, --ckpt_path FILE,
-    --key value. What is drawn already stays.
+    DIR/00000/samples/0000.png beside DIR/00000/metadata.jsonl; what is drawn already stays.
 
     Args:
         prompts: GenEval's evaluation_metadata.jsonl, or a file like it.

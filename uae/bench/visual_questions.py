@@ -64,18 +64,28 @@ class TransformersAnswerer:
     @torch.inference_mode()
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
         """One answer per question, in lower case and without a full stop. Greedy."""
-        answers: list[str] = []
-        for start in range(0, len(questions), self.batch_size):
-            some = list(questions[start : start + self.batch_size])
+        answers = [""] * len(questions)
+        for places in self._batches(questions):
+            some = [questions[place] for place in places]
             inputs = (self._chat if self.chats else self._plain)(image, some).to(self.device, self.model.dtype)
             tokens = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False, num_beams=1)
             if self.chats:
                 tokens = tokens[:, inputs["input_ids"].shape[1] :]
-            answers += self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [answer.strip().lower().rstrip(".") for answer in answers]
+            for place, answer in zip(places, self.processor.batch_decode(tokens, skip_special_tokens=True), strict=True):
+                answers[place] = answer.strip().lower().rstrip(".")
+        return answers
+
+    def _batches(self, questions: Sequence[str]) -> list[list[int]]:
+        """Places of questions asked together. BLIP's decoder reads the padding of a batch: it only gets equal lengths."""
+        groups: dict[int, list[int]] = {}
+        for place, text in enumerate(questions):
+            length = 0 if self.chats else len(self.processor.tokenizer(text)["input_ids"])
+            groups.setdefault(length, []).append(place)
+        size = self.batch_size
+        return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
     def _plain(self, image: Image.Image, questions: list[str]) -> Any:
-        return self.processor(images=[image] * len(questions), text=questions, padding=True, return_tensors="pt")
+        return self.processor(images=[image] * len(questions), text=questions, return_tensors="pt")
 
     def _chat(self, image: Image.Image, questions: list[str]) -> Any:
         conversations = [
