@@ -70,14 +70,24 @@ def _cause(error: BaseException) -> str:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give something complete its name. What had the name before is removed afterwards."""
-    _sync(partial)
+    """Give something complete its name. What had the name before is removed afterwards.
+
+    Raises:
+        OSError: It did not work; what had the name still has it, and what was complete is removed.
+    """
     aside = path.with_name(path.name + REPLACED)
-    folders = [one for one in (partial, path) if one.is_dir() and not one.is_symlink()]
-    if folders and os.path.lexists(path):
-        remove(aside)
-        os.rename(path, aside)  # no system call replaces a folder
-    os.replace(partial, path)
+    try:
+        _sync(partial)
+        folders = [one for one in (partial, path) if one.is_dir() and not one.is_symlink()]
+        if folders and os.path.lexists(path):
+            remove(aside)
+            os.rename(path, aside)  # no system call replaces a folder
+        os.replace(partial, path)
+    except OSError:
+        if os.path.lexists(aside) and not os.path.lexists(path):
+            os.rename(aside, path)
+        remove(partial)
+        raise
     _sync(path.parent)
     remove(aside)
 

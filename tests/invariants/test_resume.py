@@ -1,7 +1,12 @@
+import random
+
+import numpy
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from callbacks.checkpoint import RolloutCheckpoint
+from uae.checkpoint_files import CheckpointFiles
 from uae.data.module import SceneData
 from uae.grpo import GRPOLoss
 from uae.models.finetune import Full, LoRA
@@ -54,6 +59,45 @@ def test_resumed_at_a_rollout_boundary_is_uninterrupted(build, trainer, straight
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, resumed.get_parameter(name))
         assert torch.equal(parameter, begun.get_parameter(name)) == (not parameter.requires_grad)
+
+
+class Global(Callback):
+    """The state of every global stream of random numbers, batch by batch."""
+
+    def __init__(self):
+        self.states = []
+
+    def note(self, *_):
+        self.states.append((torch.get_rng_state().tolist(), random.getstate(), repr(numpy.random.get_state())))
+
+    on_train_start = on_train_batch_end = note
+
+
+@pytest.mark.parametrize("finetune", [LoRA(rank=2), Full()], ids=["lora", "full"])
+def test_training_draws_from_no_global_stream(build, trainer, finetune):
+    """Every number comes from (seed, image, step), so a resumed process on any rank lacks no state."""
+    seen = Global()
+    data = SceneData(batch_size=4, train_size=8)
+    trainer(max_steps=9, callbacks=[seen]).fit(module_of(build, finetune=finetune), data)  # two epochs
+    assert len(seen.states) == 10
+    assert all(state == seen.states[0] for state in seen.states)
+
+
+@pytest.mark.parametrize("steps", [8, 12])  # the end of an epoch, and of a run inside an epoch
+@pytest.mark.parametrize("on_train_epoch_end", [True, False])
+def test_checkpoints_by_epoch_resume_exactly(build, trainer, straight, tmp_path, steps, on_train_epoch_end):
+    checkpoint = RolloutCheckpoint(
+        dirpath=tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=on_train_epoch_end
+    )
+    validating = {"limit_val_batches": 1, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    settings = {"plugins": [CheckpointFiles()], "num_sanity_val_steps": 0, **validating}
+    data = SceneData(batch_size=4, train_size=8, val_size=2)
+    run = trainer(max_steps=steps, callbacks=[checkpoint], enable_checkpointing=True, **settings)
+    run.fit(module_of(build), data)
+    resumed = module_of(build)
+    trainer(max_steps=16, **settings).fit(resumed, data, ckpt_path=tmp_path / f"step={steps}.ckpt")
+    for name, parameter in straight[0].named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name))
 
 
 def test_resume_inside_a_rollout_is_refused(build, trainer, straight):
