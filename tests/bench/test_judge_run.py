@@ -1,5 +1,6 @@
 """Asking judges: every answer once, for no more money than allowed, and without a word of the key."""
 
+import asyncio
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from tests.bench.fake_judges import (
     serving,
 )
 from uae.bench import judge
+from uae.bench.judging.asking import Purse
 from uae.bench.judging.stages import open_cache
 
 
@@ -207,3 +209,29 @@ def test_output_tokens_count_reasoning_that_is_in_the_total_alone(judging, monke
         folder = judging(server, images=1)
         run(folder)
     assert {record["output_tokens"] for record in records(folder)} == {OUTPUT_TOKENS + 90}
+
+
+def test_money_is_set_aside_for_calls_under_way():
+    async def spend(cost):
+        purse = Purse(cap=0.1, spent=0.0)
+        assert await purse.promise(0.06)
+        second = asyncio.ensure_future(purse.promise(0.06))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not second.done()  # it depends on what the first will have cost
+        await purse.pay(0.06, cost)
+        return await second
+
+    assert asyncio.run(spend(0.04))
+    assert not asyncio.run(spend(0.041))
+
+
+def test_every_answer_is_on_the_disk_before_the_next_is_asked_for(judging, monkeypatch):
+    synced = []
+    with serving(lambda request: synced.append(len(records(folder))) or FIRST) as server:
+        folder = judging(server, concurrency=1)
+        Path(folder, "answers.jsonl").touch()
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append("fsync") or fsync(file))
+        run(folder)
+    assert synced == [step for i in range(6) for step in (i, "fsync")]
