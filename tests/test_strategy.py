@@ -1,17 +1,18 @@
-"""FSDP2 against DDP and against one process with twice the batch: the same run, whatever divides it."""
+"""FSDP2: what is gathered, reduced and stored, and how it resumes. That it trains as DDP is in test_strategy_command."""
 
-from collections import Counter
 from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.collectives import Collectives
+from tests.recorder import Recorder
 from tests.tiny_random import RandomTiny
 from tests.two_processes import run_on_two
 from uae.data import SceneData
@@ -19,35 +20,10 @@ from uae.grpo import GRPOLoss
 from uae.models.finetune import Full, LoRA
 from uae.module import UnifiedGRPO
 from uae.rewards import CaptionFormat, WeightedReward
-from uae.strategy import FSDP2Strategy, unsharded
+from uae.strategy import FSDP2Strategy, refuse_other_sharding, unsharded
 from uae.types import Sampling
 
 LAYERS = 2
-
-
-class Recorder(L.Callback):
-    """Loss and gradient norm of every optimizer step, and what is left at the end."""
-
-    def __init__(self):
-        self.losses, self.norms, self.window = [], [], []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.window.append(trainer.callback_metrics["policy/loss"].item())
-        if len(self.window) == trainer.accumulate_grad_batches:
-            self.losses.append(sum(self.window) / len(self.window))
-            self.window = []
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        grads = [whole(p.grad).flatten() for p in module.parameters() if p.grad is not None]
-        self.norms.append(torch.cat(grads).norm().item())
-
-    def on_train_end(self, trainer, module):
-        trained = {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
-        self.result = {"losses": self.losses, "norms": self.norms, "weights": trained}
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def module(finetune="full", mini_batches=1, optimizer=None, beta=0.05):
@@ -88,58 +64,17 @@ def run(strategy, folder, finetune, accumulate=1, ckpt_path=None, optimizer=None
     return recorder.result
 
 
-SCENARIOS = [(finetune, accumulate) for finetune in ("lora", "full") for accumulate in (1, 2)]
-
-
-def run_all(rank, strategy, folder):
-    return {scenario: run(strategy, folder, *scenario) for scenario in SCENARIOS}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("runs"))
-    results = {"one": run_all(0, "auto", folder)}
-    for strategy in ("ddp", "fsdp2"):
-        first, second = run_on_two(run_all, strategy, folder, timeout=300)
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-        results[strategy] = first
-    return results
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(runs, strategy, scenario):
-    one, two = runs["one"][scenario], runs[strategy][scenario]
-    assert len(one["losses"]) == len(one["norms"]) == 4
-    assert max(map(abs, one["losses"])) > 1e-3  # off-policy and with a KL, or the losses would be zero
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
-
-
-class Communication(TorchDispatchMode):
-    """Counts collectives by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            self.counts[func._opname] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def counting(rank, folder, accumulate, steps):
     """What one rollout gathers, what one optimizer step reduces, and the policy's number of sharded modules."""
     model = module("full", mini_batches=2, beta=0.0)
-    collect, rollout = model._collect, Communication()
+    collect, rollout = model._collect, Collectives()
 
     def counted(*args):
         with rollout:
             collect(*args)
 
     model._collect = counted
-    with Communication() as everything:
+    with Collectives() as everything:
         fit = trainer("fsdp2", folder, max_steps=steps, accumulate_grad_batches=accumulate)
         fit.fit(model, SceneData(batch_size=2, train_size=16))
     assert model.experience.rollout.tokens_NT.shape[1] > 2
@@ -285,3 +220,20 @@ def test_unsharded_leaves_an_ordinary_module_alone():
     ordinary = torch.nn.Linear(2, 2)
     with unsharded(ordinary):
         assert type(ordinary.weight) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize(
+    "strategy", [FSDPStrategy(), ModelParallelStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)], ids=type
+)
+def test_strategies_that_divide_otherwise_are_refused(strategy):
+    with pytest.raises(ValueError, match=rf"trainer\.strategy is {type(strategy).__name__}; allowed: auto, ddp, fsdp2"):
+        refuse_other_sharding(strategy)
+
+
+def test_lightnings_own_default_is_refused_before_anything_is_built(tmp_path):
+    fit = trainer(ModelParallelStrategy(), str(tmp_path))
+    model = module()
+    model.trainer = fit
+    with pytest.raises(ValueError, match="ModelParallelStrategy; allowed"):
+        model.setup("validate")
+    refuse_other_sharding(FSDP2Strategy())

@@ -27,20 +27,25 @@ from typing import Any
 
 
 def run_on_two(work: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
-    """``[work(0, *args), work(1, *args)]``, each in a fresh process.
+    """``[work(0, *args), work(1, *args)]``, each in a fresh process; see `run_on`."""
+    return run_on(2, work, *args, timeout=timeout)
+
+
+def run_on(count: int, work: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    """``work(rank, *args)`` of so many ranks, each in a fresh process.
 
     Raises:
         RuntimeError: A process raised (its traceback is the message) or died.
-        TimeoutError: Not both finished within ``timeout`` seconds.
+        TimeoutError: Not all finished within ``timeout`` seconds.
     """
     spawn = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     readers, processes = [], []
-    for rank in range(2):
+    for rank in range(count):
         reader, writer = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=_child, args=(writer, work, rank, port, timeout, args), daemon=True)
+        process = spawn.Process(target=_child, args=(writer, work, (rank, count), port, timeout, args), daemon=True)
         process.start()
         writer.close()  # the child holds the only other end, so its death ends our wait
         readers.append(reader)
@@ -75,11 +80,14 @@ def _results(readers: list[Connection], timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(readers))]
 
 
-def _child(writer: Connection, work: Callable[..., Any], rank: int, port: int, timeout: float, args: tuple) -> None:
+def _child(
+    writer: Connection, work: Callable[..., Any], place: tuple[int, int], port: int, timeout: float, args: tuple
+) -> None:
+    rank, count = place
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
@@ -88,7 +96,7 @@ def _child(writer: Connection, work: Callable[..., Any], rank: int, port: int, t
         import torch
 
         torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=timeout))
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
         reply = pickle.dumps((True, work(rank, *args)))  # pickled by value: shared memory would die with this process
         torch.distributed.destroy_process_group()
     except BaseException:

@@ -27,7 +27,7 @@ from uae.policies import is_shared, prepare, roots
 from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Train, parts, roll_out
 from uae.stopwatch import now
-from uae.strategy import unsharded
+from uae.strategy import refuse_other_sharding, unsharded
 from uae.trainable import check_trainable_state, trainable_state
 from uae.types import ImageBatch, Sampling, System
 
@@ -234,6 +234,7 @@ class UnifiedGRPO(AutoEncoder):
 
     def setup(self, stage: str) -> None:
         """Refuse what could only fail, or silently be wrong, later."""
+        refuse_other_sharding(self.trainer.strategy)
         if stage != "fit":
             return
         self._first_rollout, self.experience = True, None

@@ -35,26 +35,49 @@ def update_bytes(policy: CaptionPolicy, prompt: int, tokens: int, group: int) ->
     return inputs + whole // text_config(policy.base).num_hidden_layers
 
 
+def image_update_bytes(policy: CaptionPolicy, prompt: int, written: int, copies: int) -> int:
+    """Bytes that autograd keeps in the language model for one image of tokens: one pass over prompt and tokens.
+
+    Args:
+        policy: On the meta device, with what trains unfrozen.
+        prompt: Tokens before the image.
+        written: Tokens of the image, as they are fed; the last is predicted only.
+        copies: Passes with gradient: two where guidance has both.
+    """
+    whole = _saved_by_drawing(policy, prompt + written - 1, copies, recompute=False)
+    if not policy.gradient_checkpointing:
+        return whole
+    inputs = _saved_by_drawing(policy, prompt + written - 1, copies, recompute=True)
+    return inputs + whole // text_config(policy.base).num_hidden_layers
+
+
+def _saved_by_drawing(policy: CaptionPolicy, length: int, rows: int, recompute: bool) -> int:
+    with saved_bytes(policy) as count, recomputing(policy.model) if recompute else nullcontext():
+        policy.base.get_decoder()(**_embeds(policy, rows, length), use_cache=False)
+    return count()
+
+
+def _embeds(policy: CaptionPolicy, rows: int, length: int) -> dict[str, Tensor]:
+    """What a decoder is given in place of token ids."""
+    words, width = policy.base.get_input_embeddings().weight, text_config(policy.base).hidden_size
+    states = torch.empty(rows, length, width, dtype=words.dtype, device="meta", requires_grad=words.requires_grad)
+    return {"inputs_embeds": states, "position_ids": torch.empty(rows, length, dtype=torch.long, device="meta")}
+
+
 def text_config(model: Any) -> Any:
     """The configuration of a captioner's language model."""
     return model.config.get_text_config(decoder=True)
 
 
 def _saved_by_reading(policy: CaptionPolicy, prompt: int, tokens: int, group: int, recompute: bool) -> int:
-    decoder, width = policy.base.get_decoder(), text_config(policy.base).hidden_size
-    words = policy.base.get_input_embeddings().weight
-
-    def embeds(rows: int, length: int) -> dict[str, Tensor]:
-        states = torch.empty(rows, length, width, dtype=words.dtype, device="meta", requires_grad=words.requires_grad)
-        return {"inputs_embeds": states, "position_ids": torch.empty(rows, length, dtype=torch.long, device="meta")}
-
+    decoder = policy.base.get_decoder()
     with saved_bytes(policy) as count, recomputing(policy.model) if recompute else nullcontext():
         cache = prompt_cache(policy.base) if recompute else None
-        cache = decoder(**embeds(1, prompt), past_key_values=cache, use_cache=True).past_key_values
+        cache = decoder(**_embeds(policy, 1, prompt), past_key_values=cache, use_cache=True).past_key_values
         if tokens > 1:
             sees = torch.empty(1, 1, tokens - 1, prompt + tokens - 1, dtype=torch.bool, device="meta")
             cache = expand(cache, 1, group)
-            decoder(**embeds(group, tokens - 1), attention_mask=sees, past_key_values=cache, use_cache=True)
+            decoder(**_embeds(policy, group, tokens - 1), attention_mask=sees, past_key_values=cache, use_cache=True)
     return count()
 
 

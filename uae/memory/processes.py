@@ -22,7 +22,10 @@ class Processes:
         assumed: ``count`` is a guess: the configuration says "all GPUs", and there are none here.
         sharded: The strategy is fsdp2.
         ddp: The strategy is ddp.
+        shards: Processes that one copy of the weights is divided over under fsdp2.
+        per_node: Processes of a machine.
         gathered_dtype: Of weights gathered under fsdp2; None is their own.
+        reduced_dtype: Of gradients averaged under fsdp2; None is their own.
         accumulate: Batches per optimizer step.
         cast_to: Dtype that the trainer turns every weight into, or None.
         on_gpu: Whether the plan is for GPUs.
@@ -32,7 +35,10 @@ class Processes:
     assumed: bool
     sharded: bool
     ddp: bool
+    shards: int
+    per_node: int
     gathered_dtype: torch.dtype | None
+    reduced_dtype: torch.dtype | None
     accumulate: int
     cast_to: torch.dtype | None
     on_gpu: bool
@@ -49,13 +55,18 @@ def processes_of(trainer: Mapping[str, Any]) -> Processes:
     sharded = isinstance(strategy, FSDP2Strategy) or strategy == "fsdp2"
     names = {"bfloat16": torch.bfloat16, "float32": torch.float32, None: None}
     gathered = names[strategy.param_dtype] if isinstance(strategy, FSDP2Strategy) else None
+    reduced = names[strategy.reduce_dtype] if isinstance(strategy, FSDP2Strategy) else torch.float32
     count = local * (trainer.get("num_nodes") or 1)
+    shards = strategy.shard_size if isinstance(strategy, FSDP2Strategy) else None
     return Processes(
         count=count,
         assumed=assumed,
         sharded=sharded,
         ddp=not sharded and ("ddp" in str(strategy).lower() or (strategy == "auto" and count > 1)),
+        shards=shards or count,
+        per_node=local,
         gathered_dtype=gathered if sharded else torch.bfloat16,
+        reduced_dtype=reduced,
         accumulate=trainer.get("accumulate_grad_batches") or 1,
         cast_to={"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(str(trainer.get("precision"))),
         on_gpu=on_gpu,

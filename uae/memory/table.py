@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from uae.memory.communication import Exchange
 from uae.memory.processes import Processes
 
 GIB = 2**30
@@ -46,11 +47,16 @@ class Plan:
         rows: Everything that takes memory.
         processes: How the run is spread out.
         header: The sizes the plan was made for.
+        exchanges: What the run as configured sends.
+        update_flop: Operations of the policy's forward and backward passes per GPU and optimizer step: 2 per parameter and
+            token forward, as many for the gradient of activations, of weights that train, and of recomputation.
     """
 
     rows: tuple[Row, ...]
     processes: Processes
     header: str = ""
+    exchanges: tuple[Exchange, ...] = ()
+    update_flop: float = 0.0
 
     def there(self, phase: str, device: str | None = None) -> list[Row]:
         """What is on a device in a phase."""
@@ -118,7 +124,18 @@ class Plan:
                 both = [gib(self.total(phase, sharded, device)) for sharded in kinds]
                 peaks = [sharded for sharded in kinds if phase == self.peak(sharded, device)[0]]
                 lines.append([f"phase {phase}{where}", "", "", *both, _mark(peaks, kinds)])
-        return "\n".join([self.header, "", *_aligned(lines), "", self.verdict(available)])
+        return "\n".join([self.header, "", *_aligned(lines), "", *self._sent(), self.verdict(available)])
+
+    def _sent(self) -> list[str]:
+        """What a GPU sends for one optimizer step, a row per kind of collective."""
+        if not self.exchanges:
+            return []
+        lines = [["sent per GPU and optimizer step", "passes", "GPUs", "GiB", "over"]]
+        for one in self.exchanges:
+            over = "the network" if one.leaves(self.processes.per_node) else "one machine"
+            lines.append([f"{one.name}, {one.kind}", f"{one.times:g}", str(one.members), gib(one.sent), over])
+        total = gib(sum(one.sent for one in self.exchanges))
+        return [*_aligned([*lines, [], ["together", "", "", total, ""]]), ""]
 
 
 def _mark(peaks: list[bool], kinds: tuple[bool, ...]) -> str:

@@ -16,7 +16,7 @@ from uae.memory.table import Row
 from uae.models.blueprints import DRAWS, Blueprint, encoder_skeleton, open_clip_skeleton
 from uae.models.caption_policy import CaptionPolicy
 from uae.placement import Placement, torch_dtype
-from uae.strategy import _blocks
+from uae.strategy import blocks
 
 ROLLOUT = ("caption", "condition", "render", "reward", "replay")
 DTYPE = "placement.dtype/offload"
@@ -33,7 +33,7 @@ def policy_rows(
     wide = 1.0  # what trains is kept in float32 where weights are gathered in another dtype
     if processes.gathered_dtype is not None and gradients:
         wide = 4 * trainable / gradients
-    shards, n = whole + int((wide - 1) * gradients), processes.count
+    shards, n = whole + int((wide - 1) * gradients), processes.shards
     gathered, window = _gathered(policy, processes.gathered_dtype)
     rows = [
         Row("policy", whole, shards // n, (), count, trainable, keys="trainer.strategy fsdp2"),
@@ -58,9 +58,9 @@ def _gathered(policy: nn.Module, dtype: torch.dtype | None) -> tuple[int, int]:
     def size(weights: Any) -> int:
         return sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in weights)
 
-    blocks = [size(block.parameters()) for block in _blocks(policy)]
+    each = [size(block.parameters()) for block in blocks(policy)]
     whole = size(policy.parameters())
-    return whole, whole - sum(blocks) + 2 * max(blocks, default=0)
+    return whole, whole - sum(each) + 2 * max(each, default=0)
 
 
 def frozen_rows(blueprint: Blueprint) -> list[Row]:

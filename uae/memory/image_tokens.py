@@ -1,0 +1,69 @@
+"""Rows of the plan for images that the policy draws token by token, and learns from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uae.memory import estimates
+from uae.memory.counting import image_update_bytes, text_config
+from uae.memory.phases import QUESTION, Sizes
+from uae.memory.table import Row
+from uae.models.blueprints import Blueprint, TokenDrawing
+from uae.models.caption_policy import CaptionPolicy
+from uae.rollout import Plan
+
+ROWS, MINI = "system.init_args.rows", "model.mini_batches, model.reconstructions"
+
+
+def image_token_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes, settings: Plan) -> list[Row]:
+    """Cache and logits while images are drawn; where they train, activations of the pass that scores them.
+
+    Args:
+        policy: With the run's finetuning, on the meta device.
+        blueprint: Without a ``drawing``, no rows.
+        sizes: Of a step, per process.
+        settings: Which halves train, and M.
+    """
+    drawing = blueprint.drawing
+    if drawing is None:
+        return []
+    drawn, prompt = sizes.rows * settings.reconstructions, sizes.tokens + QUESTION
+    at_once = min(drawing.rows, drawn)
+    passes = at_once * (2 if drawing.sampling.guidance != 1 else 1)
+    rows = [
+        Row("reconstructions", drawn * 3 * drawing.pixels * 4, phases=("render", "reward"), keys="model.group"),
+        Row(
+            f"key-value cache of {at_once} images",
+            estimates.kv_bytes(policy.base, passes, prompt + drawing.written - 1),
+            phases=("render",),
+            keys=ROWS,
+        ),
+        Row("logits of an image token", 20 * at_once * drawing.codes, phases=("render",), keys=ROWS),
+    ]
+    if settings.train == "captions":
+        return rows
+    return rows + _update_rows(policy, drawing, prompt, sizes.part * sizes.group * settings.reconstructions)
+
+
+def _update_rows(policy: CaptionPolicy, drawing: TokenDrawing, prompt: int, images: int) -> list[Row]:
+    model, mode = policy.base, drawing.sampling.cfg_logprob
+    guided = drawing.sampling.guidance != 1 and mode != "conditional"
+    length = prompt + drawing.written - 1
+    with_gradient = 2 if guided and mode == "guided" else 1
+    kept = images * image_update_bytes(policy, prompt, drawing.written, with_gradient)
+    adapted = hasattr(policy.model, "get_base_model")
+    reading = estimates.reading_bytes(
+        text_config(model), images * with_gradient * length, model.dtype.itemsize, adapted
+    )
+    keys = MINI if policy.gradient_checkpointing else f"{MINI}, reading.gradient_checkpointing"
+    return [
+        Row("image activations", kept, phases=("update",), keys=keys),
+        Row("image head", _head_bytes(model, images * drawing.tokens, drawing.codes), phases=("update", "replay"), keys=MINI),
+        Row("image replay buffers", reading, phases=("replay",), keys=MINI),
+    ]
+
+
+def _head_bytes(model: Any, tokens: int, codes: int) -> int:
+    """Three float32 ``[chunk, V]`` at a time and, per token, the mixed state and its slope in float32."""
+    width = text_config(model).hidden_size
+    return 3 * 4 * min(tokens, estimates.HEAD_CHUNK) * codes + 2 * 4 * tokens * width
