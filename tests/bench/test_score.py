@@ -16,6 +16,7 @@ from uae.encoders.tower import Tower
 from uae.intervals import bootstrap
 from uae.systems.rehearsal.encoders import ENCODERS
 
+torch.set_num_threads(1)
 OFFICIAL = {
     "clip": "openai/clip-vit-large-patch14",
     "longclip": "zer0int/LongCLIP-L-Diffusers",

@@ -10,6 +10,7 @@ import torch
 from tests.encoders import folders
 from uae.encoders import HFEncoder, LayoutEncoder
 from uae.metrics import UnifiedScore
+from uae.rewards import EncoderSimilarity
 
 torch.set_num_threads(1)
 
@@ -198,6 +199,31 @@ def test_encoders_stay_out_of_checkpoints_copies_and_casts(tmp_path):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         module.unified_score.update(reconstructions, sources)
     assert module.unified_score.compute() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_reward_and_a_metric_look_through_one_tower(tmp_path):
+    path = folders.clip(tmp_path / "clip")
+    reward = EncoderSimilarity(HFEncoder(path)).load()
+    metric = UnifiedScore({"clip": HFEncoder(path)}, bootstrap=0).load()
+    assert metric.encoders["clip"]._loaded is reward.encoder._loaded
+    reconstructions, sources = pairs(4, size=28)
+    metric.update(reconstructions, sources)
+    expected = reward(sources, reconstructions, [""] * 4).mean().item()
+    assert metric.compute()["clip"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_scores_are_those_of_full_precision_whatever_surrounds_them(tmp_path):
+    """Images of a bf16 module are its own affair; the encoder is not touched by it."""
+    metric = UnifiedScore({"clip": HFEncoder(folders.clip(tmp_path / "clip"))}, bootstrap=0)
+    reconstructions, sources = (images.bfloat16() for images in pairs(4, size=28))
+    metric.update(reconstructions.float(), sources.float())
+    expected = metric.compute()
+    holder = Holder(metric).to(torch.bfloat16).train()
+    metric.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        holder.unified_score.update(reconstructions, sources)
+    assert metric.compute() == pytest.approx(expected, abs=1e-6)
+    assert metric.cosine_0[0].dtype == torch.float32
 
 
 def test_configurable_from_yaml():
