@@ -62,7 +62,12 @@ def real(finetune, recompute=False):
 
 
 def really_saved(policy, context, tokens):
-    """Bytes of every tensor that the update's forward keeps, by address; weights and pixels aside."""
+    """Of the update's forward."""
+    return kept_by(policy, lambda: policy(context, tokens, GROUP, 1.0))
+
+
+def kept_by(policy, forward):
+    """Bytes of every tensor that autograd keeps, by address; the policy's own weights aside."""
     theirs = {weight.untyped_storage().data_ptr() for weight in policy.state_dict(keep_vars=True).values()}
     kept = {}
 
@@ -73,7 +78,7 @@ def really_saved(policy, context, tokens):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy(context, tokens, GROUP, 1.0)
+        forward()
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -19,10 +19,32 @@ from uae.locations import locate
 from uae.placement import Placement
 
 if TYPE_CHECKING:
+    from uae.models.image_tokens import TokenSampling
     from uae.models.renderer import Rendering
     from uae.models.vision_language import Reading
 
 PUBLISHED = Path(__file__).parent / "published"
+
+
+@dataclass(frozen=True)
+class TokenDrawing:
+    """How the policy itself draws, token by token; for `uae.memory.image_tokens`.
+
+    Args:
+        tokens: S, image tokens that are drawn.
+        written: Tokens that are fed for them, with whatever is written between.
+        codes: V, size of the image vocabulary.
+        pixels: Of an image.
+        sampling: Its guidance doubles the rows of a pass.
+        rows: Images drawn together.
+    """
+
+    tokens: int
+    written: int
+    codes: int
+    pixels: int
+    sampling: TokenSampling
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,7 @@ class Blueprint:
         reading: How the captioner is loaded; None is `Reading`'s defaults.
         policy_reads: The policy's language model encodes the captions, instead of frozen text encoders or besides them.
         needs_reference: The reference's weights are kept whatever the loss, see `uae.types.UMM`.
+        drawing: Of policies that draw token by token.
     """
 
     policy: nn.Module
@@ -50,6 +73,7 @@ class Blueprint:
     reading: Reading | None = None
     policy_reads: bool = False
     needs_reference: bool = False
+    drawing: TokenDrawing | None = None
 
 
 _RENAMED = {"univa_qwen2p5vl": "qwen2_5_vl"}  # UniWorld-V1's own subclass: the same network with a projector beside it

@@ -52,15 +52,20 @@ class Emu3:
         self.template, self.negative_prompt, self.rows, self.reading = template, negative_prompt, rows, reading
 
     def blueprint(self) -> Blueprint:
-        """Sizes, without weights. The plan counts captions; image tokens come on top."""
-        from uae.models.blueprints import vlm_skeleton
+        """Sizes, without weights."""
+        from uae.models.blueprints import TokenDrawing, vlm_skeleton
+        from uae.models.emu3 import grid
         from uae.models.janus import as_buffers
 
         check_layout(self.checkpoint)
         policy = vlm_skeleton(self.checkpoint, self.reading.dtype)
         as_buffers(policy.model.vqmodel)
         read = (self.reading.min_pixels or 512 * 512) // 64  # what the released processor enlarges images to
-        return Blueprint(policy, prompt_tokens=read + round(read**0.5) + 128, reading=self.reading)
+        H, W = grid((self.height, self.width), policy.model.vqmodel.spatial_scale_factor)
+        codes, pixels = policy.config.vq_config.codebook_size, self.height * self.width
+        drawing = TokenDrawing(H * W, H * (W + 1) - 1, codes, pixels, self.sampling, self.rows)
+        prompt = read + round(read**0.5) + 128
+        return Blueprint(policy, prompt_tokens=prompt, reading=self.reading, drawing=drawing)
 
     def build(self) -> UMM:
         """Load the checkpoint; all three roles are its own."""

@@ -37,14 +37,18 @@ class JanusPro:
         self.checkpoint, self.rows, self.reading = checkpoint, rows, reading
 
     def blueprint(self) -> Blueprint:
-        """Sizes, without weights. The plan counts captions; image tokens come on top."""
-        from uae.models.blueprints import vlm_skeleton
+        """Sizes, without weights."""
+        from uae.models.blueprints import TokenDrawing, vlm_skeleton
         from uae.models.janus import as_buffers
 
         check_layout(self.checkpoint)
         policy = vlm_skeleton(self.checkpoint, self.reading.dtype)
         as_buffers(policy.model.vqmodel)
-        return Blueprint(policy, prompt_tokens=policy.config.vision_config.num_image_tokens + 128, reading=self.reading)
+        codes, read = policy.config.vq_config, policy.config.vision_config.num_image_tokens
+        side = codes.num_patches * 2 ** (len(codes.channel_multiplier) - 1)
+        tokens = codes.num_patches**2
+        drawing = TokenDrawing(tokens, tokens, codes.num_embeddings, side**2, self.sampling, self.rows)
+        return Blueprint(policy, prompt_tokens=read + 128, reading=self.reading, drawing=drawing)
 
     def build(self) -> UMM:
         """Load the checkpoint; all three roles are its own."""
