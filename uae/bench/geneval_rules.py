@@ -49,7 +49,8 @@ class Verdict:
 def surest(scores: Sequence[float], tag: str) -> list[int]:
     """Places of the detections of one class that count, best first; the later of two equals goes first.
 
-    (The original's sort leaves the order of equals to the processor it runs on.) Scores are compared as float32, as detectors give them: a score that rounds to the threshold is not above it.
+    Scores are compared as float32, as detectors give them: a score that rounds to the threshold is not above it. The
+    original's sort leaves the order of equals to the processor it runs on.
     """
     score_N = np.asarray(scores, dtype=np.float32)
     order_N = np.argsort(score_N, kind="stable")[::-1]
