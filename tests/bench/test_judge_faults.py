@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.fake_judges import ANTHROPIC, FIRST, OPENAI, PAID, once, records, run, serving
+from uae.bench import judge
 from uae.bench.judging.asking import STRIKES
 
 
@@ -75,7 +76,13 @@ def test_a_retired_model_or_a_bad_key_ends_its_judge_only(judging, capsys, statu
         found = run(folder)
         assert (found["status"], found["answered"]) == ("partial", 6)
         assert Counter(request["model"] for request in server.requests) == {OPENAI: 6, ANTHROPIC: 1}
-    assert "JUDGE LOST: anthropic" in capsys.readouterr().out
+        assert "JUDGE LOST: anthropic" in capsys.readouterr().out
+        result = judge.score(folder, str(Path(folder, "r.json")))
+    assert result["status"] == "partial"
+    assert result["scores"]["win_rate"]["n"] == 3
+    assert "PANEL INCOMPLETE: no answer by anthropic" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="families names mine; allowed: ours, theirs"):
+        judge.score(folder, str(Path(folder, "r.json")), families={"mine": "openai"})
 
 
 @pytest.mark.parametrize(
