@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from uae.memory import estimates
+from uae.memory.communication import communication
 from uae.memory.image_tokens import image_token_rows
 from uae.memory.phases import QUESTION, Sizes, rollout_rows, update_rows
 from uae.memory.processes import Processes, processes_of
@@ -53,7 +54,9 @@ def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
     ]
     if processes.on_gpu:
         rows.append(Row("CUDA context", whole=estimates.CUDA_CONTEXT))
-    return Plan(tuple(rows), processes, _header(blueprint, sizes, module, processes))
+    exchanges = communication(policy, reference, processes, module.plan.mini_batches, module.batches_per_rollout)
+    flop = processes.accumulate * _update_flop(policy, sizes)
+    return Plan(tuple(rows), processes, _header(blueprint, sizes, module, processes), exchanges, flop)
 
 
 def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[CaptionPolicy, nn.Module | None]:
@@ -83,6 +86,14 @@ def _sizes(module: Any, data: Any, blueprint: Blueprint) -> Sizes:
     prompt = max(blueprint.prompt_tokens, estimates.image_tokens(blueprint.policy, pixels) + QUESTION)
     part = -(-images // settings.mini_batches)
     return Sizes(images, settings.group, rows, part, prompt, settings.sampling.max_tokens, pixels)
+
+
+def _update_flop(policy: CaptionPolicy, sizes: Sizes) -> float:
+    """Of one mini-batch, in the language model."""
+    weights = [*policy.base.get_decoder().parameters()]
+    count, trained = sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
+    tokens = sizes.part * (sizes.prompt + sizes.group * sizes.tokens)
+    return 2.0 * tokens * ((3 if policy.gradient_checkpointing else 2) * count + trained)
 
 
 def _header(blueprint: Blueprint, sizes: Sizes, module: Any, processes: Processes) -> str:
