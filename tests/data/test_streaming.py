@@ -241,3 +241,15 @@ def test_an_image_without_caption_makes_a_batch_without_captions(tmp_path):
         for number in range(4):
             add(archive, f"{number}.png", picture(number))
     assert "caption" not in next(iter(loader(tmp_path)))
+
+
+def test_two_workers_open_every_shard_once_together(tmp_path):
+    write_shards(tmp_path, shards=8, each=5)
+    opened = 0
+    for worker in range(2):  # as a DataLoader deals batches out
+        shards = Watching(*list_shards(str(tmp_path), "data.root"), 2**20)
+        source = StreamSource(shards, READING, epoch_size=40, images=5, lanes=1, readers=2, buffer=1)
+        for batch in list(StreamBatches(40, 5, 0, 1))[worker::2]:
+            source.__getitems__(batch)
+        opened += shards.opened
+    assert opened == 8
