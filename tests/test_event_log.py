@@ -31,11 +31,12 @@ def disk(monkeypatch):
     return disk
 
 
-def write(logger, step):
+def write_all(logger, *steps):
     """As Lightning does at every step, and long enough for the thread to have tried."""
-    logger.log_metrics({"loss": float(step)}, step)
-    logger.experiment.add_text("panel", "x", step)
-    logger.experiment.flush()
+    for step in steps:
+        logger.log_metrics({"loss": float(step)}, step)
+        logger.experiment.add_text("panel", "x", step)
+        logger.experiment.flush()
 
 
 def steps_in(file):
@@ -46,15 +47,13 @@ def steps_in(file):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_events_are_lost_while_the_disk_is_full_and_no_others(tmp_path, disk):
     logger = EnduringTensorBoard(tmp_path, "", "", retry_seconds=0)
-    write(logger, 0)
+    write_all(logger, 0)
     disk.full = True
     with pytest.warns(UserWarning, match="TensorBoard cannot write.*No space left") as seen:
-        for step in (1, 2, 3):
-            write(logger, step)
+        write_all(logger, 1, 2, 3)
     assert len(seen) < 9  # not one per event
     disk.full = False
-    write(logger, 4)
-    write(logger, 5)
+    write_all(logger, 4, 5)
     logger.finalize("success")
     found = [step for file in tmp_path.glob("events*") for step in steps_in(file)]
     assert sorted(found) == [0, 4, 5]

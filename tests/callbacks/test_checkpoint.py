@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from callbacks.checkpoint import RolloutCheckpoint
+from tests.test_strategy import module as two_module
+from tests.test_strategy import trainer as two_trainer
+from tests.two_processes import run_on_two
 from uae import cli
 from uae.checkpoint_files import CheckpointFiles, read
 from uae.data import SceneData
@@ -140,3 +143,37 @@ def truncate(path):
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     os.truncate(path, path.stat().st_size // 2)
     os.utime(path, ns=times)
+
+
+def one_disk_is_full(rank, build_module, folder):
+    """The disk of one process is full at the first save, and never again: the second's shards, the first's file."""
+    import torch.distributed.checkpoint as dcp
+
+    results = []
+    for strategy, failing in (("fsdp2", 1), ("ddp", 0)):
+        write, calls = dcp.FileSystemWriter.write_data, []
+
+        def write_data(self, *args):
+            calls.append(1)
+            if len(calls) == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(self, *args)  # noqa: B023
+
+        here = Path(folder, strategy)
+        checkpoint = RolloutCheckpoint(2, dirpath=here, filename="{step}", save_last="link")
+        run = two_trainer(strategy, folder, max_steps=4, callbacks=[checkpoint], enable_checkpointing=True)
+        run.strategy.checkpoint_io = CheckpointFiles()
+        with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="training goes on"):
+            if rank == failing:
+                patch.setattr(dcp.FileSystemWriter, "write_data", write_data)
+                patch.setattr("uae.checkpoint_files.torch.save", Full({1} if strategy == "ddp" else ()))
+            run.fit(build_module(), SceneData(batch_size=2, train_size=16))
+        results.append((run.global_step, checkpoint.failures, sorted(path.name for path in here.iterdir())))
+    return results
+
+
+@pytest.mark.slow
+def test_ranks_agree_that_a_disk_is_full(tmp_path):
+    left = ["last.ckpt", "step=4.ckpt"]
+    expected = [(4, 0, left), (4, 0, left)]
+    assert run_on_two(one_disk_is_full, two_module, str(tmp_path), timeout=200) == [expected, expected]
