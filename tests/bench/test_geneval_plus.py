@@ -74,7 +74,8 @@ def test_missing_and_failed_are_wrong_and_tags_weigh_equally(case, tmp_path, cap
     assert (result["system"], result["benchmark"]) == ("images", "geneval_plus")
     said = capsys.readouterr().out
     assert "MISSING, counted as wrong: 2 of 12 images, e.g. 4, 5" in said
-    assert "2 missing, 2 failed: counted as wrong" in said
+    assert "2 failed, counted as wrong: 7; 8" in said
+    assert "partial: 9 of 10 answers" in said
 
 
 def test_tags_weigh_equally_whatever_their_size():

@@ -22,6 +22,7 @@ from uae.bench.judging.requests import Plan, Question, image_digest, question, r
 from uae.bench.judging.stages import ask, open_cache, status
 from uae.bench.result import score as as_score
 from uae.bench.result import write_result
+from uae.bench.score_table import score_table
 from uae.intervals import mean_of_means, wilson
 
 BENCHMARK = "geneval_plus"
@@ -129,7 +130,9 @@ def score(folder: str, output: str, system: str | None = None, cache: str | None
         failed=[line for line, found in enumerate(verdicts, start=1) if found == FAILED],
         verdicts=verdicts,
     )
-    print(table(result))
+    lines = {key: list(map(str, result[key])) for key in ("missing", "failed")}
+    print(score_table(result, {f"{key}, counted as wrong": numbers for key, numbers in lines.items()}))
+    print(f"\n{done['status']}: {done['answered']} of {done['questions']} answers by {done['models']}")
     return result
 
 
@@ -210,16 +213,6 @@ def image_files(folder: str | Path, lines: int) -> dict[int, Path]:
     if not found:
         raise FileNotFoundError(f"no image of {lines} prompts in {str(folder)!r}: they are named 1.png, 2.png, ...; set images")
     return found
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """A result as Markdown."""
-    lines = [f"**GenEval++** {result['system']}, {result['status']}, judged by {result['backend']['judges']}", ""]
-    lines += ["| | score | 95 % | n |", "|---|---|---|---|"]
-    for name, one in result["scores"].items():
-        lines.append(f"| {name} | {100 * one['value']:.2f} | {100 * one['low']:.1f} to {100 * one['high']:.1f} | {one['n']} |")
-    counts = ", ".join(f"{len(result[key])} {key}" for key in ("missing", "failed"))
-    return "\n".join([*lines, "", f"{counts}: counted as wrong"])
 
 
 def main(args: Sequence[str]) -> Any:
