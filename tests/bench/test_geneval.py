@@ -204,11 +204,13 @@ def test_detections_of_another_detector_are_scored_under_its_name(prompts, tmp_p
     assert len(read_result(tmp_path / "r.json")["not_seen"]) == 4
 
 
-def test_images_of_other_prompts_are_refused(prompts, models, tmp_path):
+def test_images_of_other_prompts_are_refused_before_anything_is_loaded(prompts, tmp_path):
     folder = drawn(tmp_path / "images")
     (folder / "00002/metadata.jsonl").write_text(json.dumps(PROMPTS[0]))
     with pytest.raises(ValueError, match="is of another prompt than --prompts has there"):
-        geneval.main(["score", "--prompts", str(prompts), "--images", str(folder), "--output", str(tmp_path / "r.json"), *models])
+        geneval.main(["score", "--prompts", str(prompts), "--images", str(folder), "--output", str(tmp_path / "r.json")])
+    with pytest.raises(FileNotFoundError, match="is no folder; draw one by geneval generate"):
+        geneval.main(["score", "--prompts", str(prompts), "--images", str(tmp_path / "x"), "--output", str(tmp_path / "r.json")])
 
 
 def test_a_changed_image_is_seen_again_and_a_changed_detector_is_refused(prompts, models, tmp_path):

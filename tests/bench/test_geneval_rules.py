@@ -156,6 +156,12 @@ def test_what_the_benchmark_forgives_and_what_not():
     assert "expected cat>=2, found 0" in judge(COUNTING, some(2, 0.9)).reasons
 
 
+def test_no_more_than_16_of_a_class_are_looked_at():
+    crowd = {"tag": "two_object", "include": [{"class": "cat", "count": 16}]}
+    assert judge(crowd, some(40)).correct
+    assert judge({**crowd, "include": [{"class": "cat", "count": 17}]}, some(40)).reasons == ("expected cat>=17, found 16",)
+
+
 def test_colors_are_those_of_the_surest():
     surest = {"cat": [Detection((0, 0, 1, 1), 0.8, "blue"), Detection((2, 2, 3, 3), 0.9, "red")]}
     assert judge(RED, surest).correct

@@ -118,6 +118,7 @@ def score_images(
         kept, unreadable = Ledger(file), {case.name: "no detections" for case in cases}
         unreadable = {name: reason for name, reason in unreadable.items() if name not in kept.rows}
     else:
+        check_folder(cases, Path(images))
         seeing = Detector(detector, color_model, color_weights, working_device(device))
         kept = Ledger(file, seeing.backend)
         unreadable = detect_all(cases, Path(images), seeing, kept)
@@ -134,17 +135,21 @@ def score_images(
     return result
 
 
-def detect_all(cases: Sequence[Case], folder: Path, detector: Detector, kept: Ledger) -> dict[str, str]:
-    """Put the detections of every image into the ledger that are not there; the images that cannot be read, and why.
+def check_folder(cases: Sequence[Case], folder: Path) -> None:
+    """Raise unless a folder may hold the images of these prompts.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: The folder was drawn from other prompts.
+        ValueError: It was drawn from other prompts.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {str(folder)!r} is no folder; draw one by geneval generate")
     for case in cases:
         _check_metadata(folder / f"{case.number:05d}" / METADATA, case.metadata)
+
+
+def detect_all(cases: Sequence[Case], folder: Path, detector: Detector, kept: Ledger) -> dict[str, str]:
+    """Put the detections of every image into the ledger that are not there; the images that cannot be read, and why."""
     unreadable = {}
     for case in tqdm(cases, unit="image", desc="detecting"):
         path = folder / case.name
