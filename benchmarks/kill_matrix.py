@@ -21,6 +21,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from uae.checkpoint_files import PARTIAL, read, read_metadata
 from uae.shard_files import PlainPlanner, ShardReader
 
 RESULTS = Path(__file__).parent / "results"
-LIMIT = 120.0  # seconds for a run to end
+LIMIT = 400.0  # seconds for a run to end, on a busy machine
 
 
 def losses(folder: Path) -> dict[int, set[str]]:
@@ -56,16 +57,17 @@ def finish(processes: list[int], limit: float = LIMIT) -> list[int]:
                 statuses[process] = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > deadline:
                 os.kill(process, signal.SIGKILL)
-        time.sleep(0.005)
+        time.sleep(0.02)
     return [statuses[process] for process in processes]
 
 
 def wait_for(condition: Callable[[], bool], processes: list[int], limit: float = LIMIT) -> bool:
-    """Poll as fast as possible; False if the run ended first."""
+    """Poll; False if the run ended first."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         if condition():
             return True
+        time.sleep(0.002)
         if any(os.waitid(os.P_PID, one, os.WEXITED | os.WNOHANG | os.WNOWAIT) for one in processes):
             return False
     return False
@@ -98,9 +100,13 @@ def kill(mode: str, folder: Path, moment: str, seconds: float, draw: random.Rand
         begun = wait_for(lambda: max(losses(folder), default=0) > after, processes)
         struck = begun and wait_for(lambda: any(here.glob(f"*{PARTIAL}")), processes)
         time.sleep(draw.random() * 0.01)
-    else:
-        time.sleep(draw.uniform(0.1, seconds))
+    elif moment == "starting":
+        time.sleep(draw.uniform(0.1, seconds * 0.5))
         struck = True
+    else:
+        after = draw.randrange(1, STEPS)
+        struck = wait_for(lambda: max(losses(folder), default=0) >= after, processes)
+        time.sleep(draw.uniform(0.0, seconds * 0.1))
     which = draw.choice(["all", "one"]) if len(processes) > 1 else "all"
     strike(processes, signal.SIGKILL, which, draw)
     if which == "one":  # its peers notice, or the scheduler's patience ends
@@ -145,7 +151,7 @@ def kill_trial(mode: str, folder: Path, moment: str, straight: Path, seconds: fl
     """A run killed once or twice, then continued to its end."""
     kills = [kill(mode, folder, moment, seconds, draw)]
     if draw.random() < 0.25:
-        kills.append(kill(mode, folder, "any", seconds, draw))
+        kills.append(kill(mode, folder, "training", seconds, draw))
     fault = compare(folder, straight, finish(start(mode, folder)))
     left = [path.name for path in (folder / "checkpoints").iterdir() if PARTIAL in path.name]
     return {"signal": "SIGKILL", "moment": moment, "kills": kills, "fault": fault, "left": left}
@@ -169,7 +175,7 @@ def term_trial(mode: str, folder: Path, straight: Path, seconds: float, draw: ra
     asked = {"struck": running, "processes": which, "twice": twice, "step": step, "statuses": statuses}
     fault = f"exit statuses {statuses}" if any(statuses) else "" if named else "no checkpoint"
     fault = fault or compare(folder, straight, finish(start(mode, folder)))
-    return {"signal": "SIGTERM", "moment": "any", "kills": [asked | {"named": named, "corrupt": corrupt}], "fault": fault}
+    return {"signal": "SIGTERM", "moment": "listening", "kills": [asked | {"named": named, "corrupt": corrupt}], "fault": fault}
 
 
 def _alive(process: int) -> bool:
@@ -179,14 +185,14 @@ def _alive(process: int) -> bool:
 def report(trials: list[dict], seconds: float) -> str:
     """A table, and the two numbers that must be 0."""
     rows = ["| mode | signal | moment | trials | died mid-write | corrupt | diverged |", "|---|---|---|--:|--:|--:|--:|"]
-    keys = list(dict.fromkeys((t["mode"], t["signal"], t["moment"]) for t in trials))
+    keys = sorted({(t["mode"], t["signal"], t["moment"]) for t in trials})
     for key in keys:
         some = [t for t in trials if (t["mode"], t["signal"], t["moment"]) == key]
         mid = sum(any(k.get("partial") for k in t["kills"]) for t in some)
         corrupt = sum(k["corrupt"] for t in some for k in t["kills"])
         rows.append(f"| {' | '.join(key)} | {len(some)} | {mid} | {corrupt} | {sum(bool(t['fault']) for t in some)} |")
     kills = [t for t in trials if t["signal"] == "SIGKILL"]
-    terms = [t for t in trials if t["signal"] == "SIGTERM"]
+    terms = [t for t in trials if t["signal"] == "SIGTERM" and t["kills"][0]["struck"]]  # not those that had ended by then
     clean = sum(not any(t["kills"][0]["statuses"]) for t in terms)
     return "\n".join([
         "# Runs killed and continued",
@@ -207,9 +213,30 @@ def report(trials: list[dict], seconds: float) -> str:
 
 def plan(kills: int, terms: int) -> list[tuple[str, str, str]]:
     """Mode, signal and moment of every trial, spread evenly."""
-    modes, moments = list(MODES), ["any", "writing"]
-    planned = [(modes[i % 4], "SIGKILL", moments[i // 4 % 2]) for i in range(kills)]
-    return planned + [(modes[i % 4], "SIGTERM", "any") for i in range(terms)]
+    modes, moments = list(MODES), ["writing", "training", "training", "writing", "starting"]
+    planned = [(modes[i % 4], "SIGKILL", moments[i // 4 % 5]) for i in range(kills)]
+    return planned + [(modes[i % 4], "SIGTERM", "listening") for i in range(terms)]
+
+
+def run_straight(mode: str, folder: Path) -> float:
+    """The uninterrupted run, and how many seconds it took."""
+    begun = time.monotonic()
+    statuses = finish(start(mode, folder))
+    if any(statuses) or len(losses(folder)) != STEPS:
+        raise RuntimeError(f"the uninterrupted run failed:\n{(folder / 'log').read_text()[-3000:]}")
+    return time.monotonic() - begun
+
+
+def attempt(job: tuple) -> dict[str, Any]:
+    """One trial."""
+    mode, what, moment, folder, straight, seconds, seed = job
+    draw, begun = random.Random(seed), time.monotonic()
+    if what == "SIGKILL":
+        trial = kill_trial(mode, folder, moment, straight, seconds, draw)
+    else:
+        trial = term_trial(mode, folder, straight, seconds, draw)
+    log = {"log": (folder / "log").read_text()[-3000:]} if trial["fault"] else {}
+    return {"mode": mode, **trial, **log, "seconds": round(time.monotonic() - begun, 1)}
 
 
 def main() -> None:
@@ -218,27 +245,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=24, help="Runs to kill.")
     parser.add_argument("--terms", type=int, default=12, help="Runs to ask to end.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
+    parser.add_argument("--workers", type=int, default=2, help="Trials at a time.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder for kills.json and kills.md.")
     options = parser.parse_args()
-    draw, begun, trials = random.Random(options.seed), time.monotonic(), []
-    with tempfile.TemporaryDirectory() as name:
-        straight, seconds = {}, {}
-        for mode in MODES:
-            at, straight[mode] = time.monotonic(), Path(name, "straight", mode)
-            statuses = finish(start(mode, straight[mode]))
-            seconds[mode] = time.monotonic() - at
-            if any(statuses) or len(losses(straight[mode])) != STEPS:
-                raise SystemExit(f"the uninterrupted run failed:\n{(straight[mode] / 'log').read_text()[-3000:]}")
-        for number, (mode, what, moment) in enumerate(plan(options.kills, options.terms)):
-            folder = Path(name, str(number))
-            if what == "SIGKILL":
-                trial = kill_trial(mode, folder, moment, straight[mode], seconds[mode], draw)
-            else:
-                trial = term_trial(mode, folder, straight[mode], seconds[mode], draw)
-            trials.append({"mode": mode, **trial})
-            print(json.dumps(trials[-1]), flush=True)
-            if trial["fault"]:
-                print((folder / "log").read_text()[-3000:], flush=True)
+    begun, trials = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as name, get_context("fork").Pool(options.workers) as pool:
+        straight = {mode: Path(name, "straight", mode) for mode in MODES}
+        seconds = dict(zip(MODES, pool.starmap(run_straight, straight.items()), strict=True))
+        jobs = [
+            (mode, what, moment, Path(name, str(number)), straight[mode], seconds[mode], f"{options.seed}/{number}")
+            for number, (mode, what, moment) in enumerate(plan(options.kills, options.terms))
+        ]
+        for trial in pool.imap_unordered(attempt, jobs):
+            trials.append(trial)
+            print(json.dumps(trial), flush=True)
     options.results.mkdir(exist_ok=True)
     (options.results / "kills.json").write_text(json.dumps({"seed": options.seed, "trials": trials}, indent=1) + "\n")
     (options.results / "kills.md").write_text(report(trials, time.monotonic() - begun))

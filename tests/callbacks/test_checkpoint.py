@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from callbacks.checkpoint import RolloutCheckpoint
 from tests.test_strategy import module as two_module
@@ -145,30 +146,39 @@ def truncate(path):
     os.utime(path, ns=times)
 
 
-def one_disk_is_full(rank, build_module, folder):
-    """The disk of one process is full at the first save, and never again: the second's shards, the first's file."""
-    import torch.distributed.checkpoint as dcp
+class FullOnce:
+    """Shards find no room the first time."""
 
+    def __init__(self, write):
+        self.write, self.calls = write, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.write(*args)
+
+
+def fit_on_two(strategy, build_module, folder):
+    checkpoint = RolloutCheckpoint(2, dirpath=folder, filename="{step}", save_last="link")
+    run = two_trainer(strategy, folder, max_steps=4, callbacks=[checkpoint], enable_checkpointing=True)
+    run.strategy.checkpoint_io = CheckpointFiles()
+    with pytest.warns(UserWarning, match="training goes on"):
+        run.fit(build_module(), SceneData(batch_size=2, train_size=16))
+    return run.global_step, checkpoint.failures, sorted(path.name for path in folder.iterdir())
+
+
+def one_disk_is_full(rank, build_module, folder):
+    """The disk of one process is full at the first save: the second's with shards, the first's with a file."""
     results = []
     for strategy, failing in (("fsdp2", 1), ("ddp", 0)):
-        write, calls = dcp.FileSystemWriter.write_data, []
-
-        def write_data(self, *args):
-            calls.append(1)
-            if len(calls) == 1:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return write(self, *args)  # noqa: B023
-
-        here = Path(folder, strategy)
-        checkpoint = RolloutCheckpoint(2, dirpath=here, filename="{step}", save_last="link")
-        run = two_trainer(strategy, folder, max_steps=4, callbacks=[checkpoint], enable_checkpointing=True)
-        run.strategy.checkpoint_io = CheckpointFiles()
-        with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="training goes on"):
-            if rank == failing:
-                patch.setattr(dcp.FileSystemWriter, "write_data", write_data)
-                patch.setattr("uae.checkpoint_files.torch.save", Full({1} if strategy == "ddp" else ()))
-            run.fit(build_module(), SceneData(batch_size=2, train_size=16))
-        results.append((run.global_step, checkpoint.failures, sorted(path.name for path in here.iterdir())))
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == failing and strategy == "fsdp2":
+                full = FullOnce(dcp.FileSystemWriter.write_data)
+                patch.setattr(dcp.FileSystemWriter, "write_data", lambda *args, full=full: full(*args))
+            elif rank == failing:
+                patch.setattr("uae.checkpoint_files.torch.save", Full({1}))
+            results.append(fit_on_two(strategy, build_module, Path(folder, strategy)))
     return results
 
 
