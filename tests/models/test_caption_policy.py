@@ -116,6 +116,24 @@ def test_hidden_states_have_a_gradient(fresh, images):
     torch.testing.assert_close(norms[0], norms[1])
 
 
+def test_every_caption_takes_as_many_passes_as_any_other(fresh, images):
+    """A sharded policy gathers and reduces at every pass, so ranks whose captions end at once must not take fewer."""
+    passes = {}
+    heads = [module for name, module in fresh.policy.named_modules() if name.endswith("layers.0")]
+    for length in (1, 4):
+        seen = passes[length] = []
+        hooks = [head.register_forward_hook(lambda *_, seen=seen: seen.append("forward")) for head in heads]
+        hooks += [head.register_full_backward_hook(lambda *_, seen=seen: seen.append("backward")) for head in heads]
+        rollout = fresh.sample(fresh.prepare(images), 2, Sampling(1.0, 4), range(4))
+        rollout = replace(rollout, tokens_NT=rollout.tokens_NT[:, :length], mask_NT=rollout.mask_NT[:, :length])
+        seen.clear()
+        fresh.logprobs(rollout).sum().backward()
+        for hook in hooks:
+            hook.remove()
+    assert passes[1] == passes[4]
+    assert "backward" in passes[1]
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_captions_of_one_and_two_tokens(captioner, images, length):
     """Nothing, or a single token, is fed after the prompt: paths of their own in some libraries."""
