@@ -63,7 +63,7 @@ class Mask2Former:
         local = os.path.isdir(place)
         self.device = torch.device(device)
         try:
-            processor = AutoImageProcessor.from_pretrained(place, local_files_only=local)
+            processor = AutoImageProcessor.from_pretrained(place, local_files_only=local, trust_remote_code=False)
             model = Mask2FormerForUniversalSegmentation.from_pretrained(place, dtype=torch.float32, local_files_only=local)
         except (OSError, ImportError) as error:  # its loss, which nothing here computes, needs scipy
             reason = str(error).strip().splitlines()[0]

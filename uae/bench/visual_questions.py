@@ -46,8 +46,10 @@ class TransformersAnswerer:
         local = os.path.isdir(place)
         self.device, self.batch_size, self.max_tokens = torch.device(device), batch_size, max_tokens
         try:
-            kind = transformers.AutoConfig.from_pretrained(place, local_files_only=local).model_type
-            self.processor: Any = transformers.AutoProcessor.from_pretrained(place, local_files_only=local)
+            kind = transformers.AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=False).model_type
+            self.processor: Any = transformers.AutoProcessor.from_pretrained(
+                place, local_files_only=local, trust_remote_code=False
+            )
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(f"no model {path!r} here or on the hub ({reason}); set --vqa") from error
@@ -55,7 +57,7 @@ class TransformersAnswerer:
         if self.chats and not getattr(self.processor, "chat_template", None):
             raise ValueError(f"--vqa {path!r} ({kind}) is neither BLIP nor has it a chat template; allowed: one of them")
         loader = transformers.AutoModelForImageTextToText if self.chats else transformers.BlipForQuestionAnswering
-        model = loader.from_pretrained(place, dtype="auto", local_files_only=local)
+        model = loader.from_pretrained(place, dtype="auto", local_files_only=local, trust_remote_code=False)
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         if self.chats:
             self.processor.tokenizer.padding_side = "left"
