@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from tests.test_memory import kept_by, planned, rows_of
+from uae.grpo import GRPOLoss
 from uae.memory.counting import image_update_bytes
 from uae.memory.estimates import kv_bytes
 from uae.models import emu3, image_tokens, janus
@@ -88,3 +89,9 @@ def test_rows_by_what_trains(system, length, codes):
     one = rows_of(planned(system=system, train="both", reconstructions=1, batch_size=2))
     assert rows["both"]["image activations"].whole == 2 * one["image activations"].whole > 0
     assert rows["both"]["image activations"].phases == ("update",)
+
+
+@pytest.mark.parametrize(("train", "copied"), [("captions", False), ("images", True), ("both", True)])
+def test_a_kl_on_images_alone_copies_the_shared_network(train, copied):
+    changes = {"finetune": Full(), "loss": GRPOLoss(beta=0.0), "image_loss": GRPOLoss(beta=0.1), "train": train}
+    assert ("reference copy" in rows_of(planned(system=JanusPro(), batch_size=2, **changes))) == copied

@@ -157,7 +157,7 @@ class UnifiedGRPO(AutoEncoder):
         accumulate = self.trainer.accumulate_grad_batches
         step = (self.global_step * accumulate + batch_idx % accumulate) // self.batches_per_rollout
         with unsharded(self.policy), unsharded(self.image_policy):
-            self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self._references)
+            self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self.references)
         self._actions_M = {name: self._count(name, one.mask_RS) for name, one in self.experience.segments.items()}
         seen = self._log_all(
             measure.of_rollout(self.experience, self.plan.sampling.max_tokens)
@@ -184,7 +184,7 @@ class UnifiedGRPO(AutoEncoder):
         return self.experience.select(parts(len(batch["id"]), self.plan.mini_batches)[turn % self.plan.mini_batches])
 
     @property
-    def _references(self) -> list[str]:
+    def references(self) -> list[str]:
         """Segments whose loss has a KL to the start."""
         return [name for name, loss in self.losses.items() if loss.beta > 0 and name in SEGMENTS[self.plan.train]]
 
@@ -263,7 +263,7 @@ class UnifiedGRPO(AutoEncoder):
         train, umm = self.plan.train, self.system.build()
         with torch.random.fork_rng(devices=[]):  # the adapter's start is the same on every rank
             torch.manual_seed(self.plan.seed)
-            umm = prepare(umm, train, self._references, self.finetune, self.image_finetune, self.exploration)
+            umm = prepare(umm, train, self.references, self.finetune, self.image_finetune, self.exploration)
         self.reward.load()
         if self.unified_score is not None:
             self.unified_score.load()

@@ -68,7 +68,9 @@ def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[
     )
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an adapter's weights are read, and go nowhere: torch says so for each
-        module.finetune.attach(captioner, keep_reference=module.loss.beta > 0 or blueprint.needs_reference)
+        shared = blueprint.drawing is not None  # one network: a KL on either segment reads its copy
+        compared = bool(module.references) if shared else "caption" in module.references
+        module.finetune.attach(captioner, keep_reference=compared or blueprint.needs_reference)
     if processes.cast_to is not None:
         captioner.policy.to(processes.cast_to)
     return captioner.policy, captioner.reference_policy
