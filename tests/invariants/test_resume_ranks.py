@@ -42,7 +42,8 @@ class Seen(Recorder):
 
 
 def run(strategy, folder, finetune, devices, keep=False, resume=None):
-    seen, model = Seen(folder if keep else None), module(finetune, mini_batches=2)
+    seen, model = Seen(folder if keep else None), module(finetune)
+    model.num_iterations = 4  # and one mini-batch: several would be of other images with other numbers of processes
     model.optimizer = partial(torch.optim.AdamW, lr=0.01)
     model.scheduler = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 10)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
