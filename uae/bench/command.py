@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -34,3 +35,19 @@ def run(name: str, functions: Callable[..., Any] | Mapping[str, Callable[..., An
     """
     components: Any = functions if callable(functions) else dict(functions)
     return auto_cli(components, args=list(args), as_positional=False, parser_class=Parser, prog=f"python -m uae.bench {name}")
+
+
+def listed(args: Sequence[str], option: str) -> list[str]:
+    """Arguments in which ``--option a b c`` became one list, as the parser reads lists."""
+    rest, values = [], []
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        if word != option:
+            rest.append(word)
+            continue
+        while words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+    if len(values) == 1 and values[0].startswith("["):  # a list already
+        return [*rest, option, *values]
+    return [*rest, option, json.dumps(values)] if values else rest
