@@ -9,9 +9,9 @@ from PIL import Image
 from uae.data import ImageFolderData, SceneData
 from uae.data.captions import CaptionFiles
 from uae.data.folder import FolderSource, list_images
-from uae.data.pictures import Reading
 from uae.data.sampler import ImageLoader, TrainBatches
 from uae.data.source import id_of
+from uae.pictures import Reading
 from uae.scenes import describe
 
 

@@ -9,9 +9,9 @@ import tracemalloc
 import pytest
 
 from tests.data.archives import add, picture, write_shard, write_shards
-from uae.data.pictures import UnreadableImageError
 from uae.data.shards import TarShards, expand, inside, list_shards, members
 from uae.data.streaming import passable
+from uae.pictures import UnreadableImageError
 
 LIMIT = 2**20
 
@@ -150,7 +150,7 @@ def test_large_members_are_named_and_passed_over(tmp_path):
     archive_of(tmp_path / "t", ("1.png", bytes(5000), {}), ("2.png", picture(2), {}))
     big, good = items(tmp_path / "t", limit=4999)
     assert isinstance(big.content, UnreadableImageError)
-    assert "5000 bytes are above data.max_file_bytes=4999" in str(big.content)
+    assert "5000 bytes are above max_file_bytes=4999" in str(big.content)
     assert good.content == picture(2)
 
 

@@ -10,11 +10,11 @@ from tests.data.archives import add, numbers_of, picture, write_shard, write_sha
 from tests.data.test_sampler import Trivial, trainer
 from tests.two_processes import run_on_two
 from uae.data import WebDatasetData
-from uae.data.pictures import Reading
 from uae.data.sampler import ImageLoader
 from uae.data.shards import TarShards, list_shards
 from uae.data.source import id_of
 from uae.data.streaming import SequentialSource, StreamBatches, StreamSource
+from uae.pictures import Reading
 
 READING = Reading(4)
 

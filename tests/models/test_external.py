@@ -114,7 +114,7 @@ def test_no_more_than_the_given_workers(tmp_path):
 
 
 def test_a_wrong_answer_is_a_failure_and_not_kept(tmp_path):
-    with pytest.raises(RuntimeError, match="1 of 1 pictures.*cannot identify image file"):
+    with pytest.raises(RuntimeError, match="1 of 1 pictures.*none of BMP"):
         renderer(tmp_path, lambda *_: b"<html>busy</html>", retries=0).render(TextCondition(["a"]), [0])
     assert not entries(tmp_path)
 

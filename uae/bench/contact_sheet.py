@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from uae.data.pictures import read_picture
+from uae.pictures import read_picture
 
 CELL, CAPTION, MARGIN, GAP = 160, 16, 4, 20
 ROWS = 4

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from uae.bench.feature_cache import FeatureCache
-from uae.data.pictures import UnreadableImageError, read_picture
+from uae.pictures import UnreadableImageError, read_picture
 from uae.types import ImageEncoder
 
 

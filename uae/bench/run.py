@@ -25,9 +25,9 @@ from uae.bench.generate import sign, split
 from uae.cli import CLI
 from uae.data.folder import FolderSource, list_images
 from uae.data.module import ImageData, Stage
-from uae.data.pictures import Reading, UnreadableImageError, read_picture
 from uae.data.sampler import ImageSource
 from uae.evaluation import AutoEncoder
+from uae.pictures import Reading, UnreadableImageError, read_picture
 
 ROLE = "predict:"  # ids, and with them seeds, as in `uae.cli predict`
 

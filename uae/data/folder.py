@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from uae.data.captions import CaptionFiles
-from uae.data.pictures import SUFFIXES, Reading, read_picture
 from uae.data.source import Item, PictureSource
+from uae.pictures import SUFFIXES, Reading, read_picture
 
 __all__ = ["FolderSource", "list_images", "read_picture"]
 

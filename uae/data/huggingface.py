@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uae.data.pictures import MAX_FILE_BYTES
 from uae.data.source import Item
 from uae.data.tables import ROWS, Table, caption_of, content_of, required
+from uae.pictures import MAX_FILE_BYTES
 
 OF_THE_HUB = re.compile(r"(\w+://[^:]*::)?hf://")
 

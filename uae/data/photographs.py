@@ -10,12 +10,12 @@ from uae.data.captions import METADATA, CaptionFiles
 from uae.data.folder import FolderSource, list_images
 from uae.data.huggingface import HuggingFaceShards, HuggingFaceTable, load
 from uae.data.module import ImageData, Stage
-from uae.data.pictures import MAX_FILE_BYTES, MAX_PIXELS, Fit, Reading
 from uae.data.sampler import ImageSource, TrainBatches
 from uae.data.shards import TarShards, list_shards
 from uae.data.source import split_of
 from uae.data.streaming import SequentialSource, Shards, StreamBatches, StreamSource
 from uae.data.tables import ParquetTable, Table, TableSource, list_tables
+from uae.pictures import MAX_FILE_BYTES, MAX_PIXELS, Fit, Reading
 
 
 class PhotographData(ImageData):

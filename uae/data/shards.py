@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeAlias
 
-from uae.data.pictures import SUFFIXES, UnreadableImageError
 from uae.data.source import Item
+from uae.pictures import SUFFIXES, UnreadableImageError
 
 BLOCK = 512
 LONGEST_TEXT = 2**20  # bytes of a caption or of a long member name
@@ -111,7 +111,7 @@ class TarShards:
 
     def _content(self, size: int, take: Take) -> bytes | UnreadableImageError:
         if size > self.max_file_bytes:
-            return UnreadableImageError(f"{size} bytes are above data.max_file_bytes={self.max_file_bytes}")
+            return UnreadableImageError(f"{size} bytes are above max_file_bytes={self.max_file_bytes}")
         return take()
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from uae.data.pictures import Reading, UnreadableImageError
+from uae.pictures import Reading, UnreadableImageError
 from uae.types import ImageBatch
 
 

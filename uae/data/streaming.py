@@ -16,9 +16,9 @@ from typing import Protocol
 
 import torch
 
-from uae.data.pictures import Reading, UnreadableImageError
 from uae.data.sampler import TrainBatches
 from uae.data.source import Item, Picture, batch_of, decoded
+from uae.pictures import Reading, UnreadableImageError
 from uae.types import ImageBatch
 
 

@@ -9,8 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from uae.data.pictures import Reading, UnreadableImageError
 from uae.data.source import Item, PictureSource
+from uae.pictures import Reading, UnreadableImageError
 
 ROWS = 16  # taken from a file at a time
 

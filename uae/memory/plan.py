@@ -102,6 +102,8 @@ def _header(blueprint: Blueprint, sizes: Sizes, module: Any, processes: Processe
     drawn = ""
     if blueprint.rendering is not None:
         drawn = f", {blueprint.rendering.height} x {blueprint.rendering.width} pixels in calls of {blueprint.rendering.rows}"
+    if module.plan.train != "captions" and blueprint.drawing is None:
+        drawn += ", not counting what the renderer's own training takes"
     guess = f" (trainer.devices is all, none here: {processes.count} assumed)" if processes.assumed else ""
     return (
         f"{type(module.system).__name__} with {type(module.finetune).__name__}: {sizes.images} images x {sizes.group} "

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from uae.models.clients import client_name, import_client, one_line
 from uae.models.conditioners import TextCondition
-from uae.models.pictures import UNREADABLE, PictureCache, as_pixels, picture_of, read_picture
+from uae.models.pictures import PictureCache, as_pixels, picture_of
+from uae.pictures import UnreadableImageError, read_picture
 
 
 class ExternalRenderer:
@@ -122,7 +123,7 @@ class FolderRenderer(ExternalRenderer):
         for file in chosen:
             try:
                 opened[file] = opened[file] if file in opened else read_picture(file)
-            except UNREADABLE as error:
+            except UnreadableImageError as error:
                 raise ValueError(f"{one_line(error)}: replace {file.name} in the renderer's folder={self.folder!r}") from None
         return [opened[file] for file in chosen]
 

@@ -1,9 +1,8 @@
-"""Pictures made outside this process: reading them, and keeping them on disk."""
+"""Pictures made outside this process: what clients answer with, and keeping it on disk."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tempfile
@@ -12,22 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-# What Pillow raises for a file that is cut off, overwritten or no picture at all.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def read_picture(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """A file, or a file's content, as RGB: upright, transparent parts on white.
-
-    Raises:
-        UNREADABLE: It cannot be decoded to its end, or has more than 8 bits per channel.
-    """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        image.load()
-        return _as_rgb(ImageOps.exif_transpose(image))
+from uae.pictures import UnreadableImageError, as_rgb, read_picture
 
 
 def picture_of(answer: Any) -> Image.Image:
@@ -42,7 +29,7 @@ def picture_of(answer: Any) -> Image.Image:
     if isinstance(answer, bytes):
         return read_picture(answer)
     if isinstance(answer, Image.Image):
-        return _as_rgb(answer)
+        return as_rgb(answer)
     if not isinstance(answer, Tensor):
         raise ValueError(f"the client answered {type(answer).__name__}; allowed: bytes, PIL.Image, Tensor [3, H, W]")
     pixels = answer.detach().cpu()
@@ -60,15 +47,6 @@ def as_pixels(picture: Image.Image, height: int, width: int) -> Tensor:
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip these
-        raise ValueError(f"a picture of mode {image.mode}; allowed: 8 bits per channel")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 class PictureCache:
@@ -90,7 +68,7 @@ class PictureCache:
         """The picture of a key; None if there is none or its file is damaged."""
         try:
             return read_picture(self.file(*key))
-        except UNREADABLE:
+        except UnreadableImageError:
             return None
 
     def write(self, picture: Image.Image, *key: str | int) -> None:

@@ -77,25 +77,26 @@ def _content(file: str | Path | bytes | BinaryIO, limit: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             raise ValueError("not a regular file")
         if status.st_size > limit:
-            raise ValueError(f"{status.st_size} bytes are above data.max_file_bytes={limit}")
+            raise ValueError(f"{status.st_size} bytes are above max_file_bytes={limit}")
         return Path(file).read_bytes()
     content = file if isinstance(file, bytes) else file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"more bytes than data.max_file_bytes={limit}")
+        raise ValueError(f"more bytes than max_file_bytes={limit}")
     return content
 
 
 def _decoded(content: bytes, max_pixels: int) -> Image.Image:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} x {image.height} pixels are above data.max_pixels={max_pixels}")
+            raise ValueError(f"{image.width} x {image.height} pixels are above max_pixels={max_pixels}")
         image.load()
         with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels worse
             ImageOps.exif_transpose(image, in_place=True)
-        return _as_rgb(image)
+        return as_rgb(image)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode: transparent parts on white, 16 bits and floats scaled."""
     if image.mode.startswith("I") or image.mode == "F":  # Pillow's own conversion clips these at 255
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535.0 if image.mode.startswith("I") else 1.0 if values.max() <= 1 else 255.0
