@@ -70,7 +70,8 @@ def score(tmp_path):
 
 def test_mmbench_counts_a_question_when_every_rotation_is_right(tmp_path, score, capsys):
     said = {1: [1, 1, 1, 1], 2: [1, 1, 1, 0], 3: [0, 1, 1, 1], 4: [1, 1, 1, 1], 5: [1, 1, 1, 1]}
-    rows = [row for i, s in said.items() for row in rotations(i, f"t{i}", s, category="ocr" if i < 3 else "color", **{"L2-category": "fine"})]
+    groups = {i: {"category": "ocr" if i < 3 else "color", "L2-category": "fine"} for i in said}
+    rows = [row for i in said for row in rotations(i, f"t{i}", said[i], **groups[i])]
     rows = rows[:-1]  # question 5 lacks a rotation
     random.Random(0).shuffle(rows)
     result = score("--benchmark", "mmbench", "--predictions", write_tsv(tmp_path / "p.tsv", rows), "--variant", "dev_en_v11")
@@ -127,7 +128,8 @@ def write_lines(path, rows):
 def test_samples_of_lmms_eval_get_their_subtask_from_the_questions(tmp_path, score):
     questions = [{k: v for k, v in row.items() if k != "prediction"} for row in mmt()]
     text = "Question: <image>\n{question}\nA: cat\nB: dog\nC: hamster\nD: goldfish\nAnswer"
-    rows = [sample(i, mmt()[i]["prediction"], q["answer"], text.format(**q), accuracy={"overall": 0.0}) for i, q in enumerate(questions)]
+    said = [row["prediction"] for row in mmt()]
+    rows = [sample(i, said[i], q["answer"], text.format(**q), accuracy={"overall": 0.0}) for i, q in enumerate(questions)]
     random.Random(1).shuffle(rows)
     file, asked = write_lines(tmp_path / "s.jsonl", rows), write_lines(tmp_path / "q.jsonl", questions)
     result = score("--benchmark", "mmt", "--predictions", file, "--questions", asked)
@@ -145,10 +147,12 @@ def test_mmmu_samples_are_read_again_not_taken_as_the_harness_parsed_them(tmp_pa
     def row(i, said, answer, kind="multiple-choice"):
         name = f"validation_{'Art_Theory' if i < 2 else 'Math'}_{i}"
         meta = {"id": name, "subdomain": name[11:-2], "question_type": kind, "answer": answer, "parsed_pred": [answer]}
-        return sample(i, [said], answer, "What?\nA. one of them\nB. another\n\nAnswer" if kind != "open" else "How many?", mmmu_acc=meta)
+        text = "How many?" if kind == "open" else "What?\nA. one of them\nB. another\n\nAnswer"
+        return sample(i, [said], answer, text, mmmu_acc=meta)
 
     rows = [row(0, "B", "B"), row(1, "no idea", "A"), row(2, "the answer is 7", "7", "open"), row(3, "(A)", "B")]
-    result = score("--benchmark", "mmmu", "--predictions", write_lines(tmp_path / "a.jsonl", rows[:2]), write_lines(tmp_path / "b.jsonl", rows[2:]))
+    files = write_lines(tmp_path / "a.jsonl", rows[:2]), write_lines(tmp_path / "b.jsonl", rows[2:])
+    result = score("--benchmark", "mmmu", "--predictions", *files)
     assert {name: one["value"] for name, one in result["scores"].items()} == {"overall": 0.5, "Art_Theory": 0.5, "Math": 0.5}
     assert result["unparsed"] == 1  # counted as wrong although the harness drew the right letter
 
