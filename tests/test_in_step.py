@@ -98,26 +98,25 @@ def broken_files(root):
                 file.write_bytes(file.read_bytes()[:300])
 
 
-def bad_loss(loss):
-    return loss * NAN
-
-
-def bad_gradient(loss):
-    return loss + (loss.detach() + loss - loss.detach() - loss.detach() + (loss - loss.detach())).sqrt() * 0
-
-
-def hurt(module, faults):
-    """Faults by update, in the last mini-batch, on rank 1."""
+def bad_loss(module):
+    """The second update's last mini-batch, on rank 1."""
     step = module.training_step
 
     def training_step(batch, batch_idx):
         loss = step(batch, batch_idx)
         last = (batch_idx + 1) % module.trainer.accumulate_grad_batches == 0
-        if not last or rank() != module.trainer.world_size - 1:
-            return loss
-        return faults.get(module.global_step, lambda loss: loss)(loss)
+        return loss * NAN if module.global_step == 1 and last and rank() == module.trainer.world_size - 1 else loss
 
     module.training_step = training_step
+
+
+class BadGradient(L.Callback):
+    """The third update, in what rank 1 alone holds of a gradient."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == 2 and rank() == trainer.world_size - 1:
+            gradient = next(p.grad for p in module.parameters() if p.grad is not None)
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(NAN)
 
 
 def short_captions(module):
@@ -165,17 +164,17 @@ def run(strategy, scenario, root):
         unified_score=UnifiedScore({"layout": LayoutEncoder()}, bootstrap=0),
         **arguments,
     )
-    health, record = Health(), Record()
+    health, record, hurts = Health(), Record(), [BadGradient()] if "gradient" in scenario else []
     trainer = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy, max_steps=STEPS, gradient_clip_val=0.5,
         accumulate_grad_batches=arguments["mini_batches"], inference_mode=False, use_distributed_sampler=False,
         default_root_dir=root, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[health, record], num_sanity_val_steps=0,
+        enable_model_summary=False, callbacks=[*hurts, health, record], num_sanity_val_steps=0,
         check_val_every_n_epoch=None, val_check_interval=2,
     )  # fmt: skip
     data = folder(world, root) if "files" in scenario else scenes(world, **images)
     if "gradient" in scenario:
-        hurt(module, {1: bad_loss, 2: bad_gradient})
+        bad_loss(module)
     if "captions" in scenario:
         short_captions(module)
     trainer.fit(module, data)
