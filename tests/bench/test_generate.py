@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from PIL import Image
 from uae.bench import dpg, generate, geneval
 from uae.bench.generate import Drawing, Job, draw, save, seeds_of, split
 from uae.bench.system import load
+from uae.checkpoint_files import METADATA, VERSION
+from uae.shard_files import INDEX
 from uae.trainable import trainable_state
 
 ROOT = Path(__file__).parents[2]
@@ -166,8 +169,10 @@ def test_checkpoints_of_both_kinds_are_read(system, tmp_path):
     weights = {
         name: torch.full_like(parameter, 0.25) for name, parameter in system.module.named_parameters() if "lora_" in name
     }
-    torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
+    run = {VERSION: "2.6"}
+    torch.save({"state_dict": weights, **run}, tmp_path / "a.ckpt")
     dcp.save({"state_dict": weights}, checkpoint_id=tmp_path / "shards", no_dist=True)
+    torch.save(run, tmp_path / "shards" / METADATA)
     for path in ("a.ckpt", "shards"):
         read = load([*RANDOM, "--ckpt_path", str(tmp_path / path)], "cpu")
         state = read.module.state_dict()
@@ -175,11 +180,14 @@ def test_checkpoints_of_both_kinds_are_read(system, tmp_path):
         assert read.identity["checkpoint"] != system.identity["checkpoint"]
         assert not trainable_state(read.module, state)  # frozen
     weights.popitem()
-    torch.save({"state_dict": weights}, tmp_path / "b.ckpt")
+    torch.save({"state_dict": weights, **run}, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="1 missing"):
         load([*RANDOM, "--ckpt_path", str(tmp_path / "b.ckpt")], "cpu")
     with pytest.raises(FileNotFoundError, match="correct ckpt_path"):
         load([*RANDOM, "--ckpt_path", str(tmp_path / "c.ckpt")], "cpu")
+    (tmp_path / "shards" / INDEX).write_bytes(pickle.dumps(os.getcwd))
+    with pytest.raises(ValueError, match="which could run code"):
+        load([*RANDOM, "--ckpt_path", str(tmp_path / "shards")], "cpu")
 
 
 def test_what_cannot_draw_is_refused():

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from uae.bench.fingerprints import sha256
+from uae.checkpoint_files import read, read_metadata
 from uae.cli import CLI
 from uae.evaluation import AutoEncoder
+from uae.shard_files import PlainPlanner, ShardReader
 from uae.trainable import check_trainable_state, trainable_state
 from uae.types import UMM
 
@@ -103,21 +106,18 @@ def read_checkpoint(module: AutoEncoder, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It does not hold exactly what trains.
+        ValueError: It is damaged, no checkpoint, or does not hold exactly what trains.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {str(path)!r}: correct ckpt_path")
     if path.is_dir():
-        import torch.distributed.checkpoint as dcp
-
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        prefix = "state_dict."
+        read_metadata(path)
+        reader, prefix = ShardReader(path), "state_dict."
+        stored = reader.read_metadata().state_dict_metadata
         weights = {key.removeprefix(prefix): torch.empty(stored[key].size) for key in stored if key.startswith(prefix)}
-        dcp.load({"state_dict": weights}, checkpoint_id=path, no_dist=True)
+        dcp.load({"state_dict": weights}, storage_reader=reader, planner=PlainPlanner(), no_dist=True)
     else:
-        weights = torch.load(path, mmap=True, map_location="cpu", weights_only=True)["state_dict"]
-    check_trainable_state(module, weights)
+        weights = read(path, mmap=True)["state_dict"]
+    check_trainable_state(module, weights, path)
     module.load_state_dict(trainable_state(module, weights), strict=False)
 
 
