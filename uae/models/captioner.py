@@ -101,12 +101,16 @@ class HFCaptioner:
             self._prompts[instruction] = prompt
         return self._prompts[instruction]
 
-    def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> VLMContext:
-        """Images ``[B, 3, H, W]`` in [0, 1] (or a list of ``[3, H, W]`` of any sizes) to the model's inputs."""
+    def prepare(self, images_BCHW: Tensor, instruction: str | Sequence[str] | None = None) -> VLMContext:
+        """Images ``[B, 3, H, W]`` in [0, 1] (or a list of ``[3, H, W]`` of any sizes) to the model's inputs.
+
+        ``instruction`` is one for all, or one per image.
+        """
         images = [(image.clamp(0, 1) * 255).round().to(torch.uint8).cpu() for image in images_BCHW]
-        prompt = self.prompt(instruction or self.instruction)
+        asked = instruction or self.instruction
+        prompts = [self.prompt(one) for one in ([asked] * len(images) if isinstance(asked, str) else asked)]
         inputs = self.processor(
-            text=[prompt] * len(images), images=images, padding=True, padding_side="left", return_tensors="pt"
+            text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.device)
         rows, patches = dict(inputs), ()
         if "image_grid_thw" in rows:
