@@ -116,6 +116,14 @@ def test_answers_are_the_captioners_own_in_any_batch(harness):
     assert three.cached[1][:2] == ("generate_until", (QUESTIONS[1], SETTINGS))
 
 
+def test_the_question_is_the_instruction_without_the_harness_placeholder(harness):
+    model, asked = harness(), []
+    prompt = model.captioner.prompt
+    model.captioner.prompt = lambda text: asked.append(text) or prompt(text)
+    model.generate_until(requests(model))
+    assert asked == [QUESTIONS[0], "describe", *QUESTIONS[2:]]
+
+
 def test_limits_and_stops_are_the_tasks(harness):
     model = harness(batch_size=5)
     short = model.generate_until(requests(model, settings=lambda i: {"max_new_tokens": 2 if i % 2 else 12}))

@@ -105,20 +105,20 @@ def test_without_cases_there_is_no_interval(tmp_path, capsys):
 
 
 def test_geneval_is_paired_by_task_with_prompts_as_clusters(tmp_path, capsys):
-    right = {"a": [0, 0, 0, 0, 1, 1], "b": [1, 1, 0, 0, 1, 1]}
+    right = {"a": [0] * 12 + [1] * 4, "b": [1] * 4 + [0] * 8 + [1] * 4}  # four images per prompt
     for name, correct in right.items():
-        tags = ["colors"] * 4 + ["counting"] * 2
-        files = [f"{i // 2:05d}/samples/{i % 2:04d}.png" for i in range(6)]
+        tags = ["colors"] * 12 + ["counting"] * 4
+        files = [f"{i // 4:05d}/samples/{i % 4:04d}.png" for i in range(16)]
         rows = [{"filename": files[i], "tag": tag, "correct": bool(correct[i])} for i, tag in enumerate(tags)]
-        colors, counting = sum(correct[:4]) / 4, sum(correct[4:]) / 2
-        values = {"overall": ((colors + counting) / 2, 6), "colors": (colors, 4)}
+        colors, counting = sum(correct[:12]) / 12, sum(correct[12:]) / 4
+        values = {"overall": ((colors + counting) / 2, 16), "colors": (colors, 12)}
         scores = {key: {"value": value, "low": 0.0, "high": 1.0, "n": n} for key, (value, n) in values.items()}
         write_result(tmp_path / f"{name}.json", "GenEval [hf]", name, scores, {"name": "hf"}, {"prompts": "x"})
         (tmp_path / f"{name}.images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report(tmp_path / "a.json", tmp_path / "b.json")
     shown = capsys.readouterr().out
-    assert "+25.00 [+0.0, +50.0] n=6" in shown  # of two tasks; images count 33
-    assert "+50.00 [+0.0, +100.0] n=4 |" in shown  # two prompts; no test of single images
+    assert "+16.67 [+0.0, +50.0] n=16 |" in shown  # of two tasks; over images it would be 25
+    assert "+33.33 [+0.0, +100.0] n=12 |" in shown  # of three prompts; of twelve images it would end near 60
 
 
 def test_formats(before_after, tmp_path, capsys):

@@ -125,7 +125,7 @@ def write_lines(path, rows):
     return path
 
 
-def test_samples_of_lmms_eval_get_their_subtask_from_the_questions(tmp_path, score):
+def test_samples_of_lmms_eval_get_their_subtask_from_the_questions(tmp_path, score, capsys):
     questions = [{k: v for k, v in row.items() if k != "prediction"} for row in mmt()]
     text = "Question: <image>\n{question}\nA: cat\nB: dog\nC: hamster\nD: goldfish\nAnswer"
     said = [row["prediction"] for row in mmt()]
@@ -136,9 +136,12 @@ def test_samples_of_lmms_eval_get_their_subtask_from_the_questions(tmp_path, sco
     assert result["benchmark"] == "MMT-Bench [lmms-eval]"
     assert result["scores"]["small_object_detection"]["value"] == 0.45
     assert result["scores"]["overall"]["n"] == 50
-    write_lines(asked, questions[1:] + questions[:1])
-    with pytest.raises(SystemExit):
-        score("--benchmark", "mmt", "--predictions", file, "--questions", asked)
+    same = [{**question, "question": "what"} for question in questions]  # told apart by their answer alone
+    for others in (same[1:] + same[:1], [{**question, "question": "why"} for question in questions], questions[:-1]):
+        write_lines(asked, others)
+        with pytest.raises(SystemExit):
+            score("--benchmark", "mmt", "--predictions", file, "--questions", asked)
+        assert "give the" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         score("--benchmark", "mmt", "--predictions", file)
 

@@ -41,6 +41,12 @@ def test_questions_are_balanced_and_options_differ_in_one_attribute(subtask):
             check(subtask, left, right)
 
 
+def test_a_letter_stands_for_nothing():
+    for letter in range(4):
+        assert len({one.scenes[letter].background for one in questions("background", 40)}) == 4
+        assert len({len(one.scenes[letter].objects) for one in questions("small_object_presence", 40)}) == 3
+
+
 def check(subtask, left, right):
     if subtask == "background":
         assert left.background != right.background

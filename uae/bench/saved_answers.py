@@ -127,7 +127,6 @@ def _joined(row: dict[str, Any], asked: Sequence[Mapping[str, Any]] | None) -> d
     flat = dict(row)
     for inner in nested:
         flat |= {name if name in LETTERS else name.lower(): value for name, value in inner.items()}
-    flat.pop("parsed_pred", None)  # may have been drawn at random
     if asked is None or "doc_id" not in row:
         return flat
     number = int(row["doc_id"])
