@@ -59,8 +59,8 @@ def _text(option: str, text: str) -> int:
 def open_answer(said: str, truths: Sequence[str]) -> bool:
     """Whether an answer to an open question gives one of the true answers.
 
-    The parts of the answer behind "is", "so", "therefore" and the like (the shortest in each line or sentence; in the last
-    also behind "="), or all of it, are compared: numbers rounded to two decimals, words by containment, case aside.
+    The parts of the answer behind "is", "so", "therefore" and the like (the shortest in each line; in the last also behind
+    "="), or all of it, are compared: numbers rounded to two decimals, words by containment, case aside.
     """
     claims: set[str | float] = set()
     for part in _key_parts(said):
@@ -76,12 +76,12 @@ def open_answer(said: str, truths: Sequence[str]) -> bool:
 
 
 def _key_parts(said: str) -> list[str]:
-    parts = re.split(r"\.\s+|\n", said.strip().strip("."))
+    parts = said.strip().strip(".").split("\n")
     found = []
     for place, part in enumerate(parts):
         keys = (*_KEYS, "=") if place + 1 == len(parts) else _KEYS
         tails = [part.lower().rsplit(key, 1)[1].strip() for key in keys if key in part.lower()]
-        shortest = min(tails, key=len, default="")
+        shortest = min(filter(None, tails), key=len, default="")  # "paris " ends in a key
         if shortest.strip(" :,.!?;'"):
             found.append(shortest)
     return found or [said.strip().strip(".").lower()]
