@@ -31,7 +31,8 @@ def test_letters_are_read_by_the_rules_and_never_guessed(said, letter):
         ("The total is 1,024.", ["1024"], True), ("x = 3.1415", ["3.14"], True), ("x = 3.2", ["3.14"], False),
         ("It says so. Therefore Paris", ["paris"], True), ("the answer is 12 apples", ["12"], True), ("12", ["1"], False),
         ("so the answer is mitochondria", ["Mitochondria", "cell"], True), ("", ["5"], False), ("12 minus 5 gives 7", ["7"], True),
-        ("therefore Paris \nor so", ["paris"], True), ("The result is 5\nno, the result is 6", ["5"], True), ("1e3", ["1000"], True), ("-5", ["5"], False),
+        ("therefore Paris \nor so", ["paris"], True),
+        ("The result is 5\nno, the result is 6", ["5"], True), ("1e3", ["1000"], True), ("-5", ["5"], False),
     ],
 )  # fmt: skip
 def test_open_answers(said, truths, right):
