@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -226,11 +227,12 @@ def interrupted(line: str = "interrupted") -> NoReturn:
     raise SystemExit(INTERRUPTED) from None
 
 
-def main(args: Sequence[str] | None = None) -> CLI:
-    """Run the command line; user mistakes are one line and status 2, Ctrl-C is one line and status 130."""
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Inside, user mistakes are one line and status 2, Ctrl-C is one line and status 130."""
     quieten()
     try:
-        return CLI(args)
+        yield
     except KeyboardInterrupt:
         interrupted()
     except Exception as error:
@@ -238,6 +240,12 @@ def main(args: Sequence[str] | None = None) -> CLI:
         if line is None:
             raise
         fail(line)
+
+
+def main(args: Sequence[str] | None = None) -> CLI:
+    """Run the command line."""
+    with one_line_errors():
+        return CLI(args)
 
 
 if __name__ == "__main__":

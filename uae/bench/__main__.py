@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from uae.cli import debugging, fail, interrupted, mistake, quieten
+from uae.cli import fail, one_line_errors
 
 COMMANDS = {
     "score": "Unified-Bench protocol 1: similarity of sources and reconstructions",
@@ -30,23 +30,15 @@ def usage() -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command; user mistakes are one line and status 2, Ctrl-C is one line and status 130."""
+    """Run one command."""
     name, *rest = (sys.argv[1:] if args is None else list(args)) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
         return
     if name not in COMMANDS:
         fail(f"unknown command {name!r} of uae.bench; allowed: {', '.join(COMMANDS)}")
-    quieten()
-    try:
+    with one_line_errors():
         import_module(f"uae.bench.{name}").main(rest)
-    except KeyboardInterrupt:
-        interrupted()
-    except Exception as error:
-        line = None if debugging() else mistake(error)
-        if line is None:
-            raise
-        fail(line)
 
 
 if __name__ == "__main__":

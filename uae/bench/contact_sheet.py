@@ -19,9 +19,13 @@ def choose(score_N: np.ndarray, rows: int = ROWS) -> dict[str, list[int]]:
     order = np.argsort(score_N, kind="stable").tolist()
     rows = min(rows, max(1, len(order) // 3))
     middle = (len(order) - rows) // 2
-    chosen = {"worst": order[:rows], "median": order[middle : middle + rows], "best": order[-rows:]}
+    parts = {"worst": order[:rows], "median": order[middle : middle + rows], "best": order[-rows:]}
     taken: set[int] = set()
-    return {name: [n for n in positions if n not in taken and not taken.add(n)] for name, positions in chosen.items()}  # type: ignore[func-returns-value]
+    chosen = {}
+    for name, positions in parts.items():
+        chosen[name] = [n for n in positions if n not in taken]
+        taken |= set(positions)
+    return chosen
 
 
 def draw(

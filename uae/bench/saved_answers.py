@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,9 +65,8 @@ def read_answers(files: Sequence[str | Path], questions: str | Path | None = Non
                 answers.append(_answered(_joined(row, asked)))
             except ValueError as error:
                 bad.append(f"{Path(file).name} {where}: {error}")
-    seen: set[str] = set()
-    twice = [one.key for one in answers if one.key in seen or seen.add(one.key)]  # type: ignore[func-returns-value]
-    bad += [f"question {key!r} is answered twice" for key in twice]
+    times = Counter(one.key for one in answers)
+    bad += [f"question {key!r} is answered twice" for key, count in times.items() if count > 1]
     if bad or not answers:
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise ValueError(f"--predictions: {'; '.join(bad[:SHOWN]) or 'no row in ' + ', '.join(map(str, files))}{more}")
