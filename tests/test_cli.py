@@ -132,6 +132,18 @@ def test_checkpoints_never_override_the_configuration(fit, monkeypatch, tmp_path
     assert fit("--ckpt_path", file).model.plan.group == 3  # or the method has a new name, and ours overrides nothing
 
 
+@pytest.mark.parametrize("logger", ["true", "false", "lightning.pytorch.loggers.CSVLogger"])
+def test_last_finds_the_checkpoints_of_an_earlier_start_whatever_logs(fit, tmp_path, logger):
+    logging = ["--trainer.logger", logger, *(["--trainer.logger.save_dir", tmp_path] if "CSV" in logger else [])]
+    for _ in range(2):  # Lightning's loggers begin a new folder every time
+        trainer = fit(*logging).trainer
+        callback = trainer.checkpoint_callback
+        callback.setup(trainer, None, "fit")
+        assert callback.dirpath == "outputs/tiny/checkpoints"
+        trainer.loggers and trainer.logger.log_metrics({"x": 1.0}, step=0)
+    assert fit(*logging, "--trainer.default_root_dir", "big").trainer.checkpoint_callback.dirpath == "big/checkpoints"
+
+
 def test_the_saved_configuration_runs_again(fit, tmp_path):
     first = fit("--model.group", 4, "--config", FAST)
     saver = next(callback for callback in first.trainer.callbacks if isinstance(callback, SaveConfigCallback))

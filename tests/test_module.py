@@ -264,12 +264,19 @@ DAPO = GRPOLoss(aggregation="dapo")
         ({"mini_batches": 3}, {}, r"4 images.*model\.mini_batches=3"),
         ({"mini_batches": 4}, {"accumulate_grad_batches": 3}, "one must divide the other"),
         ({"loss": DAPO}, {"accumulate_grad_batches": 2}, r"aggregation=dapo.*spans 2 rollouts"),
-        ({"mini_batches": 2}, {"limit_train_batches": 3}, "ends inside a rollout"),
+        ({"mini_batches": 2}, {"limit_train_batches": 3}, "ends inside a rollout.* trainer.limit_train_batches=2$"),
+        ({"mini_batches": 2}, {"overfit_batches": 1}, "ends inside a rollout.* trainer.overfit_batches=2$"),
     ],
 )
 def test_runs_that_cannot_be_right_are_refused(build, trainer, module_changes, trainer_changes, message):
     with pytest.raises(ValueError, match=message):
         trainer(**trainer_changes).fit(build(**module_changes), data())
+
+
+def test_a_dry_run_of_one_batch_may_end_inside_a_rollout(build, trainer):
+    dry = trainer(fast_dev_run=True)
+    dry.fit(build(mini_batches=2), data())
+    assert dry.global_step == 1
 
 
 def test_a_batch_that_changes_within_a_rollout_is_refused(build, trainer):

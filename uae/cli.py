@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -120,6 +121,9 @@ class CLI(LightningCLI):
         if trainer.get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(Path(OUTPUTS, name))
         made = super().instantiate_trainer(**kwargs)
+        for callback in made.checkpoint_callbacks:  # a logger with a new folder per start would hide them from "last"
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(made.default_root_dir, "checkpoints"))
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # none is configured
             made.strategy.checkpoint_io = CheckpointFiles()
         return made

@@ -275,12 +275,13 @@ class UnifiedGRPO(AutoEncoder):
             self.image_policy = umm.renderer.policy
 
     def on_train_start(self) -> None:
-        """Refuse an epoch that would end inside a rollout."""
-        batches = self.trainer.num_training_batches
-        if batches != float("inf") and batches % self.batches_per_rollout:
+        """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""
+        batches, rollout = self.trainer.num_training_batches, self.batches_per_rollout
+        if batches != float("inf") and batches % rollout and not self.trainer.fast_dev_run:
+            key = "overfit_batches" if self.trainer.overfit_batches else "limit_train_batches"
             raise ValueError(
                 f"an epoch of {batches} training batches ends inside a rollout; allowed: a multiple of model.mini_batches * "
-                f"model.num_iterations={self.batches_per_rollout} (trainer.limit_train_batches, data.train_size)"
+                f"model.num_iterations={rollout}: set trainer.{key}={max(batches // rollout, 1) * rollout}"
             )
 
     def _check_gap(self, gap: float) -> None:

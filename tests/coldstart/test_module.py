@@ -1,9 +1,12 @@
 import json
+import os
+import signal
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
+from callbacks.preemption import Preemption
 from uae.coldstart import ColdStart, Objective
 from uae.systems.tiny import verify
 
@@ -53,6 +56,22 @@ def test_a_fit_lowers_the_loss_and_leaves_verified_weights(tmp_path):
 def test_a_dry_run_writes_nothing(tmp_path):
     fit(ColdStart(Line(), folder=str(tmp_path / "weights")), fast_dev_run=2)
     assert not (tmp_path / "weights").exists()
+
+
+def test_a_run_that_is_asked_to_end_writes_no_weights(tmp_path):
+    class Scheduler(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    model = ColdStart(Line(), folder=str(tmp_path / "weights"))
+    trainer = fit(model, callbacks=[Scheduler(), Preemption()], default_root_dir=tmp_path)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert trainer.global_step == 4
+    assert (tmp_path / "checkpoints/preempted.ckpt").exists()
+    assert not (tmp_path / "weights").exists()  # half of a training would pass for all of it
 
 
 def test_the_rate_rises_and_falls():

@@ -201,6 +201,16 @@ def test_streaming_tables_are_known_by_file(tmp_path):
     assert data(f"{tmp_path}/*.parquet", streaming=True, val_share=0.5).source("val") is None
 
 
+def test_a_folder_of_parquet_files_is_streamed_like_a_pattern(tables, tmp_path):
+    folder, files = (data(root, streaming=True).source("train") for root in (tables, f"{tables}/*.parquet"))
+    assert (len(files.shards), len(folder.shards)) == (1, 2)  # the pattern does not reach into sub
+    images = [item.content for shard in range(2) for item in folder.shards.items(shard)]
+    assert images == [data(tables).source("train").item(row).content for row in range(40)]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"data\.root=.*empty' holds no Parquet file"):
+        data(tmp_path / "empty", streaming=True).source("train")
+
+
 def test_sources_travel_to_workers(tables, tmp_path):
     for module in (data(tables), data(f"{tables}/a.parquet", streaming=True), data(f"{hugging_face(tmp_path / 'h')}:train")):
         copy = pickle.loads(pickle.dumps(module.source("train")))

@@ -134,8 +134,8 @@ class ColdStart(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def on_fit_end(self) -> None:
-        """Write the weights (averaged ones, where a callback averages) and their checksums."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        """Write the weights (averaged, where a callback averages) and their checksums, of a run that was not cut short."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and not self.trainer.interrupted:
             assert self.folder is not None
             self.objective.eval().save(self.folder)
             if self.of_system:

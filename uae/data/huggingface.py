@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uae.data.source import Item
-from uae.data.tables import ROWS, Table, caption_of, content_of, required
+from uae.data.tables import ROWS, Table, caption_of, content_of, list_tables, required
 from uae.pictures import MAX_FILE_BYTES
 
 OF_THE_HUB = re.compile(r"(\w+://[^:]*::)?hf://")
@@ -105,7 +105,11 @@ def load(root: str, subset: str | None, streaming: bool, columns: list[str], key
     name, colon, split = root.rpartition(":") if "://" not in root else (root, "", "")
     name, split = (name, split) if colon else (root, "train")
     place = Path(name).expanduser()
-    if place.is_dir():
+    files = list_tables(name, key) if place.is_dir() else None
+    if files:
+        paths = [str(files[0] / file) for file in files[1]]
+        found = datasets.load_dataset("parquet", data_files={split: paths}, split=split, streaming=streaming)
+    elif place.is_dir():
         found = datasets.load_from_disk(str(place))
         found = found[split] if isinstance(found, dict) else found
         found = found.to_iterable_dataset(num_shards=max(1, len(found) // 1000)) if streaming else found
