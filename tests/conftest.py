@@ -1,6 +1,7 @@
 """Random-weight models of real library classes, small enough for a test, and the parts of a run around them."""
 
 import copy
+import os
 from functools import partial
 
 import pytest
@@ -19,6 +20,15 @@ from uae.types import Sampling
 # A busy machine is no fault of what is tested: hypothesis would fail an example that takes more than 200 ms.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Lightning writes its rank into the environment: a command started later would wait for the processes of that run."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class Copies:
