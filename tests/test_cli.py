@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from uae import cli
 from uae.cli_errors import explain, parameters
+from uae.rewards import WeightedReward
 
 ROOT = Path(__file__).parents[1]
 TINY, FAST, UNTRAINED = ROOT / "configs/tiny.yaml", ROOT / "configs/debug/fast.yaml", ROOT / "tests/untrained.yaml"
@@ -90,6 +91,27 @@ def test_defects_keep_their_traceback(fit, monkeypatch):
     monkeypatch.setattr(cli.CLI, "_run_subcommand", broken)
     with pytest.raises(RuntimeError):
         fit()
+
+
+class Faulty(torch.utils.data.Dataset):
+    """Reads in a worker: by our own code, which says what is wrong, or by a defect."""
+
+    def __init__(self, defect):
+        self.defect = defect
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, position):
+        return [][position] if self.defect else WeightedReward({}, {})
+
+
+@pytest.mark.parametrize("defect", [False, True])
+def test_what_a_worker_refuses_is_one_line_too(defect):
+    with pytest.raises((ValueError, IndexError)) as caught:
+        next(iter(torch.utils.data.DataLoader(Faulty(defect), num_workers=1)))
+    line = cli.mistake(caught.value)
+    assert line is None if defect else line.startswith("reward parts and weights must name the same") and "Caught" not in line
 
 
 def test_debugging_keeps_every_traceback(fit, monkeypatch):
@@ -223,6 +245,19 @@ def test_a_missing_checkpoint_is_a_mistake(monkeypatch, tmp_path, capfd):
         cli.main(["validate", *configs(TINY, FAST, UNTRAINED), "--ckpt_path", "nowhere.ckpt"])
     assert stop.value.code == 2
     assert "nowhere.ckpt" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_place_that_takes_no_results_is_a_mistake(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr("sys.argv", ["uae"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/taken").touch()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", *configs(TINY, FAST, UNTRAINED), "--run_name", "taken"])
+    assert stop.value.code == 2
+    assert "outputs/taken" in (line := capfd.readouterr().err.splitlines()[-1])
+    assert line.startswith("error: ")
+    assert "correct run_name" in line
 
 
 def configs(*files):

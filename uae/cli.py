@@ -12,6 +12,7 @@ import errno
 import linecache
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,12 @@ _EXPECTED_WARNINGS = (
     r"`torch_dtype` is deprecated",  # its successor is unknown to diffusers 0.39
     r"It is recommended to use `self\.log\(.*sync_dist=True",  # metrics and measurements are reduced before they are logged
     r"The '\w+' does not have many workers",  # scenes are cheaper to draw than to send
+)
+_REFUSED_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+_OF_A_WORKER = re.compile(  # how PyTorch passes on what a process that loads data raised: its traceback as text
+    r'Caught (?:Value|Runtime)Error in DataLoader worker .*File "(?P<file>[^"\n]+)", line \d+, in [^\n]+\n\s+raise [^\n]*\n'
+    r"(?:\s[^\n]*\n)*(?:Value|Runtime)Error: (?P<message>.*)",
+    re.DOTALL,
 )
 _SPEAKS_TO_USERS = ("uae.", "callbacks.", "lightning.pytorch.trainer.")
 
@@ -178,24 +185,28 @@ def mistake(error: BaseException) -> str | None:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or isinstance(error, (FileNotFoundError, MisconfigurationException)):
+    if isinstance(error, OSError) and error.errno in _REFUSED_WRITING:
+        return _line(f"{error}: results go to {OUTPUTS}/<run_name>, make room or correct run_name")
+    if isinstance(error, (FileNotFoundError, MisconfigurationException)):
         return _line(str(error))
     if type(error).__module__.startswith("omegaconf"):
         return _line(f"interpolation in the configuration: {error}")
-    return next((_line(str(link)) for link in chain if _deliberate(link)), None)
+    return next((line for line in map(_written_for_users, chain) if line), None)
 
 
-def _deliberate(error: BaseException) -> bool:
-    """Whether a ``raise`` statement made it whose message is written for users."""
+def _written_for_users(error: BaseException) -> str | None:
+    """The message, if a ``raise`` statement made it whose message is written for users."""
     innermost = error.__traceback__
     while innermost is not None and innermost.tb_next is not None:
         innermost = innermost.tb_next
     if innermost is None or not isinstance(error, (ValueError, RuntimeError, ArithmeticError)):
-        return False
+        return None
+    if (worker := _OF_A_WORKER.match(str(error))) and Path(worker["file"]).is_relative_to(Path(__file__).parent):
+        return _line(worker["message"])
     code = innermost.tb_frame.f_code
     written_for_users = str(innermost.tb_frame.f_globals.get("__name__")).startswith(_SPEAKS_TO_USERS)
-    return written_for_users and linecache.getline(code.co_filename, innermost.tb_lineno).lstrip().startswith("raise ")
+    raised = linecache.getline(code.co_filename, innermost.tb_lineno).lstrip().startswith("raise ")
+    return _line(str(error)) if written_for_users and raised else None
 
 
 def _line(text: str) -> str:

@@ -41,7 +41,7 @@ def test_patterns_are_written_out_and_folders_listed(tmp_path):
     assert url[0] == "https://nowhere.invalid/x"
     assert len(url[1]) == 10_000
     (tmp_path / "empty").mkdir()
-    for root in (f"{tmp_path}/empty", f"{tmp_path}/s/*.tgz", ""):
+    for root in (f"{tmp_path}/empty", f"{tmp_path}/s/*.tgz", "", f"{tmp_path}/nowhere", f"{tmp_path}/nowhere.tar"):
         with pytest.raises(FileNotFoundError, match=r"data\.val_root="):
             list_shards(root, "data.val_root")
 

@@ -36,7 +36,7 @@ def list_shards(root: str, key: str) -> tuple[str, list[str]]:
     """The folder (or URL) of the shards and their names relative to it.
 
     ``root`` is a folder, a file, or either with ``*`` or ``{000..123}`` in its last part. Only patterns with ``*`` and folders
-    are listed; ranges are taken as they are, so that a missing shard is found out when it is read.
+    are listed; ranges and URLs are taken as they are, so that a missing shard is found out when it is read.
 
     Raises:
         FileNotFoundError: Nothing there; the message names the configuration ``key``.
@@ -50,6 +50,8 @@ def list_shards(root: str, key: str) -> tuple[str, list[str]]:
     if "*" in last:
         system, path = fsspec.core.url_to_fs(str(Path(folder).expanduser()) if "://" not in folder else folder)
         names = sorted(found.rpartition("/")[2] for found in system.glob(f"{path}/{last}"))
+    elif "{" not in root and "://" not in root and not Path(root).expanduser().exists():
+        names = []
     if not names or not last:
         raise FileNotFoundError(f"{key}={root!r} holds no shard: point {key} at *.tar, a folder of them or {{000..123}}.tar")
     return folder or ".", names

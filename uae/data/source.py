@@ -114,5 +114,5 @@ class PictureSource:
             except (OSError, ValueError) as error:
                 self._failures[name] = f"{type(error).__name__}: {error}"[:300]
         if replace:
-            raise ValueError(f"no image of these {len(self)} is readable; {name}: {self._failures[name]}")
+            raise ValueError(f"no image of these {len(self)} is readable; {name}: {self._failures[name]}: correct data.root")
         return None

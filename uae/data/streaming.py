@@ -121,7 +121,8 @@ class Lane:
                 yield None  # what the buffer holds was not looked at
             if len(self._barren) == total:
                 raise ValueError(
-                    f"no image of the {len(self.shards)} shards {self.shards.name(0)} ... is readable: {_last(self.failures)}"
+                    f"no image of the {len(self.shards)} shards {self.shards.name(0)} ... is readable: "
+                    f"{_last(self.failures)}: correct data.root"
                 )
 
 
