@@ -194,22 +194,27 @@ def test_the_judges_that_come_with_the_project(path):
 
 
 def test_the_command_line(tmp_path, capsys):
-    files = write_captions(tmp_path, {"Qwen2.5-VL": {"1.png": "a = b"}, "b c": {"1.png": "y"}})
+    files = write_captions(tmp_path, {"Qwen2.5-VL": {"1.png": "a = b"}, "B c": {"1.png": "y"}})
     judges = write_judges(tmp_path / "j.yaml", one=judge_entry("openai", SERVER))
     words = ["--images", str(tmp_path / "images"), "--folder", str(tmp_path / "w"), "--judges", judges, "--prompt", PROMPT]
     pairs = [word for name, file in files.items() for word in ("--captions", f"{name}={file}")]
     main(["judge", "build", *pairs, *words])
-    assert read_plan(tmp_path / "w").about["systems"] == ["Qwen2.5-VL", "b c"]
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"captions": files, "system": "b c"}))
+    assert read_plan(tmp_path / "w").about["systems"] == ["Qwen2.5-VL", "B c"]
+    assert read_plan(tmp_path / "w").about["system"] == "Qwen2.5-VL"  # named first, though not first in the alphabet
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"captions": files, "system": "B c"}))
     main(["judge", "build", "--config", str(tmp_path / "c.yaml"), *words])
-    assert read_plan(tmp_path / "w").about["system"] == "b c"
+    assert read_plan(tmp_path / "w").about["system"] == "B c"
     main(["judge", "run", "--folder", str(tmp_path / "w"), "--dry_run=true"])
     assert "USD about" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["judge", "score", "--folder", str(tmp_path / "w"), "--output", str(tmp_path / "r.json")])
     assert "no pair of" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main(["judge", "score", "--folder", str(tmp_path / "none"), "--output", "r", "--families", "b c=x"])
+        main(["judge", "score", "--folder", str(tmp_path / "none"), "--output", str(tmp_path / "r.json"), "--families", "B c=x"])
     error = capsys.readouterr().err
     assert "build first" in error
     assert error.count("\n") == 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        main(["judge", "build", *pairs, *words[2:], "--images", str(tmp_path / "empty")])
+    assert "holds none of the images" in capsys.readouterr().err

@@ -142,6 +142,7 @@ def test_formats(before_after, tmp_path, capsys):
     [
         ((), "results"), (("nothing.json",), "no result at"), (("{0}", "{0}copy"), "are of 'before'"),
         (("{0}", "--baseline", "them"), "none of the systems before"), (("{0}", "--scores", "zzz"), "finds no score"),
+        (("{0}", "--scores", "["), "no regular expression"), (("{0}", "--plot", "a.txt"), "--plot 'a.txt': allowed"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(before_after, capsys, words, said):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -142,6 +143,14 @@ def test_mistakes_are_one_line(reconstruct, words, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         reconstruct("ours", *words)
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_never_began_leaves_the_folder_to_the_next(reconstruct, tmp_path, capsys):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit, match="2"):
+        reconstruct("ours", "--ckpt_path", tmp_path / "other.ckpt")
+    assert "other.ckpt" in capsys.readouterr().err
+    assert len(pictures(reconstruct("ours"))) == 6
 
 
 def test_a_size_is_asked_for_where_none_is_configured_and_a_system_is_needed(sources, tmp_path, monkeypatch, capsys):

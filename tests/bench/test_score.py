@@ -262,6 +262,9 @@ def test_the_difference_is_printed_and_stored(score, tmp_path, capsys):
         (["--encoders", "nowhere.yaml"], "no encoders at 'nowhere.yaml'"),
         (["--compare", "nowhere.json"], "no result at 'nowhere.json'"),
         (["--batch_size", "0"], "must be 1 or more"),
+        (["--output", "."], "--output '.': allowed"),
+        (["--output", "sheet.png"], "allowed: a file that ends in .json"),
+        (["--output", "/proc/no/r.json"], "cannot be written (No such file or directory)"),
     ],
 )
 def test_mistakes_are_one_line(score, words, said, capsys):
@@ -270,6 +273,17 @@ def test_mistakes_are_one_line(score, words, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.strip().count("\n") == 0
+
+
+def test_a_result_of_other_encoders_is_refused_before_anything_is_measured(score, tmp_path, capsys, monkeypatch):
+    score()
+    other = json.loads((tmp_path / "result.json").read_text())
+    other["backend"]["encoders"]["dinov2"]["fingerprint"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    monkeypatch.setattr("uae.bench.score.measure", lambda *args: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="2"):
+        score("ours", "--compare", tmp_path / "other.json")
+    assert "different weights or preprocessing of dinov2" in capsys.readouterr().err
 
 
 def test_folders_without_a_pair_are_refused(score, folders, capsys):

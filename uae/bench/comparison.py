@@ -25,14 +25,7 @@ def paired_difference(ours: dict[str, Any], other: dict[str, Any], resamples: in
     Raises:
         ValueError: They are of different benchmarks or encoders, or share no source image.
     """
-    if not ours["benchmark"] == other["benchmark"] or "per_image" not in ours or "per_image" not in other:
-        raise ValueError(
-            f"{other['system']!r} has a result of {other['benchmark']!r}, {ours['system']!r} of {ours['benchmark']!r}; only results "
-            "of uae.bench score with the same encoders are compared"
-        )
-    differing = [name for name in ours["model_types"] if _mark(ours, name) != _mark(other, name)]
-    if differing:
-        raise ValueError(f"the two results were measured with different weights or preprocessing of {', '.join(differing)}")
+    check_comparable(ours, other)
     theirs = {(row["name"], row["source_sha256"]): row["cosine"] for row in other["per_image"]}
     rows = [(row["cosine"], theirs[key]) for row in ours["per_image"] if (key := (row["name"], row["source_sha256"])) in theirs]
     if not rows:
@@ -43,6 +36,22 @@ def paired_difference(ours: dict[str, Any], other: dict[str, Any], resamples: in
     columns = {"overall": list(range(len(names)))} | ({"held_out": held_out} if held_out else {})
     columns |= {name: [i] for i, name in enumerate(names)}
     return {name: score(bootstrap(gap_NE[:, at].mean(1), resamples, seed), len(gap_NE)) for name, at in columns.items()}
+
+
+def check_comparable(ours: dict[str, Any], other: dict[str, Any]) -> None:
+    """Refuse results that cannot be compared; of ``ours`` only benchmark, system and backend are read.
+
+    Raises:
+        ValueError: They are of different benchmarks or encoders.
+    """
+    if not ours["benchmark"] == other["benchmark"] or "per_image" not in other:
+        raise ValueError(
+            f"{other['system']!r} has a result of {other['benchmark']!r}, {ours['system']!r} of {ours['benchmark']!r}; only results "
+            "of uae.bench score with the same encoders are compared"
+        )
+    differing = [name for name in ours["backend"]["encoders"] if _mark(ours, name) != _mark(other, name)]
+    if differing:
+        raise ValueError(f"the two results were measured with different weights or preprocessing of {', '.join(differing)}")
 
 
 def _mark(result: dict[str, Any], encoder: str) -> str | None:

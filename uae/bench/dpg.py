@@ -21,7 +21,7 @@ from uae.bench.fingerprints import git_blob, sha256
 from uae.bench.generate import Drawing, Job, command, seeds_of
 from uae.bench.geneval_detector import read_upright
 from uae.bench.ledger import Ledger
-from uae.bench.result import Score, score, write_result
+from uae.bench.result import Score, check_output, score, write_result
 from uae.bench.score_table import score_table
 from uae.bench.system import working_device
 from uae.bench.visual_questions import MODEL, Answerer, TransformersAnswerer
@@ -95,6 +95,7 @@ def score_images(
         system: Name of what drew the images; the default is their folder's.
         device: Where the model works; the default is the first GPU, or the CPU.
     """
+    check_output(output)
     questions = read_questions(csv, mode)
     file = Path(answers) if answers else Path(output).with_suffix(".answers.jsonl")
     unreadable: dict[str, str] = {}

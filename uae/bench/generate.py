@@ -147,14 +147,16 @@ def share(part: str) -> tuple[int, int]:
     return int(i) - 1, int(n)
 
 
-def sign(folder: Path, identity: dict[str, Any]) -> None:
-    """Write down who draws into a folder, or check that it is who drew before.
+def sign(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
+    """Write down who draws into a folder (unless ``write`` is off), or check that it is who drew before.
 
     Raises:
         ValueError: It was another system, or the same with other weights or settings.
     """
     record, written = folder / RECORD, json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
     if not record.is_file():
+        if not write:
+            return
         write_whole(record, written.encode())
     before, now = (set(_leaves(json.loads(text)).items()) for text in (record.read_text(), written))
     if before != now:

@@ -24,7 +24,7 @@ from uae.bench.geneval_detector import Detector, read_upright
 from uae.bench.geneval_prompts import read_prompts, variant
 from uae.bench.geneval_rules import TAGS, Detection, Verdict, judge
 from uae.bench.ledger import Ledger
-from uae.bench.result import Score, score, write_result
+from uae.bench.result import Score, check_output, score, write_result
 from uae.bench.score_table import score_table
 from uae.bench.system import working_device
 from uae.intervals import Interval, bootstrap, mean_of_means, wilson
@@ -110,6 +110,7 @@ def score_images(
         color_weights: Its tag, or a file.
         device: Where models work; the default is the first GPU, or the CPU.
     """
+    check_output(output)
     cases = list(_cases(read_prompts(prompts), samples))
     if images is None and detections is None:
         raise ValueError("nothing to score: give --images DIR, or --detections FILE of an earlier run")

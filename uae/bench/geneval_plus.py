@@ -20,8 +20,8 @@ from uae.bench.judging.judges import Judge, read_judges
 from uae.bench.judging.prompt import Prompt, read_prompt
 from uae.bench.judging.requests import Plan, Question, image_digest, question, read_plan, write_plan
 from uae.bench.judging.stages import ask, open_cache, status
+from uae.bench.result import check_output, write_result
 from uae.bench.result import score as as_score
-from uae.bench.result import write_result
 from uae.bench.score_table import score_table
 from uae.intervals import mean_of_means, wilson
 
@@ -113,6 +113,7 @@ def score(folder: str, output: str, system: str | None = None, cache: str | None
         system: Name of what drew the images; the default is their folder's.
         cache: See ``run``.
     """
+    check_output(output)
     plan = read_plan(folder)
     answers, tags = open_cache(folder, cache), plan.about["tags"]
     said = {question.about["line"]: answers.answer(question, plan.prompt) for question in plan.questions}

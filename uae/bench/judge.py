@@ -23,7 +23,7 @@ from uae.bench.judging.requests import Plan, read_plan, write_plan
 from uae.bench.judging.resampling import weights
 from uae.bench.judging.stages import ask, open_cache, status
 from uae.bench.judging.win_rates import WinRates, elo, mean_rate, pair_summary, strangers
-from uae.bench.result import write_result
+from uae.bench.result import check_output, write_result
 
 BENCHMARK = "protocol2-compatible"
 ANSWERS = {"first", "second", "tie"}
@@ -63,6 +63,8 @@ def build(
     found = find_images(images, sorted({name for rows in texts.values() for name in rows}))
     pairs = compared(list(captions), ours, all_pairs)
     questions = tuple(caption_questions(panel, asked, texts, found, pairs))
+    if not found:
+        raise ValueError(f"--images {images!r} holds none of the images that the captions name; correct --images")
     about = _about(texts, found, pairs) | {"benchmark": BENCHMARK, "system": ours, "systems": list(captions)}
     about["normalized"] = {name: sum(texts[name][i] != text for i, text in raw[name].items()) for name in raw}
     inputs = {f"captions/{name}": sha256(path) for name, path in captions.items()}
@@ -129,6 +131,7 @@ def score(
         resamples: Of images, for intervals.
         seed: Of these.
     """
+    check_output(output)
     plan = read_plan(folder)
     answers = open_cache(folder, cache)
     _known(families or {}, plan.about["systems"])
@@ -235,5 +238,5 @@ def gathered(args: Sequence[str], options: Sequence[str]) -> list[str]:
         else:
             found[option][name] = file
     for option, mapping in found.items():
-        rest += [option, yaml.safe_dump(mapping, default_flow_style=True, width=10**6).strip()] if mapping else []
+        rest += [option, yaml.safe_dump(mapping, default_flow_style=True, width=10**6, sort_keys=False).strip()] if mapping else []
     return rest

@@ -20,6 +20,8 @@ from uae.bench.result import read_result
 
 FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {".md": markdown, ".csv": comma_separated, ".tex": latex}
 
+PLOTS = (".png", ".pdf", ".svg")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -54,6 +56,12 @@ def report(
     """
     if output and Path(output).suffix not in FORMATS:
         raise ValueError(f"--output {output!r}: allowed: a file of suffix {', '.join(FORMATS)}")
+    if plot and Path(plot).suffix not in PLOTS:
+        raise ValueError(f"--plot {plot!r}: allowed: a file of suffix {', '.join(PLOTS)}")
+    try:
+        re.compile(scores or "")
+    except re.error as error:
+        raise ValueError(f"--scores {scores!r} is no regular expression: {error}") from None
     files = [*results, *([baseline] if baseline and baseline.endswith(".json") else [])]
     entries = [Entry(Path(file), read_result(file)) for file in dict.fromkeys(files)]
     if not entries:

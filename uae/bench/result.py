@@ -6,6 +6,7 @@ import json
 import os
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypedDict
 
 from uae.intervals import Interval
@@ -25,6 +26,23 @@ class Score(TypedDict, total=False):
 def score(interval: Interval, n: int) -> Score:
     """An `Interval` as it is written."""
     return {"value": interval.value, "n": n, "low": interval.low, "high": interval.high}
+
+
+def check_output(path: str | Path) -> None:
+    """Refuse before hours of work what could not be written after them.
+
+    Raises:
+        ValueError: It is a folder, has another suffix than .json, or nothing can be written beside it.
+    """
+    target = Path(path)
+    if target.suffix != ".json" or target.is_dir():
+        raise ValueError(f"--output {str(path)!r}: allowed: a file that ends in .json; correct --output")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {str(path)!r} cannot be written ({error.strerror}); correct --output") from error
 
 
 def write_result(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from tqdm import tqdm
 
 from callbacks.predictions import Predictions, collect, finished
@@ -113,10 +114,13 @@ class Reconstruction(CLI):
             )
         reading = _reading(self.job, self.datamodule)
         names = list_images(self.job.sources, "sources")
-        sign(output, {
+        identity = {
             "model": config.model.as_dict(), "checkpoint": _checkpoint(config.ckpt_path),
             "sources": str(Path(self.job.sources).expanduser().resolve()), "reading": asdict(reading),
-        })  # fmt: skip
+        }  # fmt: skip
+        sign(output, identity, write=False)
+        # Signed when weights and checkpoint are in place: a run that fails before leaves the folder to the next one.
+        self.trainer.callbacks.append(LambdaCallback(on_predict_start=lambda *_: sign(output, identity)))  # type: ignore[attr-defined]
         done = finished(output)
         self.left, broken = readable(Path(self.job.sources).expanduser(), [n for n in names if n not in done], reading)
         self.datamodule = Remaining(

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from uae.bench.command import run
-from uae.bench.comparison import paired_difference
+from uae.bench.comparison import check_comparable, paired_difference
 from uae.bench.contact_sheet import draw
 from uae.bench.encoder_sets import EncoderSet, configured, described, official, read_encoders
 from uae.bench.feature_cache import FeatureCache, default_folder
 from uae.bench.features import Features
 from uae.bench.pairs import Pairs, pair
-from uae.bench.result import Score, read_result, write_result
+from uae.bench.result import Score, check_output, read_result, write_result
 from uae.bench.similarities import Similarities, measure, summarize
 
 NAME = "unified_bench_1"
@@ -61,18 +61,21 @@ def score_folders(
     """
     if min(batch_size, workers, resamples, max_pixels) < 1:
         raise ValueError("batch_size, workers, resamples and max_pixels must be 1 or more")
+    check_output(output)
     other = read_result(compare) if compare else None
     chosen, pairs = read_encoders(encoders), pair(sources, reconstructions)
     roots = Path(sources).expanduser(), Path(reconstructions).expanduser()
     features, backend = _load(chosen, device, FeatureCache((cache_folder or default_folder()) if cache else None),
                               batch_size=batch_size, workers=workers, max_pixels=max_pixels)  # fmt: skip
+    kind, name = benchmark(chosen), system or roots[1].resolve().name
+    if other is not None:
+        check_comparable({"benchmark": kind, "system": name, "backend": backend}, other)
     found = measure(features, pairs.matched, *roots)
     if not found.names:
         raise ValueError(_nothing(sources, reconstructions, pairs, found))
     content = _content(found, pairs, chosen, resamples) | {"backend": backend}
-    name = system or roots[1].resolve().name
     if other is not None:
-        rows = paired_difference({"benchmark": content["benchmark"], "system": name, **content}, other, resamples)
+        rows = paired_difference({"system": name, **content}, other, resamples)
         content["comparison"] = {"other": other["system"], "difference": rows}
     result = write_result(output, system=name, **content)
     table = markdown(result)

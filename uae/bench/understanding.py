@@ -18,7 +18,7 @@ import numpy as np
 from uae.bench.answer_parsing import choice, open_answer
 from uae.bench.command import listed, run
 from uae.bench.fingerprints import sha256
-from uae.bench.result import Score, score, write_result
+from uae.bench.result import Score, check_output, score, write_result
 from uae.bench.saved_answers import Answered, read_answers
 from uae.bench.score_table import score_table
 from uae.intervals import mean_of_means, wilson
@@ -80,6 +80,7 @@ def score_answers(
             different harnesses are not compared.
         system: Name of the model; the default is that of the first file.
     """
+    check_output(output)
     answers, program = read_answers(predictions, questions)
     cases = gather(answers, benchmark)
     if benchmark == "mmt" and not all(case.subtask for case in cases):
