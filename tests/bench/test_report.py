@@ -117,7 +117,7 @@ def test_geneval_is_paired_by_task_with_prompts_as_clusters(tmp_path, capsys):
         (tmp_path / f"{name}.images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report(tmp_path / "a.json", tmp_path / "b.json")
     shown = capsys.readouterr().out
-    assert "+16.67 [+0.0, +50.0] n=16 |" in shown  # of two tasks; over images it would be 25
+    assert "+16.67 [+0.00, +50.00] n=16 |" in shown  # of two tasks; over images it would be 25
     assert "+33.33 [+0.0, +100.0] n=12 |" in shown  # of three prompts; of twelve images it would end near 60
 
 

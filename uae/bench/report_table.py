@@ -65,7 +65,7 @@ class Table:
 
 
 def _score(score: Score | None) -> str:
-    return f"{100 * score['value']:.2f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}] n={score['n']}" if score else ""
+    return f"{100 * score['value']:.2f} [{100 * score['low']:.2f}, {100 * score['high']:.2f}] n={score['n']}" if score else ""
 
 
 def _difference(one: Difference | None) -> str:
@@ -74,7 +74,7 @@ def _difference(one: Difference | None) -> str:
     if one.low is None or one.high is None:
         return f"{100 * one.value:+.2f} (not paired)"
     p = "" if one.p is None else f" p={one.p:.2g}"
-    return f"{100 * one.value:+.2f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}] n={one.n}{p}"
+    return f"{100 * one.value:+.2f} [{100 * one.low:+.2f}, {100 * one.high:+.2f}] n={one.n}{p}"
 
 
 def _published(row: Published, name: str) -> str:
