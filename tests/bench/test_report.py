@@ -48,7 +48,7 @@ def test_known_answers(before_after, tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")}
     small = wilson(7, 10)
-    assert rows["small_object_detection"][2] == f"70.00 [{100 * small.low:.1f}, {100 * small.high:.1f}] n=10"
+    assert rows["small_object_detection"][2] == f"70.00 [{100 * small.low:.2f}, {100 * small.high:.2f}] n=10"
     assert rows["small_object_detection"][3].startswith("+60.00 [")
     assert rows["small_object_detection"][3].endswith(f"n=10 p={2 / 2**6:.2g}")  # six better, none worse
     assert rows["overall"][3].startswith("+35.00 [")
@@ -118,7 +118,7 @@ def test_geneval_is_paired_by_task_with_prompts_as_clusters(tmp_path, capsys):
     report(tmp_path / "a.json", tmp_path / "b.json")
     shown = capsys.readouterr().out
     assert "+16.67 [+0.00, +50.00] n=16 |" in shown  # of two tasks; over images it would be 25
-    assert "+33.33 [+0.0, +100.0] n=12 |" in shown  # of three prompts; of twelve images it would end near 60
+    assert "+33.33 [+0.00, +100.00] n=12 |" in shown  # of three prompts; of twelve images it would end near 60
 
 
 def test_formats(before_after, tmp_path, capsys):
