@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torchvision.transforms.functional import to_pil_image
+
+from uae.whole_files import write_whole
 
 ROWS = "captions.rank*.jsonl"
 
@@ -88,9 +90,8 @@ def collect(folder: Path, rows: Sequence[dict[str, Any]] = ()) -> list[dict[str,
     """Write ``captions.json``: one row per finished image, ordered by name; ``rows`` go before those of earlier runs."""
     by_name = finished(folder) | {row["name"]: row for row in rows}
     ordered = [by_name[name] for name in sorted(by_name)]
-    draft = folder / f".captions.json.{os.getpid()}"
-    draft.write_text(json.dumps(ordered, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(folder / "captions.json")
+    text = json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / "captions.json", text.encode())
     return ordered
 
 
@@ -116,11 +117,9 @@ def _torn(file: Path) -> bool:
 
 
 def _save(image_CHW: torch.Tensor, path: Path) -> None:
-    """Fill a hidden file beside ``path``, then give it its name at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
-    to_pil_image(image_CHW.float().clamp(0, 1).cpu()).save(draft, format="PNG")
-    draft.replace(path)
+    content = BytesIO()
+    to_pil_image(image_CHW.float().clamp(0, 1).cpu()).save(content, format="PNG")
+    write_whole(path, content.getvalue())
 
 
 def file_name(name: str) -> str:

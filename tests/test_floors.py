@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "types": 0, "remote_code": 0, "locations": 0, "placement": 0, "seeds": 0, "stopwatch": 0, "intervals": 0, "pictures": 0,
+    "whole_files": 0,
     "grpo": 1, "encoders": 1, "scenes": 1,
     "models": 2, "rewards": 2, "metrics": 2, "data": 2, "trainable": 2, "shard_files": 1, "checkpoint_files": 2, "event_log": 2,
     "systems": 3, "rollout": 3, "sharded_checkpoints": 2.5, "strategy": 3,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from uae.pictures import read_picture
+from uae.whole_files import write_whole
 
 CELL, CAPTION, MARGIN, GAP = 160, 16, 4, 20
 ROWS = 4
@@ -46,9 +48,9 @@ def draw(
                 picture = ImageOps.contain(read_picture(file, max_pixels), (CELL, CELL))
                 sheet.paste(picture, (left + side * (CELL + MARGIN), top))
             pen.text((left, top + CELL + 1), f"{100 * score_N[n]:.2f}  {_plain(names[n])}", fill="black")
-    draft = path.with_name(f".{path.name}")
-    sheet.save(draft, format="PNG")
-    draft.replace(path)
+    content = BytesIO()
+    sheet.save(content, format="PNG")
+    write_whole(path, content.getvalue())
 
 
 def _plain(name: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
+
+from uae.whole_files import write_whole
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -49,11 +50,8 @@ class FeatureCache:
         path = self._path(encoder, image)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         numbers = np.ascontiguousarray(feature_D, dtype=np.float32).tobytes()
-        draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        draft.write_bytes(hashlib.sha256(numbers).digest() + numbers)
-        draft.replace(path)
+        write_whole(path, hashlib.sha256(numbers).digest() + numbers)
 
     def _path(self, encoder: str | None, image: str) -> Path | None:
         if self.folder is None or encoder is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from uae.bench.command import run
 from uae.bench.system import Loaded, load
 from uae.seeds import seed_of
+from uae.whole_files import write_whole
 
 RECORD = "drawn_by.json"  # in the folder: who drew it, so that no other system's images get mixed in
 
@@ -73,11 +73,27 @@ def command(name: str, describe: Callable[..., Job], words: Sequence[str]) -> No
         describe: Its parameters are the command's options.
         words: What the user typed behind ``generate``.
     """
-    own, system = split(words, {f"--{option}" for option in signature(describe).parameters})
-    job: Job = run(f"{name} generate", describe, own)
-    if "--config" not in {word.partition("=")[0] for word in system}:
-        raise ValueError("no system to draw with: give --config FILE, a complete run as configs/tiny.yaml")
+    job, system = described(f"{name} generate", describe, words, "draw with")
     draw(load(system, job.device), job)
+
+
+def described(name: str, describe: Callable[..., Any], words: Sequence[str], purpose: str) -> tuple[Any, list[str]]:
+    """A job from a command's own options, and the words that are the system's.
+
+    Args:
+        name: Of the command.
+        describe: Makes the job; its parameters are the command's options.
+        words: What the user typed behind the command.
+        purpose: What the system is for, as the error says it.
+
+    Raises:
+        ValueError: No system is given.
+    """
+    own, system = split(words, {f"--{option}" for option in signature(describe).parameters})
+    job = run(name, describe, own)
+    if "--config" not in {word.partition("=")[0] for word in system}:
+        raise ValueError(f"no system to {purpose}: give --config FILE, a complete run as configs/tiny.yaml")
+    return job, system
 
 
 def split(words: Sequence[str], options: set[str]) -> tuple[list[str], list[str]]:
@@ -178,14 +194,6 @@ def save(images: Sequence[Tensor], path: Path) -> None:
     content = BytesIO()
     picture.save(content, format=Image.registered_extensions()[path.suffix.lower()])
     write_whole(path, content.getvalue())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Fill a hidden file beside ``path``, then give it its name at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from uae.bench.colors import MODEL, WEIGHTS
 from uae.bench.command import run
 from uae.bench.detection import DETECTOR
 from uae.bench.fingerprints import sha256
-from uae.bench.generate import Drawing, Job, command, seeds_of, write_whole
+from uae.bench.generate import Drawing, Job, command, seeds_of
 from uae.bench.geneval_detector import Detector, read_upright
 from uae.bench.geneval_prompts import read_prompts, variant
 from uae.bench.geneval_rules import TAGS, Detection, Verdict, judge
@@ -28,6 +28,7 @@ from uae.bench.result import Score, check_output, score, write_result
 from uae.bench.score_table import score_table
 from uae.bench.system import working_device
 from uae.intervals import Interval, bootstrap, mean_of_means, wilson
+from uae.whole_files import write_whole
 
 METADATA = "metadata.jsonl"
 

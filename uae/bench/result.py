@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TypedDict
 
 from uae.intervals import Interval
+from uae.whole_files import write_whole
 
 VERSIONED = ("torch", "transformers", "diffusers", "open_clip_torch")
 
@@ -75,11 +75,8 @@ def write_result(
         "versions": {name: metadata.version(name) for name in VERSIONED} | {"uae": metadata.version("uae")},
         **more,
     }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    draft.replace(target)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(Path(path), text.encode())
     return content
 
 

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +19,13 @@ from lightning.pytorch.callbacks import LambdaCallback
 from tqdm import tqdm
 
 from callbacks.predictions import Predictions, collect, finished
-from uae.bench import command
 from uae.bench.fingerprints import sha256
-from uae.bench.generate import sign, split
+from uae.bench.generate import described, sign
+from uae.bench.system import check_auto_encoder
 from uae.cli import CLI
 from uae.data.folder import FolderSource, list_images
 from uae.data.module import ImageData, Stage
 from uae.data.sampler import ImageSource
-from uae.evaluation import AutoEncoder
 from uae.pictures import Reading, UnreadableImageError, read_picture
 
 ROLE = "predict:"  # ids, and with them seeds, as in `uae.cli predict`
@@ -107,11 +105,7 @@ class Reconstruction(CLI):
         """Look for what is left to do before anything is loaded, and refuse another system's folder."""
         super().instantiate_classes()
         config, output = self.config["predict"], Path(self.job.output)
-        if not isinstance(self.model, AutoEncoder):
-            raise ValueError(
-                f"model={type(self.model).__name__} neither captions nor draws; give a complete run of "
-                "uae.module.UnifiedGRPO (configs/*.yaml)"
-            )
+        check_auto_encoder(self.model)
         reading = _reading(self.job, self.datamodule)
         names = list_images(self.job.sources, "sources")
         identity = {
@@ -185,10 +179,7 @@ def readable(root: Path, names: Sequence[str], reading: Reading, workers: int = 
 
 def main(args: Sequence[str]) -> None:
     """The command."""
-    own, system = split(args, {f"--{option}" for option in signature(job).parameters})
-    described: Job = command.run("run", job, own)
-    if "--config" not in {word.partition("=")[0] for word in system}:
-        raise ValueError("no system to run: give --config FILE, a complete run as configs/tiny.yaml")
+    asked, system = described("run", job, args, "run")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        Reconstruction(described, system)
+        Reconstruction(asked, system)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from uae.bench.command import run
 from uae.bench.comparison import check_comparable, paired_difference
@@ -22,6 +21,7 @@ from uae.bench.features import Features
 from uae.bench.pairs import Pairs, pair
 from uae.bench.result import Score, check_output, read_result, write_result
 from uae.bench.similarities import Similarities, measure, summarize
+from uae.bench.system import working_device
 
 NAME = "unified_bench_1"
 READING = "upright (EXIF), on white where transparent, 16 bit scaled to 8, first frame, RGB"
@@ -89,7 +89,7 @@ def score_folders(
 
 def _load(chosen: EncoderSet, device: str | None, cache: FeatureCache, **sizes: int) -> tuple[Features, dict[str, Any]]:
     """The encoders at work, and how the result names them."""
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = str(working_device(device))
     for encoder in chosen.encoders.values():
         encoder.load(place)
     records = {name: described(encoder) for name, encoder in chosen.encoders.items()}

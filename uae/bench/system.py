@@ -79,11 +79,7 @@ def load(words: Sequence[str], device: str | None = None) -> Loaded:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         described = _Described(["predict", *words])
     config, module = described.config["predict"], described.model
-    if not isinstance(module, AutoEncoder):
-        raise ValueError(
-            f"model={type(module).__name__} neither captions nor draws; give a complete run of uae.module.UnifiedGRPO "
-            "(configs/*.yaml)"
-        )
+    check_auto_encoder(module)
     module.reward, module.unified_score = _Unscored(), None  # type: ignore[assignment]
     module.configure_model()
     place = working_device(device)
@@ -94,6 +90,19 @@ def load(words: Sequence[str], device: str | None = None) -> Loaded:
         part.to(place)
     identity = {"model": _plain(config.model), "checkpoint": None if config.ckpt_path is None else sha256(config.ckpt_path)}
     return Loaded(module, place, identity, _precision(config.trainer.precision, place))
+
+
+def check_auto_encoder(module: Any) -> None:
+    """Refuse a configuration of anything else.
+
+    Raises:
+        ValueError: The model neither captions nor draws.
+    """
+    if not isinstance(module, AutoEncoder):
+        raise ValueError(
+            f"model={type(module).__name__} neither captions nor draws; give a complete run of uae.module.UnifiedGRPO "
+            "(configs/*.yaml)"
+        )
 
 
 def working_device(name: str | None) -> torch.device:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from uae.bench.judging.judges import Judge, judge_of
 from uae.bench.judging.prompt import Prompt, prompt_of
+from uae.whole_files import write_whole
 
 MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif"}
 
@@ -90,8 +90,9 @@ def write_plan(folder: str | Path, plan: Plan) -> None:
     judges = {name: {k: v for k, v in asdict(judge).items() if k not in ("name", "vendor")} for name, judge in plan.judges.items()}
     content = {"judges": judges, "prompt": asdict(plan.prompt), "inputs": dict(plan.inputs), "about": dict(plan.about)}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _replace(Path(folder, "requests.jsonl"), (json.dumps(asdict(question)) + "\n" for question in plan.questions))
-    _replace(Path(folder, "plan.json"), [json.dumps(content, indent=2) + "\n"])
+    lines = "".join(json.dumps(asdict(question)) + "\n" for question in plan.questions)
+    write_whole(Path(folder, "requests.jsonl"), lines.encode())
+    write_whole(Path(folder, "plan.json"), (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_plan(folder: str | Path) -> Plan:
@@ -110,10 +111,3 @@ def read_plan(folder: str | Path) -> Plan:
         raise ValueError(f"plan.json or requests.jsonl in {str(folder)!r} cannot be read; build again, answers are kept") from None
     judges = {name: judge_of(name, entry) for name, entry in content["judges"].items()}
     return Plan(judges, prompt_of(content["prompt"], "plan.json"), questions, content["inputs"], content["about"])
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w") as file:
-        file.writelines(lines)
-    draft.replace(path)
