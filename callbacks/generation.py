@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from uae.metrics.mini_geneval import mini_geneval
-from uae.strategy import unsharded
 
 
 class MiniGenEval(Callback):
@@ -26,7 +25,7 @@ class MiniGenEval(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All ranks draw the same images, so there is nothing to reduce."""
         module: Any = pl_module
-        with unsharded(module.policy), unsharded(module.image_policy):
+        with module.whole_policies():
             scores = mini_geneval(module.umm, self.prompts, self.seed)
         pl_module.log_dict({f"generation/{task}": score for task, score in scores.items()})
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from uae.rollout import Experience, roll_out
-from uae.strategy import unsharded
 from uae.types import ImageBatch
 
 TILE = 160  # pixels, for an image and for the caption under it
@@ -99,7 +98,7 @@ class RolloutPanels(Callback):
         # One mini-batch fits any number of images, and a batch-wide scale would mix in other ranks' examples.
         scale = "group" if module.plan.advantage_scale == "batch" else module.plan.advantage_scale
         plan = replace(module.plan, mini_batches=1, advantage_scale=scale, train="captions", reconstructions=1)
-        with unsharded(module.policy), unsharded(module.image_policy):
+        with module.whole_policies():
             return roll_out(module.umm, module.reward, batch, plan, step=-1)
 
 

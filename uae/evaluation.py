@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,7 +79,7 @@ class AutoEncoder(LightningModule):
             ``id`` [B]; ``image`` and ``reconstruction`` [B, 3, H, W]; ``caption``, B strings; ``reward`` [B] and
             ``reward/<part>`` [B].
         """
-        with unsharded(self.policy), unsharded(self.image_policy):
+        with self.whole_policies():
             rollout, reconstructions_BCHW, _ = autoencode(self.umm, batch, self.evaluation, step=-1)
         rewards = self.reward(batch["image"], reconstructions_BCHW, rollout.texts)
         return {
@@ -88,6 +90,12 @@ class AutoEncoder(LightningModule):
             "reward": rewards.reward_BG.flatten(),
             **{f"reward/{name}": part_BG.flatten() for name, part_BG in rewards.parts.items()},
         }
+
+    @contextmanager
+    def whole_policies(self) -> Iterator[None]:
+        """Inside, the weights of both policies are whole, also where a strategy shards them; see `uae.strategy.unsharded`."""
+        with unsharded(self.policy), unsharded(self.image_policy):
+            yield
 
     def _log_metrics(self, stage: str) -> None:
         values: dict[str, Any] = {f"{stage}_reward/mean": self.mean_reward.compute()}

@@ -27,7 +27,7 @@ from uae.policies import is_shared, prepare, roots
 from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Train, parts, roll_out
 from uae.stopwatch import now
-from uae.strategy import refuse_other_sharding, unsharded
+from uae.strategy import refuse_other_sharding
 from uae.trainable import check_trainable_state, trainable_state
 from uae.types import ImageBatch, Sampling, System
 
@@ -156,7 +156,7 @@ class UnifiedGRPO(AutoEncoder):
         """Roll out, and refuse a run whose sampler and training code disagree about the policy."""
         accumulate = self.trainer.accumulate_grad_batches
         step = (self.global_step * accumulate + batch_idx % accumulate) // self.batches_per_rollout
-        with unsharded(self.policy), unsharded(self.image_policy):
+        with self.whole_policies():
             self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self.references)
         self._actions_M = {name: self._count(name, one.mask_RS) for name, one in self.experience.segments.items()}
         seen = self._log_all(
