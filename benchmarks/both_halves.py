@@ -22,7 +22,7 @@ COLUMNS = {
     "caption/tiny_full": "tiny full", "reconstruction/whole": "whole", "reconstruction/faithful": "caption -> image, strict",
     "generation/overall": "mini-GenEval, strict",
 }  # fmt: skip
-GENERATION = ("--trainer.callbacks+=callbacks.generation.MiniGenEval", "--trainer.callbacks.prompts=64")
+GENERATION = ("--trainer.callbacks+=uae.miniature.callbacks.mini_geneval.MiniGenEval", "--trainer.callbacks.prompts=64")
 
 
 def janus(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, __version__
 
-from uae.pictures import Reading, UnreadableImageError
+from uae.files.pictures import Reading, UnreadableImageError
 
 RESULTS = Path(__file__).parent / "results"
 READING = Reading(32, "crop")

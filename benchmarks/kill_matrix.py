@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.kill_trials import MODES, STEPS, start
-from uae.checkpoint_files import PARTIAL, read, read_metadata
-from uae.shard_files import PlainPlanner, ShardReader
+from uae.checkpoints.files import PARTIAL, read, read_metadata
+from uae.checkpoints.shards import PlainPlanner, ShardReader
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 400.0  # seconds for a run to end, on a busy machine

@@ -21,9 +21,9 @@ from lightning.pytorch import Callback, Trainer
 from callbacks.checkpoint import RolloutCheckpoint
 from callbacks.preemption import Preemption
 from tests.tiny_random import RandomTiny
-from uae.checkpoint_files import CheckpointFiles
-from uae.data import SceneData
+from uae.checkpoints.files import CheckpointFiles
 from uae.grpo import GRPOLoss
+from uae.miniature.data import SceneData
 from uae.models.finetune import Full, LoRA
 from uae.module import UnifiedGRPO
 from uae.rewards import CaptionFormat, WeightedReward

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from runs import Run, train
 
-from uae.coldstart.contrastive import edit
 from uae.encoders import LayoutEncoder, similarity
-from uae.metrics.mini_geneval import mini_geneval
-from uae.metrics.scenes import SceneScore, agreement, shows
 from uae.metrics.unified_score import UnifiedScore
+from uae.miniature.metrics.mini_geneval import mini_geneval
+from uae.miniature.metrics.scenes import SceneScore, agreement, shows
+from uae.miniature.pretraining.contrastive import edit
+from uae.miniature.scenes import TERSE, Detail, describe, detect, is_detailed, parse, render, scene_of
+from uae.miniature.tiny import Tiny, TinyCLIP, TinyJudge
 from uae.models.finetune import Full, LoRA
-from uae.scenes import TERSE, Detail, describe, detect, is_detailed, parse, render, scene_of
-from uae.systems.tiny import Tiny, TinyCLIP, TinyJudge
 from uae.types import UMM, Sampling
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,8 +28,8 @@ import psutil
 import torch
 from PIL import Image
 
-from uae.bench.score import score_folders
-from uae.systems.rehearsal.encoders import ENCODERS
+from uae.bench.score.command import score_folders
+from uae.rehearsal.encoders import ENCODERS
 
 RESULTS = Path("benchmarks/results")
 OFFICIAL = {
@@ -140,7 +140,7 @@ def memory(root: Path, pairs: int, size: int) -> dict[str, Any]:
         for n in range(pairs):
             os.link(files[n % 50], many / folder.name / f"{n:05d}{files[0].suffix}")
     process, curve = psutil.Process(), []
-    from uae.bench import similarities
+    from uae.bench.score.command import similarities
 
     add = similarities._Ring.add
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from uae.checkpoint_files import newest, partial_of, publish, remove, tidy
+from uae.checkpoints.files import newest, partial_of, publish, remove, tidy
 
 
 class NotSavedError(Exception):

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from uae.models.checkpoints import save_state
-from uae.models.low_rank import check_low_rank, merge_adapter, split_adapter
+from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
+from uae.weights.state import save_state
 
 WRAPPER = "base_model.model."  # PEFT's, before the names of what it wraps
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torchvision.transforms.functional import to_pil_image
 
-from uae.whole_files import write_whole
+from uae.files.whole import write_whole
 
 ROWS = "captions.rank*.jsonl"
 

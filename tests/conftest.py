@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, settings
 from lightning.pytorch import Trainer
 
 from tests.tiny_random import RandomTiny
-from uae.data.module import SceneData
 from uae.encoders import LayoutEncoder
 from uae.grpo import GRPOLoss
+from uae.miniature.data import SceneData
+from uae.rehearsal.catalog import write
 from uae.rewards import BaseReward, EncoderSimilarity, WeightedReward
-from uae.systems.rehearsal.catalog import write
 from uae.types import Sampling
 
 # A busy machine is no fault of what is tested: hypothesis would fail an example that takes more than 200 ms.

@@ -18,8 +18,8 @@ class RandomTiny:
         self.captioner_layers, self.denoising_steps, self.spread = captioner_layers, denoising_steps, spread
 
     def build(self) -> UMM:
-        from uae.models.captioner import HFCaptioner
-        from uae.systems.tiny import INSTRUCTION, create_decoder, processor
+        from uae.miniature.tiny import INSTRUCTION, create_decoder, processor
+        from uae.models.captioners.captioner import HFCaptioner
 
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -29,7 +29,7 @@ class RandomTiny:
         return UMM(captioner, conditioner.requires_grad_(False).eval(), renderer)
 
     def language_model(self):
-        from uae.systems.tiny import create_captioner
+        from uae.miniature.tiny import create_captioner
 
         torch.manual_seed(0)
         model = create_captioner(layers=self.captioner_layers)

@@ -18,17 +18,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from uae import measure
+from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
 from uae.models.finetune import Finetune
-from uae.models.flow_policy import Exploration
+from uae.models.flow.policy import Exploration
 from uae.policies import is_shared, prepare, roots
 from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Train, parts, roll_out
 from uae.stopwatch import now
 from uae.strategy import refuse_other_sharding
-from uae.trainable import check_trainable_state, trainable_state
 from uae.types import ImageBatch, Sampling, System
 
 
@@ -48,7 +48,7 @@ class UnifiedGRPO(AutoEncoder):
         reconstructions: M, images drawn of every caption. A caption's reward is their mean; a renderer's images are
             compared within their caption, or, where M is 1, share their caption's advantage.
         image_loss: Of the renderer's actions; None is ``loss``. Diffusion steps need clip ranges near 1e-4, see
-            `uae.models.sde`.
+            `uae.models.flow.sde`.
         image_weight: Of the images' loss; the captions' counts 1. Each is normalised over its own actions.
         image_finetune: What trains in a renderer with weights of its own.
         image_lr: Its learning rate; None is the optimizer's.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from uae.models.finetune import Finetune
-from uae.models.flow_policy import Exploration, FlowPolicy
+from uae.models.flow.policy import Exploration, FlowPolicy
 from uae.rollout import Train
 from uae.types import UMM
 
@@ -32,7 +32,7 @@ def prepare(
         finetune: Of the captioner, or of the one network that is captioner and renderer.
         image_finetune: Of a renderer with weights of its own.
         exploration: How a diffusion renderer, which has no log-probs of its own, explores; see
-            `uae.models.flow_policy.Exploration`. Renderers of image tokens do without.
+            `uae.models.flow.policy.Exploration`. Renderers of image tokens do without.
 
     Returns:
         The system, with a renderer that has log-probs where it trains.
@@ -91,6 +91,6 @@ def _explorer(renderer: Any, exploration: Exploration | None) -> Any:
     if exploration is None:
         raise ValueError(
             f"{type(renderer).__name__} has no actions with log-probs, so it cannot learn from rewards: set "
-            "model.exploration (uae.models.flow_policy.Exploration, for flow-matching pipelines), or model.train=captions"
+            "model.exploration (uae.models.flow.policy.Exploration, for flow-matching pipelines), or model.train=captions"
         )
     return FlowPolicy(renderer, exploration)

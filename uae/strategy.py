@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from uae.sharded_checkpoints import ShardedCheckpoints
+from uae.checkpoints.sharded import ShardedCheckpoints
 
 
 def shard(policy: nn.Module, mesh: DeviceMesh, precision: MixedPrecisionPolicy | None = None) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.bench.fake_judges import PROMPT, SECRET, judge_entry, write_captions, write_judges
-from uae.bench import judge
+from tests.bench.judging.fake_judges import PROMPT, SECRET, judge_entry, write_captions, write_judges
+from uae.bench.judging import command as judge
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from uae.bench.__main__ import COMMANDS, main
-from uae.bench.command import run
+from uae.bench.arguments import run
 from uae.bench.result import read_result, score, write_result
-from uae.intervals import wilson
+from uae.metrics.intervals import wilson
 
 
 def count(folder: str, limit: int = 4) -> tuple[str, int]:

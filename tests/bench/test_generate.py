@@ -13,12 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 
-from uae.bench import dpg, generate, geneval
+from uae.bench import generate
+from uae.bench.dpg import command as dpg
 from uae.bench.generate import Drawing, Job, draw, save, seeds_of, split
+from uae.bench.geneval import command as geneval
 from uae.bench.system import load
-from uae.checkpoint_files import METADATA, VERSION
-from uae.shard_files import INDEX
-from uae.trainable import trainable_state
+from uae.checkpoints.files import METADATA, VERSION
+from uae.checkpoints.shards import INDEX
+from uae.checkpoints.trainable import trainable_state
 
 ROOT = Path(__file__).parents[2]
 RANDOM = ["--config", str(ROOT / "configs/tiny.yaml"), "--config", str(ROOT / "tests/untrained.yaml")]

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 from callbacks.predictions import finished
 from uae.bench.__main__ import main
 from uae.bench.result import read_result
-from uae.scenes import render, scene_of
+from uae.miniature.scenes import render, scene_of
 
 ROOT = Path(__file__).parents[2]
 FILES = ("configs/tiny.yaml", "configs/debug/fast.yaml", "tests/untrained.yaml")
@@ -67,7 +67,7 @@ def test_a_folder_becomes_captions_and_reconstructions_that_can_be_scored(recons
 def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(reconstruct, sources, tmp_path, capsys):
     whole = reconstruct("whole")
     options = ["--sources", sources, "--output", tmp_path / "ours", "--image_size", 24, "--batch_size", 1]
-    words = [*SYSTEM, *map(str, options), "--trainer.callbacks+=tests.bench.killer.Killer"]
+    words = [*SYSTEM, *map(str, options), "--trainer.callbacks+=tests.bench.judging.killer.Killer"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
         [sys.executable, "-m", "uae.bench", "run", *words], cwd=tmp_path, env=environment, capture_output=True, timeout=100

@@ -8,12 +8,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from callbacks.checkpoint import RolloutCheckpoint
-from tests.test_strategy import module as two_module
-from tests.test_strategy import trainer as two_trainer
+from tests.strategy.test_strategy import module as two_module
+from tests.strategy.test_strategy import trainer as two_trainer
 from tests.two_processes import run_on_two
 from uae import cli
-from uae.checkpoint_files import CheckpointFiles, read
-from uae.data import SceneData
+from uae.checkpoints.files import CheckpointFiles, read
+from uae.miniature.data import SceneData
 
 
 def saved_steps(folder):
@@ -69,7 +69,7 @@ def fit_on_a_full_disk(build, trainer, monkeypatch, folder, full, **options):
     checkpoint = RolloutCheckpoint(2, dirpath=folder, filename="{step}", save_last="link", **options)
     run = trainer(callbacks=[checkpoint], enable_checkpointing=True, max_steps=10, plugins=[CheckpointFiles()])
     with monkeypatch.context() as patch:
-        patch.setattr("uae.checkpoint_files.torch.save", Full(full))
+        patch.setattr("uae.checkpoints.files.torch.save", Full(full))
         run.fit(build(mini_batches=2), SceneData(batch_size=2, train_size=64))
     return run, checkpoint
 
@@ -177,7 +177,7 @@ def one_disk_is_full(rank, build_module, folder):
                 full = FullOnce(dcp.FileSystemWriter.write_data)
                 patch.setattr(dcp.FileSystemWriter, "write_data", lambda *args, full=full: full(*args))
             elif rank == failing:
-                patch.setattr("uae.checkpoint_files.torch.save", Full({1}))
+                patch.setattr("uae.checkpoints.files.torch.save", Full({1}))
             results.append(fit_on_two(strategy, build_module, Path(folder, strategy)))
     return results
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from callbacks.export import Export
 from tests.tiny_random import RandomTiny
 from tests.two_processes import run_on_two
-from uae.data import SceneData
 from uae.grpo import GRPOLoss
+from uae.miniature.data import SceneData
 from uae.models.finetune import LANGUAGE_MODEL, Full, LoRA
 from uae.types import UMM
 
@@ -24,7 +24,7 @@ class FromFolder:
         self.folder = folder
 
     def build(self):
-        from uae.models.captioner import HFCaptioner
+        from uae.models.captioners.captioner import HFCaptioner
 
         umm = RandomTiny().build()
         model = AutoModelForImageTextToText.from_pretrained(self.folder)

@@ -8,8 +8,8 @@ import torch
 
 from callbacks.health import Health
 from uae.cli import mistake
-from uae.data import SceneData
 from uae.grpo import GRPOLoss
+from uae.miniature.data import SceneData
 from uae.rewards import BaseReward, WeightedReward
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)

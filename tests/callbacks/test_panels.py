@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from callbacks.panels import LINE, TILE, RolloutPanels, markdown, panel
-from uae.data import SceneData
+from uae.miniature.data import SceneData
 from uae.rollout import roll_out
 
 

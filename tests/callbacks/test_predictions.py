@@ -6,7 +6,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from callbacks.predictions import file_name
 from tests.callbacks.conftest import ROOT
-from uae.scenes import render, scene_of
+from uae.miniature.scenes import render, scene_of
 
 
 def test_a_folder_is_captioned_and_drawn(command, tmp_path):

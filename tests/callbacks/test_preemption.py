@@ -13,8 +13,8 @@ from callbacks.checkpoint import RolloutCheckpoint
 from callbacks.export import Export
 from callbacks.preemption import SIGNALS, Preemption
 from tests.two_processes import run_on_two
-from uae.checkpoint_files import CheckpointFiles, read
-from uae.data import SceneData
+from uae.checkpoints.files import CheckpointFiles, read
+from uae.miniature.data import SceneData
 
 
 class Scheduler(Callback):
@@ -106,7 +106,7 @@ def test_slurm_does_not_save_in_a_handler(fit, tmp_path, monkeypatch):
 
 def one_is_asked(rank, build_module, folder):
     """Only the second process hears the request; a full disk then costs the checkpoint."""
-    from tests.test_strategy import trainer
+    from tests.strategy.test_strategy import trainer
 
     results = []
     for strategy in ("ddp", "fsdp2"):
@@ -121,7 +121,7 @@ def one_is_asked(rank, build_module, folder):
 
 @pytest.mark.slow
 def test_all_ranks_stop_when_one_is_asked(tmp_path):
-    from tests.test_strategy import module
+    from tests.strategy.test_strategy import module
 
     assert run_on_two(one_is_asked, module, str(tmp_path), timeout=200) == [[2, 2]] * 2
     assert read(tmp_path / "ddp/preempted.ckpt")["global_step"] == 2

@@ -57,7 +57,8 @@ def test_table():
 
 def test_generation_is_scored_at_every_validation(command):
     """The renderer of the random miniature is frozen, and its prompts and noise are fixed: nothing changes."""
-    extra = ["--trainer.callbacks+=callbacks.generation.MiniGenEval", "--trainer.callbacks.prompts=2", "--run_name=drawn"]
+    extra = ["--trainer.callbacks+=uae.miniature.callbacks.mini_geneval.MiniGenEval", "--trainer.callbacks.prompts=2"]
+    extra += ["--run_name=drawn"]
     command("fit", *extra)
     summary = json.loads((command.folder / "outputs/drawn/summary.json").read_text())
     names = {f"generation/{name}" for name in ("single", "two", "counting", "background", "position", "size", "overall")}

@@ -8,7 +8,7 @@ import torch
 
 from callbacks.watchdog import Watchdog
 from tests.two_processes import run_on_two
-from uae.data import SceneData
+from uae.miniature.data import SceneData
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from uae.models.patch_autoencoder import PatchAutoencoder
-from uae.scenes import render, scene_of
-from uae.systems import tiny
+from uae.miniature import tiny
+from uae.miniature.patch_autoencoder import PatchAutoencoder
+from uae.miniature.scenes import render, scene_of
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def not_the_package(weights, monkeypatch):
     """Objectives build on this autoencoder rather than on the package's."""
-    from uae.coldstart import autoencoding, captioning, flow_matching
+    from uae.miniature.pretraining import autoencoding, captioning, flow_matching
 
     for module in (tiny, autoencoding, captioning, flow_matching):
         monkeypatch.setattr(module, "WEIGHTS", weights)

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from uae import cli
-from uae.data import SceneData
-from uae.models.contracts import denoiser_of
-from uae.systems.rehearsal.catalog import write
+from uae.miniature.data import SceneData
+from uae.models.pipelines.contracts import denoiser_of
+from uae.rehearsal.catalog import write
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = (

@@ -9,8 +9,9 @@ from tests.coldstart import runs
 from tests.tiny_random import RandomTiny
 from uae.coldstart import CaptionTuning, ColdStart
 from uae.coldstart.system_objective import caption_rollout
+from uae.miniature.tiny import END, Tiny
 from uae.models.finetune import Full, LoRA
-from uae.systems.tiny import END, Tiny, checksums
+from uae.weights.checksums import checksums
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +116,7 @@ def test_three_steps_from_the_command_line(name, tmp_path):
 def test_what_full_finetuning_writes_is_a_checkpoint(tmp_path, not_the_package):
     import shutil
 
-    from uae.systems.tiny import WEIGHTS
+    from uae.miniature.tiny import WEIGHTS
 
     run = runs.fit("tiny", "cold_start_captions", "model.init_args.finetune=Full", "model.init_args.learning_rate=0.001")
     (umm,) = run.model.objective.frozen

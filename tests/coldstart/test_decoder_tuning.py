@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from tests.coldstart import runs
-from tests.models import pipeline_cases as cases
+from tests.models.pipelines import pipeline_cases as cases
 from tests.tiny_random import RandomTiny
 from uae.coldstart import ColdStart, DecoderTuning
 from uae.coldstart.velocity import latents_of, velocity_of
+from uae.miniature.tiny import WEIGHTS, Tiny
 from uae.models.finetune import Full, LoRA
-from uae.models.renderer import DiffusersRenderer, Rendering
+from uae.models.renderers.diffusers import DiffusersRenderer, Rendering
 from uae.seeds import seed_of
-from uae.systems.tiny import WEIGHTS, Tiny, checksums
 from uae.types import UMM
+from uae.weights.checksums import checksums
 
 FLOW = ["sd3", "flux", "sana", "qwen_image"]
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 from callbacks.preemption import Preemption
 from uae.coldstart import ColdStart, Objective
-from uae.systems.tiny import verify
+from uae.weights.checksums import verify
 
 
 class Line(Objective):

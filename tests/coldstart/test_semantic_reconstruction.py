@@ -11,12 +11,13 @@ from tests.coldstart import runs
 from tests.tiny_random import RandomTiny
 from uae.coldstart import ColdStart, SemanticReconstruction
 from uae.encoders import LayoutEncoder
-from uae.models.checkpoints import read_state, save_state
+from uae.miniature.tiny import WEIGHTS, Tiny
 from uae.models.finetune import LoRA
 from uae.rewards import EncoderSimilarity, WeightedReward
 from uae.seeds import seed_of
-from uae.systems.tiny import WEIGHTS, Tiny, checksums
 from uae.systems.uae import UAE
+from uae.weights.checksums import checksums
+from uae.weights.state import read_state, save_state
 
 
 @pytest.fixture(scope="session")

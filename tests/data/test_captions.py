@@ -6,13 +6,14 @@ import pytest
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from uae.data import ImageFolderData, SceneData
+from uae.data import ImageFolderData
 from uae.data.captions import CaptionFiles
 from uae.data.folder import FolderSource, list_images
 from uae.data.sampler import ImageLoader, TrainBatches
 from uae.data.source import id_of
-from uae.pictures import Reading
-from uae.scenes import describe
+from uae.files.pictures import Reading
+from uae.miniature.data import SceneData
+from uae.miniature.scenes import describe
 
 
 def picture(folder, name):

@@ -10,7 +10,7 @@ from PIL import Image
 from uae.data import ImageFolderData
 from uae.data.folder import list_images
 from uae.data.source import split_of
-from uae.pictures import Reading
+from uae.files.pictures import Reading
 
 LIMIT = 10**6
 

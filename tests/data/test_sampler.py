@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.two_processes import run_on_two
-from uae.data import SceneData
 from uae.data.sampler import EvalBatches, ImageLoader, TrainBatches
+from uae.miniature.data import SceneData
 
 COUNT, BATCH, WORLD = st.integers(1, 60), st.integers(1, 7), st.integers(1, 4)
 

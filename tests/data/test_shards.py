@@ -11,7 +11,7 @@ import pytest
 from tests.data.archives import add, picture, write_shard, write_shards
 from uae.data.shards import TarShards, expand, inside, list_shards, members
 from uae.data.streaming import passable
-from uae.pictures import UnreadableImageError
+from uae.files.pictures import UnreadableImageError
 
 LIMIT = 2**20
 

@@ -14,7 +14,7 @@ from uae.data.sampler import ImageLoader
 from uae.data.shards import TarShards, list_shards
 from uae.data.source import id_of
 from uae.data.streaming import SequentialSource, StreamBatches, StreamSource
-from uae.pictures import Reading
+from uae.files.pictures import Reading
 
 READING = Reading(4)
 

@@ -12,7 +12,7 @@ from tests.data.archives import numbers_of, picture
 from uae.data import TableData
 from uae.data.source import id_of
 from uae.data.tables import ParquetTable, content_of
-from uae.pictures import UnreadableImageError
+from uae.files.pictures import UnreadableImageError
 
 PLAIN = {"image_size": 4, "batch_size": 4, "num_workers": 0, "val_share": 0.0, "test_share": 0.0}
 

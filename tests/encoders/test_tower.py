@@ -9,8 +9,8 @@ from tests.encoders.test_huggingface import photo
 from uae.encoders import HFEncoder, OpenCLIPEncoder, similarity
 from uae.encoders.preprocessing import Preprocessing
 from uae.encoders.tower import Tower
-from uae.placement import Placement
 from uae.rewards import EncoderSimilarity
+from uae.weights.placement import Placement
 
 torch.set_num_threads(1)
 

@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch import Callback
 
 from tests.invariants import plain
-from uae.data.module import SceneData
 from uae.grpo import GRPOLoss
+from uae.miniature.data import SceneData
 from uae.types import Sampling
 
 RATE, BETA, EPSILON = 0.1, 0.3, 0.1

@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch import Callback
 
 from callbacks.checkpoint import RolloutCheckpoint
-from uae.checkpoint_files import CheckpointFiles
-from uae.data.module import SceneData
+from uae.checkpoints.files import CheckpointFiles
 from uae.grpo import GRPOLoss
+from uae.miniature.data import SceneData
 from uae.models.finetune import Full, LoRA
 
 WARMUP = {"scheduler": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 10)}

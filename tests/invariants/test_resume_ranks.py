@@ -7,10 +7,10 @@ import lightning as L
 import pytest
 import torch
 
-from tests.test_strategy import Recorder, module
+from tests.strategy.test_strategy import Recorder, module
 from tests.two_processes import run_on_two
-from uae.checkpoint_files import CheckpointFiles
-from uae.data import SceneData
+from uae.checkpoints.files import CheckpointFiles
+from uae.miniature.data import SceneData
 
 STEPS = 12  # three rollouts of four steps; an epoch has two
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.two_processes import run_on_two
-from uae.data.module import SceneData
 from uae.grpo import GRPOLoss
+from uae.miniature.data import SceneData
 
 LOSSES = {
     "grpo": GRPOLoss(beta=0.1),

@@ -47,7 +47,7 @@ def rollout(captioner, images):
 @pytest.fixture(scope="session")
 def decoder():
     """Conditioner and renderer with random weights. Not to be changed."""
-    from uae.systems.tiny import create_decoder
+    from uae.miniature.tiny import create_decoder
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -2,9 +2,9 @@
 
 import torch
 
-from uae.models.captioner import HFCaptioner
-from uae.systems import tiny
-from uae.systems.tiny import CHAT_TEMPLATE, IMAGE, INSTRUCTION, VOCABULARY, create_captioner, processor
+from uae.miniature import tiny
+from uae.miniature.tiny import CHAT_TEMPLATE, IMAGE, INSTRUCTION, VOCABULARY, create_captioner, processor
+from uae.models.captioners.captioner import HFCaptioner
 
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "internvl", "qwen3_5")

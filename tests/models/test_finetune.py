@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tests.models import families
-from uae.models.caption_policy import CaptionPolicy
+from uae.models.captioners.policy import CaptionPolicy
 from uae.models.finetune import Full, LoRA
-from uae.systems.rehearsal.emu3 import emu3
-from uae.systems.rehearsal.janus import janus_pro
+from uae.rehearsal.emu3 import emu3
+from uae.rehearsal.janus import janus_pro
 from uae.types import Sampling
 
 

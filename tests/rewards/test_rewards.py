@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from uae.encoders import LayoutEncoder
-from uae.placement import Placement
 from uae.rewards import BaseReward, CaptionFormat, EncoderSimilarity, RandomReward, WeightedReward
+from uae.weights.placement import Placement
 
 
 class Counting(LayoutEncoder):

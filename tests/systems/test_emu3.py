@@ -9,9 +9,9 @@ import yaml
 
 from tests.systems.test_fit import CONFIGS
 from uae import cli
-from uae.models.vision_language import Reading
+from uae.models.captioners.loading import Reading
+from uae.rehearsal.catalog import write
 from uae.systems.emu3 import Emu3
-from uae.systems.rehearsal.catalog import write
 from uae.types import Sampling
 
 NAMES = ["BAAI/Emu3-Gen-hf", "BAAI/Emu3-Chat-hf", "openai/clip-vit-large-patch14"]

@@ -10,11 +10,11 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, JanusForConditionalGeneration
 
 from uae import cli
-from uae.models.blueprints import vlm_skeleton
-from uae.models.vision_language import Reading
+from uae.models.captioners.loading import Reading
+from uae.rehearsal.catalog import write
+from uae.rehearsal.janus import JANUS
+from uae.systems.blueprints import vlm_skeleton
 from uae.systems.janus_pro import JanusPro, check_spaces
-from uae.systems.rehearsal.catalog import write
-from uae.systems.rehearsal.janus import JANUS
 from uae.types import Sampling
 
 CONFIGS = Path(__file__).parents[2] / "configs"

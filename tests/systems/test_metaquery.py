@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.systems.test_real_systems import CAPTIONS, CLOSE, small
-from uae.models.connectors import metaquery_connector
+from uae.models.conditioners.connectors import metaquery_connector
 from uae.systems.metaquery import METAQUERY_SYSTEM, MetaQuery
 
 QWEN, SANA = "Qwen/Qwen2.5-VL-3B-Instruct", "Efficient-Large-Model/Sana_1600M_512px_diffusers"

@@ -126,7 +126,7 @@ model:
       init_args:
         captioner: Qwen/Qwen2.5-VL-3B-Instruct
         renderer:
-          class_path: uae.models.external.CallableRenderer
+          class_path: uae.models.renderers.external.CallableRenderer
           init_args: {{client: "tests.systems.test_options:draw", cache: {tmp_path / "cache"}, height: 24, width: 24}}
         reading: {{dtype: float32}}
 """)

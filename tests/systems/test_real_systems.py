@@ -5,14 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from tests.systems import plain_assemblies as plain
-from uae.models.renderer import Rendering
-from uae.models.vision_language import Reading
-from uae.placement import Placement
+from uae.models.captioners.loading import Reading
+from uae.models.renderers.diffusers import Rendering
 from uae.systems.any_pipeline import AnyPipeline
 from uae.systems.metaquery import OpenUni
 from uae.systems.uae import NEGATIVE, UAE
 from uae.systems.uniworld_v1 import UniWorldV1
 from uae.types import Sampling
+from uae.weights.placement import Placement
 
 CAPTIONS = ["a red square", 'A tiny blue ring at the top left, and a "white" cross; navy background.']
 SEEDS = [7, 8]

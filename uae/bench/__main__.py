@@ -22,6 +22,11 @@ COMMANDS = {
     "report": "several results in one table, beside the paper's",
 }
 
+MODULES = {
+    "score": "score.command", "run": "run", "judge": "judging.command", "geneval": "geneval.command",
+    "geneval_plus": "geneval.plus", "dpg": "dpg.command", "understanding": "understanding.command", "report": "report.command",
+}  # fmt: skip
+
 
 def usage() -> str:
     """All commands, a line each."""
@@ -38,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         fail(f"unknown command {name!r} of uae.bench; allowed: {', '.join(COMMANDS)}")
     with one_line_errors():
-        import_module(f"uae.bench.{name}").main(rest)
+        import_module(f"uae.bench.{MODULES[name]}").main(rest)
 
 
 if __name__ == "__main__":

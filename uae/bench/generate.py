@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from uae.bench.command import run
+from uae.bench.arguments import run
 from uae.bench.system import Loaded, load
+from uae.files.whole import write_whole
 from uae.seeds import seed_of
-from uae.whole_files import write_whole
 
 RECORD = "drawn_by.json"  # in the folder: who drew it, so that no other system's images get mixed in
 

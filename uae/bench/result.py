@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TypedDict
 
-from uae.intervals import Interval
-from uae.whole_files import write_whole
+from uae.files.whole import write_whole
+from uae.metrics.intervals import Interval
 
 VERSIONED = ("torch", "transformers", "diffusers", "open_clip_torch")
 

@@ -26,7 +26,7 @@ from uae.cli import CLI
 from uae.data.folder import FolderSource, list_images
 from uae.data.module import ImageData, Stage
 from uae.data.sampler import ImageSource
-from uae.pictures import Reading, UnreadableImageError, read_picture
+from uae.files.pictures import Reading, UnreadableImageError, read_picture
 
 ROLE = "predict:"  # ids, and with them seeds, as in `uae.cli predict`
 

@@ -14,11 +14,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from uae.bench.fingerprints import sha256
-from uae.checkpoint_files import read, read_metadata
+from uae.checkpoints.files import read, read_metadata
+from uae.checkpoints.shards import PlainPlanner, ShardReader
+from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.cli import CLI
 from uae.evaluation import AutoEncoder
-from uae.shard_files import PlainPlanner, ShardReader
-from uae.trainable import check_trainable_state, trainable_state
 from uae.types import UMM
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

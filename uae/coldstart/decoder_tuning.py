@@ -19,11 +19,11 @@ from uae.coldstart.system_objective import (
     unfreeze,
 )
 from uae.coldstart.velocity import check_pipeline, latents_of, velocity_of
-from uae.models.contracts import denoiser_of
 from uae.models.finetune import IMAGE_TRANSFORMER, Finetune, Full, LoRA
-from uae.placement import working_device
+from uae.models.pipelines.contracts import denoiser_of
 from uae.seeds import seed_of
 from uae.types import UMM, ImageBatch
+from uae.weights.placement import working_device
 
 
 class DecoderTuning(SystemObjective):

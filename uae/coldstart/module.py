@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
 from uae.models.finetune import Finetune
 from uae.rewards import WeightedReward
-from uae.systems.tiny import WEIGHTS, checksums
-from uae.trainable import check_trainable_state, trainable_state
 from uae.types import ImageBatch, System
+from uae.weights.checksums import checksums
 
 
 class ColdStart(L.LightningModule):
@@ -37,8 +37,7 @@ class ColdStart(L.LightningModule):
         learning_rate: Peak, reached after ``warmup`` steps, then a cosine to zero at ``trainer.max_steps``.
         warmup: Steps.
         weight_decay: Of AdamW.
-        folder: Where the weights go; the default is ``cold_start`` in the log directory, or the package's own folder for
-            the miniature's own objectives.
+        folder: Folder that the weights are written to; None is ``cold_start`` in the log directory.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class ColdStart(L.LightningModule):
         self.of_system = isinstance(objective, SystemObjective)
         if isinstance(objective, SystemObjective):
             objective.use(system, finetune, reward, instruction, seed)
-        self.folder = Path(folder) if folder else None if self.of_system else WEIGHTS
+        self.folder = Path(folder) if folder else None
         self.batches_per_rollout = 1
         self.strict_loading = not self.of_system  # its checkpoints hold what trains; on_load_checkpoint is stricter
         self._built = False
@@ -85,8 +84,8 @@ class ColdStart(L.LightningModule):
             if hasattr(self.trainer.datamodule, "check_captions"):
                 self.trainer.datamodule.check_captions()
             self.place()
-            if self.folder is None:
-                self.folder = Path(self.trainer.log_dir or ".", "cold_start")  # asking for log_dir is collective
+        if self.folder is None:
+            self.folder = Path(self.trainer.log_dir or ".", "cold_start")  # asking for log_dir is collective
 
     def place(self) -> None:
         """Move the system to where its trained parts are."""

@@ -18,7 +18,7 @@ from uae.coldstart.system_objective import (
     unfreeze,
 )
 from uae.encoders import similarity
-from uae.models.conditioners import LanguageReader
+from uae.models.conditioners.states import LanguageReader
 from uae.rewards import EncoderSimilarity
 from uae.seeds import seed_of
 from uae.types import UMM, ImageBatch, ImageEncoder

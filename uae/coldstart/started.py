@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from uae.coldstart.system_objective import CAPTIONER, CONDITIONER, DENOISER
-from uae.models.contracts import denoiser_of
+from uae.models.pipelines.contracts import denoiser_of
 from uae.types import UMM, System
 
 
@@ -54,7 +54,7 @@ class Started:
 
 def _with(network: Any, folder: Path) -> Any:
     """A network with an adapter merged into it, or with other weights; frozen, in place."""
-    from uae.models.checkpoints import load_into
+    from uae.weights.state import load_into
 
     if (folder / "adapter_config.json").is_file():
         import peft
@@ -67,7 +67,7 @@ def _with(network: Any, folder: Path) -> Any:
 
 
 def _load(module: nn.Module, file: Path) -> None:
-    from uae.models.checkpoints import read_state
+    from uae.weights.state import read_state
 
     state = read_state(file)
     wrong = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from uae.coldstart.objective import Objective
-from uae.models.contracts import denoiser_of
 from uae.models.finetune import Finetune
+from uae.models.pipelines.contracts import denoiser_of
 from uae.rewards import WeightedReward
 from uae.types import UMM, Condition, ImageBatch, Rollout, System
 
@@ -162,7 +162,7 @@ def save_network(folder: Path, network: Any) -> None:
 
 def save_trained(folder: Path, module: nn.Module) -> None:
     """``conditioner.safetensors``: what trains of a conditioner, by the conditioner's own names."""
-    from uae.models.checkpoints import save_state
+    from uae.weights.state import save_state
 
     trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     save_state(folder, CONDITIONER, trained)

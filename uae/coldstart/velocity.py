@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uae.models.flow_schedule import check_flow
-from uae.models.renderer import Call
+from uae.models.pipelines.steps import check_flow
+from uae.models.renderers.diffusers import Call
 from uae.types import Condition
 
 
@@ -75,7 +75,7 @@ def velocity_of(renderer: Any, latents: Tensor, times_N: Tensor, condition: Cond
     """The denoiser's prediction of ``noise - latent``, float32, with gradient, without classifier-free guidance.
 
     Args:
-        renderer: An `uae.models.renderer.DiffusersRenderer` of a flow pipeline.
+        renderer: An `uae.models.renderers.diffusers.DiffusersRenderer` of a flow pipeline.
         latents: As `latents_of` makes them, N rows.
         times_N: In [0, 1]; 1 is noise.
         condition: N rows.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from uae.data.captions import CaptionFiles
 from uae.data.source import Item, PictureSource
-from uae.pictures import SUFFIXES, Reading, read_picture
+from uae.files.pictures import SUFFIXES, Reading, read_picture
 
 __all__ = ["FolderSource", "list_images", "read_picture"]
 

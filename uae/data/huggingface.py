@@ -9,7 +9,7 @@ from typing import Any
 
 from uae.data.source import Item
 from uae.data.tables import ROWS, Table, caption_of, content_of, list_tables, required
-from uae.pictures import MAX_FILE_BYTES
+from uae.files.pictures import MAX_FILE_BYTES
 
 OF_THE_HUB = re.compile(r"(\w+://[^:]*::)?hf://")
 

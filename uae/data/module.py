@@ -1,15 +1,13 @@
-"""What all data modules share, and the procedural scenes. All yield `uae.types.ImageBatch` and can be swapped."""
+"""What all data modules share. All yield `uae.types.ImageBatch` and can be swapped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import lightning as L
 import torch
 
 from uae.data.sampler import EvalBatches, ImageLoader, ImageSource, TrainBatches
-from uae.data.scenes import SceneSource
 from uae.data.skipped import Skipped
 from uae.types import ImageBatch
 
@@ -99,42 +97,3 @@ class ImageData(L.LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-
-class SceneData(ImageData):
-    """Procedural scenes, 24 x 24 pixels, with exact ground truth (``scene`` in the batch).
-
-    Splits share no scene. Prediction uses the test split.
-
-    Args:
-        batch_size: Images per training batch and process.
-        train_size: Scenes in the training split; one epoch sees each once.
-        val_size: Scenes in the validation split.
-        test_size: Scenes in the test split.
-        eval_batch_size: Images per evaluation batch and process, at most.
-        counts: How many objects a scene may have, drawn uniformly.
-        seed: Seed of the scenes and of their order.
-        num_workers: Processes that render ahead; rendering is cheaper than starting them.
-    """
-
-    def __init__(
-        self,
-        batch_size: int = 8,
-        train_size: int = 100_000,
-        val_size: int = 256,
-        test_size: int = 512,
-        eval_batch_size: int = 64,
-        counts: Sequence[int] = (1, 2, 3),
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, eval_batch_size, seed, num_workers)
-        self.train_size, self.val_size, self.test_size, self.counts = train_size, val_size, test_size, counts
-
-    def source(self, stage: Stage) -> ImageSource | None:
-        """Scenes of the stage's split."""
-        split: Literal["train", "val", "test"] = "test" if stage == "predict" else stage
-        size = {"train": self.train_size, "val": self.val_size, "test": self.test_size}[split]
-        return SceneSource(split, size, self.seed, tuple(self.counts)) if size else None
-
-

@@ -15,7 +15,7 @@ from uae.data.shards import TarShards, list_shards
 from uae.data.source import split_of
 from uae.data.streaming import SequentialSource, Shards, StreamBatches, StreamSource
 from uae.data.tables import ParquetTable, Table, TableSource, list_tables
-from uae.pictures import MAX_FILE_BYTES, MAX_PIXELS, Fit, Reading
+from uae.files.pictures import MAX_FILE_BYTES, MAX_PIXELS, Fit, Reading
 
 
 class PhotographData(ImageData):

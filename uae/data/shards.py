@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeAlias
 
 from uae.data.source import Item
-from uae.pictures import SUFFIXES, UnreadableImageError
+from uae.files.pictures import SUFFIXES, UnreadableImageError
 
 BLOCK = 512
 LONGEST_TEXT = 2**20  # bytes of a caption or of a long member name

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from uae.pictures import Reading, UnreadableImageError
+from uae.files.pictures import Reading, UnreadableImageError
 from uae.types import ImageBatch
 
 

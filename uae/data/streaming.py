@@ -18,7 +18,7 @@ import torch
 
 from uae.data.sampler import TrainBatches
 from uae.data.source import Item, Picture, batch_of, decoded
-from uae.pictures import Reading, UnreadableImageError
+from uae.files.pictures import Reading, UnreadableImageError
 from uae.types import ImageBatch
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uae.data.source import Item, PictureSource
-from uae.pictures import Reading, UnreadableImageError
+from uae.files.pictures import Reading, UnreadableImageError
 
 ROWS = 16  # taken from a file at a time
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from uae.encoders.preprocessing import Preprocessing, from_image_processor
 from uae.encoders.tower import EXACT, Tower, located
-from uae.placement import Placement
-from uae.remote_code import refused, trusted
+from uae.weights.placement import Placement
+from uae.weights.remote_code import refused, trusted
 
 CODE_KEY = "the encoder's init_args.trust_remote_code"
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from uae.encoders.preprocessing import Preprocessing
 from uae.encoders.tower import EXACT, Tower, located
-from uae.locations import locate
-from uae.placement import Placement
+from uae.files.locations import locate
+from uae.weights.placement import Placement
 
 # Left in the state dict by OpenAI's and LongCLIP's own code; both trained with QuickGELU.
 _OPENAI_MARKS = {"input_resolution", "positional_embedding_res"}

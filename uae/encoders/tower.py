@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from uae.encoders.preprocessing import Preprocessing
-from uae.locations import locate
-from uae.placement import Placement, at_work, settle, torch_dtype
+from uae.files.locations import locate
 from uae.types import ImageEncoder
+from uae.weights.placement import Placement, at_work, settle, torch_dtype
 
 EXACT = Placement(dtype="float32")
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from uae.memory.processes import Processes
-from uae.models.caption_policy import CaptionPolicy
+from uae.models.captioners.policy import CaptionPolicy
 from uae.strategy import blocks
 
 DRAWING = r"(^|\.)generation_"  # blocks of a network that captions and draws which captions do not pass

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uae.models.caption_policy import CaptionPolicy
-from uae.models.prefix_cache import expand, prompt_cache, recomputing
+from uae.models.captioners.caches import expand, prompt_cache, recomputing
+from uae.models.captioners.policy import CaptionPolicy
 
 
 def update_bytes(policy: CaptionPolicy, prompt: int, tokens: int, group: int) -> int:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from uae.memory.counting import text_config
-from uae.models.renderer import Rendering
-from uae.placement import Placement, torch_dtype
+from uae.models.renderers.diffusers import Rendering
+from uae.weights.placement import Placement, torch_dtype
 
 CUDA_CONTEXT = 1 << 30  # driver, kernels and allocator slack of one process: 0.5 to 1 GiB before the first tensor
 HEAD_CHUNK = 1024  # tokens whose logits exist at a time, the default of `uae.grpo.token_logprobs`

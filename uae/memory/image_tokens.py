@@ -8,9 +8,9 @@ from uae.memory import estimates
 from uae.memory.counting import image_update_bytes, text_config
 from uae.memory.phases import QUESTION, Sizes
 from uae.memory.table import Row
-from uae.models.blueprints import Blueprint, TokenDrawing
-from uae.models.caption_policy import CaptionPolicy
+from uae.models.captioners.policy import CaptionPolicy
 from uae.rollout import Plan
+from uae.systems.blueprints import Blueprint, TokenDrawing
 
 ROWS, MINI = "system.init_args.rows", "model.mini_batches, model.reconstructions"
 

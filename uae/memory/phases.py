@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from uae.memory import estimates
 from uae.memory.counting import text_config, update_bytes
 from uae.memory.table import Row
-from uae.models.blueprints import DRAWS, Blueprint
-from uae.models.caption_policy import CaptionPolicy
-from uae.placement import torch_dtype
+from uae.models.captioners.policy import CaptionPolicy
+from uae.systems.blueprints import DRAWS, Blueprint
+from uae.weights.placement import torch_dtype
 
 QUESTION = 64  # tokens of a prompt besides the image, and of a template around a caption
 

@@ -18,8 +18,8 @@ from uae.memory.phases import QUESTION, Sizes, rollout_rows, update_rows
 from uae.memory.processes import Processes, processes_of
 from uae.memory.table import Plan, Row
 from uae.memory.weights import encoder_rows, frozen_rows, policy_rows
-from uae.models.blueprints import Blueprint
-from uae.models.caption_policy import CaptionPolicy
+from uae.models.captioners.policy import CaptionPolicy
+from uae.systems.blueprints import Blueprint
 
 
 def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:

@@ -13,10 +13,10 @@ from uae.memory import estimates
 from uae.memory.phases import Sizes
 from uae.memory.processes import Processes
 from uae.memory.table import Row
-from uae.models.blueprints import DRAWS, Blueprint, encoder_skeleton, open_clip_skeleton
-from uae.models.caption_policy import CaptionPolicy
-from uae.placement import Placement, torch_dtype
+from uae.models.captioners.policy import CaptionPolicy
 from uae.strategy import blocks
+from uae.systems.blueprints import DRAWS, Blueprint, encoder_skeleton, open_clip_skeleton
+from uae.weights.placement import Placement, torch_dtype
 
 ROLLOUT = ("caption", "condition", "render", "reward", "replay")
 DTYPE = "placement.dtype/offload"

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from uae.encoders import similarity
-from uae.intervals import bootstrap
+from uae.metrics.intervals import bootstrap
 from uae.types import ImageEncoder
 
 __all__ = ["UnifiedScore", "similarity"]

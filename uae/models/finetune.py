@@ -26,7 +26,7 @@ class Finetune:
         """Freeze and unfreeze ``captioner.policy`` in place.
 
         Args:
-            captioner: An `uae.models.captioner.HFCaptioner` (or anything with ``policy``, ``reference_policy`` and
+            captioner: An `uae.models.captioners.captioner.HFCaptioner` (or anything with ``policy``, ``reference_policy`` and
                 ``starting_adapter``).
             keep_reference: Whether ``captioner.reference()`` will be needed (a KL coefficient above 0).
         """

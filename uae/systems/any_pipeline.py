@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 
-from uae.models.blueprints import Blueprint
-from uae.models.renderer import Rendering
-from uae.models.vision_language import Reading
-from uae.placement import Placement
+from uae.models.captioners.loading import Reading
+from uae.models.renderers.diffusers import Rendering
+from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
+from uae.weights.placement import Placement
 
 
 class AnyPipeline:
@@ -41,7 +41,7 @@ class AnyPipeline:
 
     def blueprint(self) -> Blueprint:
         """Sizes, without weights."""
-        from uae.models.blueprints import DRAWS, pipeline_skeletons, vlm_skeleton
+        from uae.systems.blueprints import DRAWS, pipeline_skeletons, vlm_skeleton
 
         draws = self.rendering.placement
         parts = pipeline_skeletons(self.pipeline)
@@ -50,12 +50,12 @@ class AnyPipeline:
 
     def build(self) -> UMM:
         """Load captioner and pipeline."""
-        from uae.models.conditioners import TextConditioner
-        from uae.models.contracts import contract_of
-        from uae.models.pipelines import load_pipeline
-        from uae.models.renderer import DiffusersRenderer
-        from uae.models.text_encoders import PipelineTextConditioner
-        from uae.models.vision_language import load_captioner
+        from uae.models.captioners.loading import load_captioner
+        from uae.models.conditioners.states import TextConditioner
+        from uae.models.conditioners.text_encoders import PipelineTextConditioner
+        from uae.models.pipelines.contracts import contract_of
+        from uae.models.pipelines.loading import load_pipeline
+        from uae.models.renderers.diffusers import DiffusersRenderer
 
         captioner = load_captioner(self.captioner, self.reading, IN_DETAIL)
         pipe = load_pipeline(self.pipeline, self.rendering.placement)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from uae.models.blueprints import Blueprint
-from uae.models.image_tokens import LogProb, TokenSampling
-from uae.models.vision_language import Reading
+from uae.models.captioners.loading import Reading
+from uae.models.tokens.policy import LogProb, TokenSampling
+from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
@@ -27,7 +27,7 @@ class Emu3:
         height, width: Of drawn images in pixels, multiples of 8; a token is 8 x 8.
         guidance: Classifier-free guidance of image tokens; part of the policy. 1 means none, at half the work.
         image_temperature: Of image tokens; part of the policy. 0 is greedy.
-        cfg_logprob: What log-probs are under guidance, see `uae.models.image_tokens.TokenSampling`.
+        cfg_logprob: What log-probs are under guidance, see `uae.models.tokens.policy.TokenSampling`.
         template: Text around a caption that is drawn; contains one "{caption}".
         negative_prompt: What guidance leads away from, in the caption's place.
         rows: Images drawn together; bounds memory, changes nothing else.
@@ -53,9 +53,9 @@ class Emu3:
 
     def blueprint(self) -> Blueprint:
         """Sizes, without weights."""
-        from uae.models.blueprints import TokenDrawing, vlm_skeleton
-        from uae.models.emu3 import grid
-        from uae.models.janus import as_buffers
+        from uae.models.tokens.emu3 import grid
+        from uae.models.tokens.janus import as_buffers
+        from uae.systems.blueprints import TokenDrawing, vlm_skeleton
 
         check_layout(self.checkpoint)
         policy = vlm_skeleton(self.checkpoint, self.reading.dtype)
@@ -69,8 +69,8 @@ class Emu3:
 
     def build(self) -> UMM:
         """Load the checkpoint; all three roles are its own."""
-        from uae.models.emu3 import unify
-        from uae.models.vision_language import load_captioner
+        from uae.models.captioners.loading import load_captioner
+        from uae.models.tokens.emu3 import unify
 
         check_layout(self.checkpoint)
         reading = replace(self.reading, min_pixels=None, max_pixels=None)
@@ -92,7 +92,7 @@ def set_pixels(images: Any, reading: Reading) -> None:
 
 def check_layout(checkpoint: str) -> None:
     """Raise unless a checkpoint is Emu3 in transformers' layout."""
-    from uae.models.blueprints import config_of
+    from uae.systems.blueprints import config_of
 
     original = checkpoint.startswith("BAAI/Emu3-") and not checkpoint.endswith("-hf")
     kind = "Emu3" if original else config_of(checkpoint).get("model_type")

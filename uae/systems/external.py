@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from uae.models.external import ExternalRenderer
-from uae.models.vision_language import Reading
+from uae.models.captioners.loading import Reading
+from uae.models.renderers.external import ExternalRenderer
 from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
@@ -13,7 +13,7 @@ class External:
 
     Args:
         captioner: Folder or hub id of an image-text-to-text model with a chat template.
-        renderer: A ``FolderRenderer`` or ``CallableRenderer`` of `uae.models.external`.
+        renderer: A ``FolderRenderer`` or ``CallableRenderer`` of `uae.models.renderers.external`.
         reading: How the captioner is loaded and asked.
     """
 
@@ -27,7 +27,7 @@ class External:
 
     def build(self) -> UMM:
         """Load the captioner."""
-        from uae.models.conditioners import TextConditioner
-        from uae.models.vision_language import load_captioner
+        from uae.models.captioners.loading import load_captioner
+        from uae.models.conditioners.states import TextConditioner
 
         return UMM(load_captioner(self.captioner, self.reading, IN_DETAIL), TextConditioner(), self.renderer)

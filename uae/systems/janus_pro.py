@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from uae.models.blueprints import Blueprint
-from uae.models.image_tokens import LogProb, TokenSampling
-from uae.models.vision_language import Reading
+from uae.models.captioners.loading import Reading
+from uae.models.tokens.policy import LogProb, TokenSampling
+from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
@@ -19,7 +19,7 @@ class JanusPro:
             need their authors' package and are refused.
         guidance: Classifier-free guidance of image tokens; part of the policy. 1 means none, at half the work.
         image_temperature: Of image tokens; part of the policy. 0 is greedy.
-        cfg_logprob: What log-probs are under guidance, see `uae.models.image_tokens.TokenSampling`.
+        cfg_logprob: What log-probs are under guidance, see `uae.models.tokens.policy.TokenSampling`.
         rows: Images drawn together; bounds memory, changes nothing else.
         reading: How the checkpoint is loaded and asked.
     """
@@ -38,8 +38,8 @@ class JanusPro:
 
     def blueprint(self) -> Blueprint:
         """Sizes, without weights."""
-        from uae.models.blueprints import TokenDrawing, vlm_skeleton
-        from uae.models.janus import as_buffers
+        from uae.models.tokens.janus import as_buffers
+        from uae.systems.blueprints import TokenDrawing, vlm_skeleton
 
         check_layout(self.checkpoint)
         policy = vlm_skeleton(self.checkpoint, self.reading.dtype)
@@ -52,8 +52,8 @@ class JanusPro:
 
     def build(self) -> UMM:
         """Load the checkpoint; all three roles are its own."""
-        from uae.models.janus import unify
-        from uae.models.vision_language import load_captioner
+        from uae.models.captioners.loading import load_captioner
+        from uae.models.tokens.janus import unify
 
         check_layout(self.checkpoint)
         captioner = load_captioner(self.checkpoint, self.reading, IN_DETAIL)
@@ -63,7 +63,7 @@ class JanusPro:
 
 def check_layout(checkpoint: str) -> None:
     """Raise unless a checkpoint is Janus in transformers' layout."""
-    from uae.models.blueprints import config_of
+    from uae.systems.blueprints import config_of
 
     kind = "multi_modality" if checkpoint.startswith("deepseek-ai/") else config_of(checkpoint).get("model_type")
     if kind == "multi_modality":

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from uae.locations import local_file, local_folder
-from uae.models.blueprints import Blueprint
-from uae.models.renderer import Rendering
-from uae.models.vision_language import Reading
+from uae.files.locations import local_file, local_folder
+from uae.models.captioners.loading import Reading
+from uae.models.renderers.diffusers import Rendering
+from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import COMPLETELY
 from uae.types import UMM
 
@@ -53,7 +53,7 @@ class _Queries:
         self.reading, self.rendering = reading, rendering
 
     def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-        """A `uae.models.queries.QueryConditioner`, and the transformer's trained weights (empty if it was frozen)."""
+        """A `uae.models.conditioners.queries.QueryConditioner`, and the transformer's trained weights (empty if it was frozen)."""
         raise NotImplementedError
 
     def connector(self, width: int, width_out: int) -> nn.Module:
@@ -62,7 +62,7 @@ class _Queries:
 
     def blueprint(self) -> Blueprint:
         """Sizes, without weights."""
-        from uae.models.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
+        from uae.systems.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
 
         place = self.rendering.placement
         policy = vlm_skeleton(self.captioner, self.reading.dtype)
@@ -84,11 +84,11 @@ class _Queries:
 
     def build(self) -> UMM:
         """Load the parts; Sana's own text encoder is never read."""
-        from uae.models.checkpoints import load_into
-        from uae.models.pipelines import load_pipeline
-        from uae.models.renderer import DiffusersRenderer
-        from uae.models.vision_language import load_captioner
-        from uae.placement import torch_dtype
+        from uae.models.captioners.loading import load_captioner
+        from uae.models.pipelines.loading import load_pipeline
+        from uae.models.renderers.diffusers import DiffusersRenderer
+        from uae.weights.placement import torch_dtype
+        from uae.weights.state import load_into
 
         frozen, placement = self.condition_weights == "start", self.rendering.placement
         captioner = load_captioner(self.captioner, self.reading, COMPLETELY)
@@ -108,11 +108,11 @@ class OpenUni(_Queries):
 
     def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
         """Queries, encoder and one linear layer of the released file."""
-        from uae.models.checkpoints import load_into, read_state
-        from uae.models.conditioners import chat_template
-        from uae.models.connectors import OpenUniConnector
-        from uae.models.layouts import openuni_parts
-        from uae.models.queries import QueryConditioner
+        from uae.models.conditioners.connectors import OpenUniConnector
+        from uae.models.conditioners.queries import QueryConditioner
+        from uae.models.conditioners.states import chat_template
+        from uae.systems.layouts import openuni_parts
+        from uae.weights.state import load_into, read_state
 
         file = local_file(self.checkpoint, KEY)
         parts = openuni_parts(read_state(file))
@@ -145,7 +145,7 @@ class OpenUni(_Queries):
 
     def connector(self, width: int, width_out: int) -> nn.Module:
         """Six layers, as in every release."""
-        from uae.models.connectors import OpenUniConnector
+        from uae.models.conditioners.connectors import OpenUniConnector
 
         inner_width = {896: 3072, 1536: 8960}.get(width, 4 * width)  # of the releases around InternVL3-1B and -2B
         return nn.Sequential(OpenUniConnector(width, inner_width), nn.Linear(width, width_out))
@@ -156,11 +156,11 @@ class MetaQuery(_Queries):
 
     def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
         """Queries are the last rows of the word embeddings: begin, end, then one token per query."""
-        from uae.models.checkpoints import load_into, read_state
-        from uae.models.conditioners import chat_template
-        from uae.models.connectors import metaquery_connector
-        from uae.models.layouts import below
-        from uae.models.queries import QueryConditioner
+        from uae.models.conditioners.connectors import metaquery_connector
+        from uae.models.conditioners.queries import QueryConditioner
+        from uae.models.conditioners.states import chat_template
+        from uae.systems.layouts import below
+        from uae.weights.state import load_into, read_state
 
         folder = local_folder(self.checkpoint, KEY)
         count = json.loads((folder / "config.json").read_text())["num_metaqueries"]
@@ -189,7 +189,7 @@ class MetaQuery(_Queries):
 
     def connector(self, width: int, width_out: int) -> nn.Module:
         """24 layers, as in every configuration of its authors."""
-        from uae.models.connectors import metaquery_connector
+        from uae.models.conditioners.connectors import metaquery_connector
 
         return metaquery_connector(width, width_out)
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uae.locations import here, local_folder
-from uae.models.blueprints import Blueprint
-from uae.models.renderer import Rendering
-from uae.models.vision_language import Reading
-from uae.remote_code import refused
+from uae.files.locations import here, local_folder
+from uae.models.captioners.loading import Reading
+from uae.models.renderers.diffusers import Rendering
+from uae.systems.blueprints import Blueprint
 from uae.types import UMM
+from uae.weights.remote_code import refused
 
 INSTRUCTION = (
     "You are an expert in describing images. Write a description of this image so complete that it can be drawn again from "
@@ -67,9 +67,9 @@ class UAE:
 
     def blueprint(self) -> Blueprint:
         """Sizes, without weights: the checkpoint's where it is here, else the published ones."""
-        from uae.models.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
-        from uae.models.conditioners import mlp_projector
-        from uae.models.from_state import qwen_model
+        from uae.models.conditioners.states import mlp_projector
+        from uae.systems.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
+        from uae.weights.from_state import qwen_model
 
         folder = here(self.checkpoint)
         llm, sd3 = (folder / "llm", folder / "SD3_model") if folder else PUBLISHED
@@ -94,10 +94,10 @@ class UAE:
         """Load the parts; neither T5 nor the CLIPs stay in memory."""
         from transformers import AutoProcessor
 
-        from uae.models.layouts import uae_language_model
-        from uae.models.projector import load_projector
-        from uae.models.renderer import DiffusersRenderer
-        from uae.models.vision_language import assemble_captioner
+        from uae.models.captioners.loading import assemble_captioner
+        from uae.models.conditioners.projector import load_projector
+        from uae.models.renderers.diffusers import DiffusersRenderer
+        from uae.systems.layouts import uae_language_model
 
         folder = local_folder(self.checkpoint, KEY)
         check_folders(folder)
@@ -123,8 +123,8 @@ class UAE:
 
     def _conditioners(self, captioner: Any, projector: nn.Module, folder: Path) -> tuple[Any, Any]:
         """What captions go through, and what the negative sentence goes through."""
-        from uae.models.answer_states import AnswerStateConditioner
-        from uae.models.conditioners import HiddenStateConditioner, chat_template
+        from uae.models.conditioners.answer_states import AnswerStateConditioner
+        from uae.models.conditioners.states import HiddenStateConditioner, chat_template
 
         pooled_P = empty_pooled(folder / "SD3_model")
         reads = HiddenStateConditioner(
@@ -142,9 +142,9 @@ class UAE:
 
     def _pipeline(self, folder: Path) -> Any:
         """Stable Diffusion 3 with the trained transformer and without its text encoders."""
-        from uae.models.layouts import uae_transformer
-        from uae.models.pipelines import load_pipeline
-        from uae.placement import torch_dtype
+        from uae.models.pipelines.loading import load_pipeline
+        from uae.systems.layouts import uae_transformer
+        from uae.weights.placement import torch_dtype
 
         placement = self.rendering.placement
         trained = {"transformer": uae_transformer(folder, torch_dtype(placement))} if (folder / "dit").is_dir() else {}

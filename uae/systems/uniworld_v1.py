@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uae.locations import here, local_folder
-from uae.models.blueprints import Blueprint
-from uae.models.renderer import Rendering
-from uae.models.vision_language import Reading
-from uae.placement import Placement
-from uae.remote_code import refused
+from uae.files.locations import here, local_folder
+from uae.models.captioners.loading import Reading
+from uae.models.renderers.diffusers import Rendering
+from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import COMPLETELY
 from uae.types import UMM
+from uae.weights.placement import Placement
+from uae.weights.remote_code import refused
 
 KEY = "system.init_args.checkpoint"
 PUBLISHED = "Qwen/Qwen2.5-VL-7B-Instruct"  # of this size
@@ -59,9 +59,9 @@ class UniWorldV1:
 
     def blueprint(self) -> Blueprint:
         """Sizes, without weights: the checkpoint's where it is here, else the published ones."""
-        from uae.models.blueprints import encoder_skeleton, pipeline_skeletons, vlm_skeleton
-        from uae.models.conditioners import mlp_projector
-        from uae.models.from_state import qwen_model
+        from uae.models.conditioners.states import mlp_projector
+        from uae.systems.blueprints import encoder_skeleton, pipeline_skeletons, vlm_skeleton
+        from uae.weights.from_state import qwen_model
 
         draws = self.rendering.placement
         folder = here(self.checkpoint)
@@ -90,9 +90,9 @@ class UniWorldV1:
         """Load the parts."""
         from transformers import AutoProcessor
 
-        from uae.models.layouts import uniworld_language_model
-        from uae.models.renderer import DiffusersRenderer
-        from uae.models.vision_language import assemble_captioner
+        from uae.models.captioners.loading import assemble_captioner
+        from uae.models.renderers.diffusers import DiffusersRenderer
+        from uae.systems.layouts import uniworld_language_model
 
         folder = local_folder(self.checkpoint, KEY)
         flux = local_folder(self.flux, "system.init_args.flux")
@@ -108,9 +108,9 @@ class UniWorldV1:
 
     def _pipeline(self, folder: Path, flux: Path) -> Any:
         """FLUX with UniWorld's transformer; its text encoders only where they read captions."""
-        from uae.models.layouts import uniworld_transformer
-        from uae.models.pipelines import load_pipeline
-        from uae.placement import torch_dtype
+        from uae.models.pipelines.loading import load_pipeline
+        from uae.systems.layouts import uniworld_transformer
+        from uae.weights.placement import torch_dtype
 
         placement = self.rendering.placement
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -119,9 +119,9 @@ class UniWorldV1:
         return load_pipeline(str(flux), placement, "system.init_args.flux", transformer=transformer, **absent)
 
     def _conditioner(self, captioner: Any, projectors: dict[str, Any], pipe: Any, flux: Path) -> Any:
-        from uae.models.conditioners import HiddenStateConditioner, chat_template
-        from uae.models.joined import JoinedConditioner
-        from uae.models.text_encoders import PipelineTextConditioner
+        from uae.models.conditioners.joined import JoinedConditioner
+        from uae.models.conditioners.states import HiddenStateConditioner, chat_template
+        from uae.models.conditioners.text_encoders import PipelineTextConditioner
 
         reads = HiddenStateConditioner(
             lambda: captioner.language_model,
@@ -138,8 +138,8 @@ class UniWorldV1:
     def _source_image(self, projectors: dict[str, Any]) -> Any:
         from transformers import AutoImageProcessor, SiglipVisionModel
 
-        from uae.models.source_image import SourceImageConditioner
-        from uae.placement import torch_dtype
+        from uae.models.conditioners.source_image import SourceImageConditioner
+        from uae.weights.placement import torch_dtype
 
         if "siglip_projector" not in projectors:
             raise ValueError(f"the checkpoint has no siglip_projector; set system.init_args.siglip to null, or correct {KEY}")
@@ -151,8 +151,8 @@ class UniWorldV1:
         return SourceImageConditioner(tower, images, projector)
 
     def _projector(self, state: dict[str, Tensor], width_in: int) -> nn.Module:
-        from uae.models.projector import load_projector
-        from uae.placement import torch_dtype
+        from uae.models.conditioners.projector import load_projector
+        from uae.weights.placement import torch_dtype
 
         return load_projector(state, width_in, KEY, "silu").to(torch_dtype(self.rendering.placement))
 

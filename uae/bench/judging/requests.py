@@ -11,7 +11,7 @@ from typing import Any
 
 from uae.bench.judging.judges import Judge, judge_of
 from uae.bench.judging.prompt import Prompt, prompt_of
-from uae.whole_files import write_whole
+from uae.files.whole import write_whole
 
 MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif"}
 

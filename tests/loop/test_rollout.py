@@ -1,0 +1,126 @@
+import hashlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from uae.metrics import similarity
+from uae.miniature.data import SceneData
+from uae.rewards import RandomReward, WeightedReward
+from uae.rollout import Plan, autoencode, parts, replay, roll_out
+from uae.seeds import caption_seeds, noise_seeds, seed_of
+from uae.types import Sampling
+
+PLAN = Plan(group=3, sampling=Sampling(max_tokens=6), seed=5)
+
+
+@pytest.fixture(scope="module")
+def umm(system):
+    return system.build()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return next(iter(SceneData(batch_size=4, train_size=8).train_dataloader()))
+
+
+def pick(batch, images):
+    return {"image": batch["image"][images], "id": batch["id"][images]}
+
+
+def test_every_stage_feeds_the_next(umm, reward, batch):
+    experience = roll_out(umm, reward, batch, PLAN, step=0)
+    rollout = experience.rollout
+    for n, text in enumerate(rollout.texts):  # row by row, by hand
+        seed = noise_seeds(PLAN, batch["id"].tolist(), 0)[n]
+        image = umm.renderer.render(umm.conditioner.encode([text]), [seed])
+        torch.testing.assert_close(experience.reconstructions_NCHW[n], image[0], atol=1e-5, rtol=0)
+        source = batch["image"][n // 3][None]
+        encoder = reward.parts["layout"].encoder
+        expected = similarity(encoder.embed(source), encoder.embed(image))
+        letters = sum(map(ord, text)) % 17 / 17
+        found = experience.rewards.reward_BG[n // 3, n % 3].item()
+        assert found == pytest.approx(expected.item() + 0.5 * letters, abs=1e-5)
+    for b, rewards in enumerate(experience.rewards.reward_BG.double().tolist()):
+        mean = sum(rewards) / 3
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 2)
+        for g in range(3):
+            assert experience.advantage_BG[b, g].item() == pytest.approx((rewards[g] - mean) / (std + 1e-4), rel=1e-3)
+    assert set(experience.seconds) == {"caption", "condition", "render", "reward", "replay"}
+    assert all(seconds > 0 for seconds in experience.seconds.values())
+
+
+def test_a_sample_depends_on_its_image_id_step_and_seed_only(umm, reward, batch):
+    whole = roll_out(umm, reward, batch, PLAN, step=7)
+    part = roll_out(umm, reward, pick(batch, [2, 0]), PLAN, step=7)
+    assert part.rollout.texts == whole.select([2, 0]).rollout.texts
+    torch.testing.assert_close(part.reconstructions_NCHW, whole.select([2, 0]).reconstructions_NCHW, atol=1e-5, rtol=0)
+    others = [(replace(PLAN, seed=6), 7), (PLAN, 8)]
+    for plan, step in others:
+        assert roll_out(umm, reward, batch, plan, step).rollout.texts != whole.rollout.texts
+
+
+def test_seeds_are_the_documented_hash():
+    digest = hashlib.blake2b(b"5/17/3", digest_size=8).digest()
+    assert noise_seeds(PLAN, [17], 3) == [int.from_bytes(digest, "big") // 2] * 3
+    seeds = caption_seeds(PLAN, range(100), 0) + caption_seeds(PLAN, range(100), 1)
+    assert len(set(seeds)) == 600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(1, 23, 4) != seed_of(12, 3, 4)
+
+
+def test_shared_noise(umm, batch):
+    """With one and the same caption, shared noise leaves nothing to tell rows of a group apart."""
+    _, shared, _ = autoencode(umm, batch, PLAN, step=0)
+    condition = umm.conditioner.encode(["a red ring"] * 12)
+    for plan, distinct in ((PLAN, 4), (replace(PLAN, shared_noise=False), 12)):
+        seeds = noise_seeds(plan, batch["id"].tolist(), 0)
+        assert len(set(seeds)) == distinct
+        images = umm.renderer.render(condition, seeds).view(4, 3, -1)
+        assert torch.equal(images[:, 0], images[:, 1]) == (distinct == 4)
+    _, own, _ = autoencode(umm, batch, replace(PLAN, shared_noise=False), step=0)
+    assert not torch.equal(shared, own)
+
+
+def test_select_takes_whole_groups(umm, reward, batch):
+    experience = roll_out(umm, reward, batch, PLAN, step=0)
+    part = experience.select([3, 1])
+    rows = [9, 10, 11, 3, 4, 5]
+    assert part.id_B.tolist() == batch["id"][[3, 1]].tolist()
+    assert part.rollout.texts == [experience.rollout.texts[row] for row in rows]
+    assert torch.equal(part.reconstructions_NCHW, experience.reconstructions_NCHW[rows])
+    assert torch.equal(part.advantage_BG, experience.advantage_BG[[3, 1]])
+    assert torch.equal(part.rewards.parts["letters"], experience.rewards.parts["letters"][[3, 1]])
+    torch.testing.assert_close(replay(umm.captioner, part.rollout, 2, 1), part.rollout.logp_NT, atol=1e-5, rtol=0)
+
+
+def test_the_buffer_holds_the_replay_and_its_distance_from_the_sampler(umm, reward, batch, monkeypatch):
+    sampled, _, _ = autoencode(umm, batch, PLAN, step=0)
+    honest = umm.captioner.logprobs
+    monkeypatch.setattr(umm.captioner, "logprobs", lambda rollout: honest(rollout) + 0.1)
+    experience = roll_out(umm, reward, batch, PLAN, step=0)
+    kept = sampled.mask_NT.bool()
+    torch.testing.assert_close(experience.rollout.logp_NT[kept], sampled.logp_NT[kept] + 0.1, atol=1e-5, rtol=0)
+    assert experience.sampler_gap == pytest.approx(math.exp(0.1) - 1, abs=1e-4)
+
+
+def test_parts_are_equal_contiguous_and_complete():
+    assert [list(part) for part in parts(6, 3)] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(ValueError, match=r"6 images.*model\.mini_batches=4"):
+        parts(6, 4)
+
+
+def test_one_scale_for_the_whole_batch(umm, batch):
+    reward = WeightedReward({"random": RandomReward()}, {"random": 1.0})
+    experience = roll_out(umm, reward, batch, replace(PLAN, advantage_scale="batch"), 0)
+    values = experience.rewards.reward_BG.double()
+    expected = (values - values.mean(1, keepdim=True)) / (values.std() + 1e-4)
+    torch.testing.assert_close(experience.advantage_BG.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("missing", ["id", "image"])
+def test_an_incomplete_batch_is_refused(umm, reward, batch, missing):
+    incomplete = {key: value for key, value in batch.items() if key != missing}
+    with pytest.raises(ValueError, match="needs image and id"):
+        roll_out(umm, reward, incomplete, PLAN, 0)

@@ -1,0 +1,1 @@
+"""DPG-Bench: do images show what dense prompts ask for."""

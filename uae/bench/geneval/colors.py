@@ -1,0 +1,104 @@
+"""The colors of detected objects, by CLIP: every object alone on gray, asked which of ten colors it has, as GenEval does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uae.bench.geneval.rules import COLORS
+from uae.files.locations import here
+
+MODEL, WEIGHTS = "ViT-L-14-quickgelu", "openai"
+GRAY = "#999"
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+
+
+class ColorReader:
+    """Zero-shot color classification by an open_clip model.
+
+    GenEval names the model ``ViT-L-14`` and means OpenAI's, which was trained with QuickGELU. Current versions of open_clip
+    build that name with GELU and only warn; colors would silently be others. Here the activation is checked.
+
+    Args:
+        name: An architecture of open_clip.
+        weights: A tag of it, or a file (also below ``UAE_CHECKPOINTS``).
+        device: Where it works.
+
+    Raises:
+        ValueError: The model's activation is not QuickGELU.
+    """
+
+    def __init__(self, name: str = MODEL, weights: str = WEIGHTS, device: str | torch.device = "cpu") -> None:
+        import open_clip
+
+        file = here(weights)
+        self.device = torch.device(device)
+        if "quickgelu" not in name:
+            raise ValueError(f"color_model={name!r} is built with GELU, OpenAI's weights need QuickGELU: set it to {MODEL!r}")
+        try:
+            model, _, self.transform = open_clip.create_model_and_transforms(
+                name, pretrained=weights if file is None else os.fspath(file), weights_only=True
+            )
+        except (RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(
+                f"open_clip cannot load color_model={name!r} with color_weights={weights!r} ({reason}); set --color_weights"
+            ) from error
+        check_activation(model)
+        self.model: Any = model.eval().requires_grad_(False).to(self.device)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.backend = {"color_model": name, "color_weights": weights}
+        self._classifiers: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image, boxes: Sequence[Sequence[float]], masks: Sequence[np.ndarray], name: str) -> list[str]:
+        """The color of every object of one class.
+
+        Args:
+            image: RGB.
+            boxes: left, top, right, bottom of each object.
+            masks: bool ``[H, W]`` of each.
+            name: Of their class.
+        """
+        if not len(boxes):
+            return []
+        crops = torch.stack([self.transform(alone(image, box, mask)) for box, mask in zip(boxes, masks, strict=True)])
+        with torch.autocast(self.device.type, enabled=False):
+            features_ND = F.normalize(self.model.encode_image(crops.to(self.device)), dim=-1)
+            return [COLORS[place] for place in (features_ND @ self._classifier(name)).argmax(1).tolist()]
+
+    def _classifier(self, name: str) -> Tensor:
+        """``[D, 10]``: for every color the direction of the mean over the templates."""
+        if name not in self._classifiers:
+            texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+            embeds = F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)), dim=-1)
+            means = embeds.view(len(COLORS), len(TEMPLATES), -1).mean(1)
+            self._classifiers[name] = F.normalize(means, dim=-1).T
+        return self._classifiers[name]
+
+
+def alone(image: Image.Image, box: Sequence[float], mask: np.ndarray) -> Image.Image:
+    """An object on flat gray, cut out at its box."""
+    left, top, right, bottom = box[:4]
+    blank = Image.new("RGB", image.size, color=GRAY)
+    return Image.composite(image, blank, Image.fromarray(mask)).crop((left, top, right, bottom))  # type: ignore[arg-type]
+
+
+def check_activation(model: nn.Module) -> None:
+    """Raise unless both towers compute with QuickGELU.
+
+    Raises:
+        ValueError: One does not.
+    """
+    from open_clip.transformer import QuickGELU
+
+    kinds = {type(part) for part in model.modules()}
+    if QuickGELU not in kinds or nn.GELU in kinds:
+        raise ValueError(f"the color model computes with GELU, OpenAI's weights need QuickGELU: set --color_model {MODEL}")

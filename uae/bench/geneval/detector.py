@@ -1,0 +1,69 @@
+"""What GenEval's rules need to know of an image: objects, and the colors a prompt asks about."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from uae.bench.geneval.colors import ColorReader
+from uae.bench.geneval.detection import Mask2Former
+from uae.bench.geneval.prompts import CLASSES
+from uae.bench.geneval.rules import in_question
+
+NAME = "hf"  # of these models and this post-processing, in results: never to be taken for the original's
+
+
+class Detector:
+    """Objects by Mask2Former, colors by CLIP.
+
+    Args:
+        detector: See `uae.bench.geneval.detection.Mask2Former`.
+        color_model: See `uae.bench.geneval.colors.ColorReader`.
+        color_weights: As there.
+        device: Where both work.
+    """
+
+    def __init__(self, detector: str, color_model: str, color_weights: str, device: torch.device) -> None:
+        self.objects = Mask2Former(detector, device)
+        self.colors = ColorReader(color_model, color_weights, device)
+        self.backend: dict[str, Any] = {"name": NAME, **self.objects.backend, **self.colors.backend}
+
+    def __call__(self, image: Image.Image, metadata: dict[str, Any]) -> dict[str, list[list[Any]]]:
+        """Class to detections: left, top, right, bottom, score, and the color or None where the prompt does not ask.
+
+        Args:
+            image: RGB, upright.
+            metadata: Of the prompt.
+        """
+        seen = self.objects(image)
+        places: dict[str, list[int]] = {}
+        for place, label in enumerate(seen.labels_M.tolist()):
+            places.setdefault(CLASSES[label], []).append(place)
+        scores, boxes = seen.scores_M.tolist(), seen.boxes_M4.tolist()
+        found = {name: [[*boxes[i], scores[i], None] for i in some] for name, some in places.items()}
+        asked = in_question(metadata, {name: [scores[i] for i in some] for name, some in places.items()})
+        for name, kept in asked.items():
+            chosen = [places[name][i] for i in kept]
+            masks = [seen.masks_MHW[i].cpu().numpy() for i in chosen]
+            for i, color in zip(kept, self.colors(image, [boxes[j] for j in chosen], masks, name), strict=True):
+                found[name][i][5] = color
+        return found
+
+
+def read_upright(path: Path) -> Image.Image:
+    """An image file as RGB, turned as its EXIF data say.
+
+    Raises:
+        OSError, ValueError, SyntaxError: It is no whole image.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(str(error)) from error

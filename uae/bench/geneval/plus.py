@@ -1,0 +1,224 @@
+"""``python -m uae.bench geneval_plus generate|run|score``: do images show all that longer prompts ask for, told by a judge.
+
+Rules of GenEval++ (arXiv 2508.09987): one image per prompt, named after the prompt's line; a judge says whether it meets
+every requirement and looks like a photograph; the score is the mean over tags. The words for the judge are our own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uae.bench.arguments import run as run_command
+from uae.bench.fingerprints import sha256
+from uae.bench.generate import Drawing, Job, command, seeds_of
+from uae.bench.judging.judges import Judge, read_judges
+from uae.bench.judging.prompt import Prompt, read_prompt
+from uae.bench.judging.requests import Plan, Question, image_digest, question, read_plan, write_plan
+from uae.bench.judging.stages import ask, open_cache, status
+from uae.bench.result import check_output, write_result
+from uae.bench.result import score as as_score
+from uae.bench.score_table import score_table
+from uae.metrics.intervals import mean_of_means, wilson
+
+BENCHMARK = "geneval_plus"
+JUDGE = "configs/bench/judges/gpt_4_1.yaml"
+PROMPT = "configs/bench/judges/prompts/geneval_plus.yaml"
+FETCH = "Geneval++.jsonl of github.com/yejy53/Echo-4o, folder test_scripts"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+REGIONS = {"left": "in the left half", "right": "in the right half", "above": "in the upper half", "below": "in the lower half"}
+SIZES = {"larger": "clearly larger than the other objects", "smaller": "clearly smaller than the other objects"}
+FAILED = -1  # the judge gave no usable answer: counts as wrong
+
+
+def generate(
+    prompts: str, images: str, seed: int = 0, batch_size: int = 8, part: str = "1/1", device: str | None = None
+) -> Job:
+    """Draw one image per prompt: DIR/1.png is of the file's first line.
+
+    All other options describe the system, as behind ``python -m uae.cli predict``: --config FILE, --ckpt_path FILE,
+    --key value. What is drawn already stays.
+
+    Args:
+        prompts: Geneval++.jsonl, or a file like it.
+        images: Folder to draw to.
+        seed: Of the noise; every image has its own, whatever the batch.
+        batch_size: Images drawn at once.
+        part: i/n: draw only the i-th of n shares, for n processes at once.
+        device: Where to draw; the default is the first GPU, or the CPU.
+    """
+    rows = enumerate(read_lines(prompts), start=1)
+    drawings = [Drawing(Path(images, f"{line}.png"), row["prompt"], seeds_of(seed, line, 1)) for line, row in rows]
+    return Job(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
+
+
+def run(
+    prompts: str,
+    images: str,
+    folder: str,
+    max_cost_usd: float = 0.0,
+    dry_run: bool = False,
+    judge: str = JUDGE,
+    prompt: str = PROMPT,
+    cache: str | None = None,
+    retry_errors: bool = False,
+) -> None:
+    """Ask the judge about every image that has no answer yet. May be stopped and started at any time.
+
+    Args:
+        prompts: Geneval++.jsonl: a line per image with tag, include, maybe exclude, and prompt.
+        images: Folder of images named after the prompts' lines: 1.jpg (or .png, .jpeg, .webp) is of the first line.
+        folder: Where the questions and answers are kept.
+        max_cost_usd: Spend at most this much on these questions, earlier runs included.
+        dry_run: Only tell how many calls there are and what they cost.
+        judge: File of one judge.
+        prompt: File of what it is told.
+        cache: File of answers, if it shall not be ``answers.jsonl`` in the folder; may serve several folders.
+        retry_errors: Ask again where another model answered than the one that was asked.
+    """
+    judges, asked, rows = read_judges(judge), read_prompt(prompt, {"0", "1"}), read_lines(prompts)
+    if len(judges) != 1:
+        raise ValueError(f"GenEval++ has one judge, {judge!r} names {len(judges)}; give a file with one")
+    files = image_files(images, len(rows))
+    questions = _questions(next(iter(judges.values())), asked, rows, files)
+    about = {"benchmark": BENCHMARK, "tags": [row["tag"] for row in rows], "images": Path(images).resolve().name}
+    inputs = {"prompts": sha256(prompts), "judges": sha256(judge), "prompt": sha256(prompt)}
+    write_plan(folder, Plan(judges, asked, questions, inputs, about))
+    missing = [line for line in range(1, len(rows) + 1) if line not in files]
+    if missing:
+        print(f"MISSING, counted as wrong: {len(missing)} of {len(rows)} images, e.g. {', '.join(map(str, missing[:5]))}")
+    ask(folder, max_cost_usd, dry_run, cache, retry_errors)
+
+
+def _questions(
+    judge: Judge, prompt: Prompt, rows: Sequence[Mapping[str, Any]], files: Mapping[int, Path]
+) -> tuple[Question, ...]:
+    given = {line: {"prompt": rows[line - 1]["prompt"], "checklist": checklist(rows[line - 1])} for line in sorted(files)}
+    return tuple(
+        question(judge, prompt, texts, str(files[line]), image_digest(files[line]), {"line": line})
+        for line, texts in given.items()
+    )
+
+
+def score(folder: str, output: str, system: str | None = None, cache: str | None = None) -> dict[str, Any]:
+    """The score from the answers there are. Needs no network.
+
+    Args:
+        folder: That ``run`` wrote.
+        output: The result file.
+        system: Name of what drew the images; the default is their folder's.
+        cache: See ``run``.
+    """
+    check_output(output)
+    plan = read_plan(folder)
+    answers, tags = open_cache(folder, cache), plan.about["tags"]
+    said = {question.about["line"]: answers.answer(question, plan.prompt) for question in plan.questions}
+    verdicts = [verdict(said, line) for line in range(1, len(tags) + 1)]
+    done = status(plan, answers)
+    result = write_result(
+        output,
+        BENCHMARK,
+        system or plan.about["images"],
+        summarize(tags, verdicts),
+        {"judges": done["models"], "prompt": [plan.prompt.name, plan.prompt.version, plan.prompt.digest]},
+        dict(plan.inputs),
+        **done,
+        missing=[line for line in range(1, len(tags) + 1) if line not in said],
+        failed=[line for line, found in enumerate(verdicts, start=1) if found == FAILED],
+        verdicts=verdicts,
+    )
+    lines = {key: list(map(str, result[key])) for key in ("missing", "failed")}
+    print(score_table(result, {f"{key}, counted as wrong": numbers for key, numbers in lines.items()}))
+    print(f"\n{done['status']}: {done['answered']} of {done['questions']} answers by {done['models']}")
+    return result
+
+
+def verdict(said: Mapping[int, str | None], line: int) -> int:
+    """Of an image: 1 correct, 0 wrong or missing, `FAILED` without a usable answer."""
+    if line not in said:
+        return 0
+    answer = said[line]
+    return int(answer) if answer in ("0", "1") else FAILED
+
+
+def summarize(tags: Sequence[str], verdicts: Sequence[int]) -> dict[str, Any]:
+    """The mean of the tags' accuracies, each tag, and the share of correct images; `FAILED` is wrong."""
+    tag_N, correct_N = np.array(tags), np.array(verdicts) == 1
+    groups = {tag: correct_N[tag_N == tag] for tag in dict.fromkeys(tags)}
+    return {
+        "overall": as_score(mean_of_means([(group, np.arange(len(group))) for group in groups.values()]), len(tags)),
+        **{tag: as_score(wilson(int(group.sum()), len(group)), len(group)) for tag, group in groups.items()},
+        "correct images": as_score(wilson(int(correct_N.sum()), len(tags)), len(tags)),
+    }
+
+
+def checklist(row: Mapping[str, Any]) -> str:
+    """What an image must show, a line per requirement, from a prompt's metadata."""
+    lines = [_requirement(item) for item in row["include"]]
+    lines += [f"fewer than {item['count']} of: {item['class']}" for item in row.get("exclude", ())]
+    return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, start=1))
+
+
+def _requirement(item: Mapping[str, Any]) -> str:
+    count = int(item["count"])
+    parts = [f"exactly {count} of: {item['class']}"]
+    each = "it is" if count == 1 else "each of them is"
+    if item.get("color"):
+        parts.append(f"{each} {item['color']}")
+    if item.get("region"):
+        parts.append(f"{each} {REGIONS.get(item['region'], item['region'])} of the image")
+    if item.get("size"):
+        parts.append(f"{each} {SIZES.get(item['size'], item['size'])}")
+    return "; ".join(parts)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The prompts of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: There is none, or a line is no prompt of GenEval++.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no prompts at {str(path)!r}; get {FETCH}")
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+            fine = isinstance(rows[-1]["tag"], str) and isinstance(rows[-1]["prompt"], str) and bool(checklist(rows[-1]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fine = False
+        if not fine:
+            raise ValueError(f"line {number} of {str(path)!r} needs tag, prompt and include (class, count, ...); correct --prompts")
+    if not rows:
+        raise ValueError(f"{str(path)!r} holds no prompt; correct --prompts")
+    return rows
+
+
+def image_files(folder: str | Path, lines: int) -> dict[int, Path]:
+    """The image of each line that has one.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no folder or no image in it, or a line has several.
+    """
+    found: dict[int, Path] = {}
+    for line in range(1, lines + 1):
+        files = [path for suffix in SUFFIXES if (path := Path(folder, f"{line}{suffix}")).is_file()]
+        if len(files) > 1:
+            raise ValueError(f"line {line} has several images in {str(folder)!r}: {files[0].name}, {files[1].name}; keep one")
+        if files:
+            found[line] = files[0]
+    if not found:
+        raise FileNotFoundError(f"no image of {lines} prompts in {str(folder)!r}: they are named 1.png, 2.png, ...; set images")
+    return found
+
+
+def main(args: Sequence[str]) -> Any:
+    """The command."""
+    if args and args[0] == "generate":
+        return command(BENCHMARK, generate, args[1:])
+    functions = {"generate": generate, "run": run, "score": score}  # the first for --help
+    return run_command(BENCHMARK, functions, args)

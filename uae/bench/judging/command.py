@@ -1,0 +1,242 @@
+"""``python -m uae.bench judge build|run|score``: which captions do language models prefer (protocol2-compatible).
+
+The paper's second protocol has judges compare captions in pairs; its prompt, tie rule and order of captions are unpublished.
+This is a protocol of our own that can be checked: both orders, documented words, dated models, every answer kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uae.bench.arguments import run as run_command
+from uae.bench.fingerprints import sha256
+from uae.bench.judging.cache import Cache
+from uae.bench.judging.captions import caption_questions, compared, find_images, plain, read_captions
+from uae.bench.judging.judges import read_judges
+from uae.bench.judging.prompt import read_prompt
+from uae.bench.judging.requests import Plan, read_plan, write_plan
+from uae.bench.judging.stages import ask, open_cache, status
+from uae.bench.judging.statistics.comparisons import Comparison
+from uae.bench.judging.statistics.resampling import weights
+from uae.bench.judging.statistics.win_rates import WinRates, elo, mean_rate, pair_summary, strangers
+from uae.bench.result import check_output, write_result
+
+BENCHMARK = "protocol2-compatible"
+ANSWERS = {"first", "second", "tie"}
+JUDGES = "configs/bench/judges/paper_panel.yaml"
+PROMPT = "configs/bench/judges/prompts/caption_pair.yaml"
+
+
+def build(
+    captions: dict[str, str],
+    images: str,
+    folder: str,
+    system: str | None = None,
+    all_pairs: bool = False,
+    judges: str = JUDGES,
+    prompt: str = PROMPT,
+) -> Plan:
+    """Write down what to ask: each pair of captions, in both orders, for each judge. Asks nothing.
+
+    Args:
+        captions: System to file: repeat --captions NAME=FILE, or a mapping in the configuration. A file is JSON or JSON Lines
+            with a name and a caption per image, as ``predict`` writes.
+        images: Folder of the images; names are paths below it.
+        folder: Where everything of this comparison is kept.
+        system: The system that is compared with each other one; the default is the first.
+        all_pairs: Compare each system with each.
+        judges: File of judges.
+        prompt: File of the prompt.
+    """
+    if len(captions) < 2:
+        raise ValueError(f"a comparison needs two systems, given: {', '.join(captions) or 'none'}; give captions of another")
+    ours = system or next(iter(captions))
+    if ours not in captions:
+        raise ValueError(f"system={ours!r} has no captions; allowed: {', '.join(captions)}")
+    panel, asked = read_judges(judges), read_prompt(prompt, ANSWERS)
+    raw = {name: read_captions(path) for name, path in captions.items()}
+    texts = {name: {image: plain(caption) for image, caption in rows.items()} for name, rows in raw.items()}
+    found = find_images(images, sorted({name for rows in texts.values() for name in rows}))
+    pairs = compared(list(captions), ours, all_pairs)
+    questions = tuple(caption_questions(panel, asked, texts, found, pairs))
+    if not found:
+        raise ValueError(f"--images {images!r} holds none of the images that the captions name; correct --images")
+    about = _about(texts, found, pairs) | {"benchmark": BENCHMARK, "system": ours, "systems": list(captions)}
+    about["normalized"] = {name: sum(texts[name][i] != text for i, text in raw[name].items()) for name in raw}
+    inputs = {f"captions/{name}": sha256(path) for name, path in captions.items()}
+    inputs |= {"judges": sha256(judges), "prompt": sha256(prompt)}
+    plan = Plan(panel, asked, questions, inputs, about)
+    write_plan(folder, plan)
+    print(_built(plan))
+    return plan
+
+
+def _about(texts: Mapping[str, Mapping[str, str]], images: Mapping[str, Path], pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """What is compared and what cannot be."""
+    listed = {name for rows in texts.values() for name in rows}
+    cases = []
+    for name in sorted(images):
+        for a, b in pairs:
+            if name in texts[a] and name in texts[b]:
+                words = [len(texts[system][name].split()) for system in (a, b)]
+                cases.append([name, a, b, *words, texts[a][name] == texts[b][name]])
+    lacking = {system: sorted(listed - rows.keys()) for system, rows in texts.items()}
+    return {"cases": cases, "without_image": sorted(listed - images.keys()), "without_caption": lacking}
+
+
+def _built(plan: Plan) -> str:
+    about = plan.about
+    lines = [f"{len(about['cases'])} pairs of captions, {len(plan.questions)} questions to {len(plan.judges)} judges"]
+    if same := sum(case[-1] for case in about["cases"]):
+        lines.append(f"{same} pairs are equal, letter by letter: ties that nobody is asked about")
+    for what, names in {"image": about["without_image"], **about["without_caption"]}.items():
+        if names:
+            lines.append(f"NOT COMPARED, no {'caption of ' * (what != 'image')}{what}: {len(names)}, e.g. {', '.join(names[:3])}")
+    return "\n".join(lines)
+
+
+def run(folder: str, max_cost_usd: float = 0.0, dry_run: bool = False, cache: str | None = None, retry_errors: bool = False) -> None:
+    """Ask what has no answer yet. Keys are read from the environment. May be stopped and started at any time.
+
+    Args:
+        folder: That ``build`` wrote.
+        max_cost_usd: Spend at most this much on these questions, earlier runs included.
+        dry_run: Only tell how many calls there are and what they cost.
+        cache: File of answers, if it shall not be ``answers.jsonl`` in the folder; may serve several folders.
+        retry_errors: Ask again where another model answered than the one that was asked.
+    """
+    ask(folder, max_cost_usd, dry_run, cache, retry_errors)
+
+
+def score(
+    folder: str,
+    output: str,
+    cache: str | None = None,
+    families: dict[str, str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Win rates from the answers there are. Needs no network.
+
+    Args:
+        folder: That ``build`` wrote.
+        output: The result file.
+        cache: See ``run``.
+        families: System to the family of its model, as --families NAME=FAMILY: judges of that family are left out of
+            ``without_own_family``.
+        resamples: Of images, for intervals.
+        seed: Of these.
+    """
+    check_output(output)
+    plan = read_plan(folder)
+    answers = open_cache(folder, cache)
+    _known(families or {}, plan.about["systems"])
+    found, images = comparisons(plan, answers), sorted({case[0] for case in plan.about["cases"]})
+    if not any(c.score is not None for c in found):
+        raise ValueError(f"no pair of {folder!r} has answers in both orders; run first")
+    rates = WinRates(found, images, weights(len(images), resamples, seed))
+    pairs = list(dict.fromkeys((case[1], case[2]) for case in plan.about["cases"]))
+    judges = {name: judge.family for name, judge in plan.judges.items()}
+    summary = {pair: pair_summary(rates.of(*pair), strangers(judges, families or {}, pair)) for pair in pairs}
+    ours = plan.about["system"]
+    own = [rates.of(*pair) for pair in pairs if pair[0] == ours]
+    scores = {"win_rate": mean_rate([rate for rate in own if rate.comparisons])} | _scores(summary)
+    done = status(plan, answers)
+    result = write_result(
+        output,
+        BENCHMARK,
+        ours,
+        scores,
+        {"judges": done["models"], "prompt": [plan.prompt.name, plan.prompt.version, plan.prompt.digest]},
+        dict(plan.inputs),
+        **done,
+        pairs={f"{a} over {b}": about for (a, b), about in summary.items()},
+        elo=_elo(rates, plan.about["systems"]),
+        not_compared={key: plan.about[key] for key in ("without_image", "without_caption")},
+        normalized=plan.about["normalized"],
+    )
+    print(table(result))
+    return result
+
+
+def _known(families: Mapping[str, str], systems: Sequence[str]) -> None:
+    if unknown := sorted(families.keys() - set(systems)):
+        raise ValueError(f"families names {', '.join(unknown)}; allowed: {', '.join(systems)}")
+
+
+def comparisons(plan: Plan, cache: Cache) -> list[Comparison]:
+    """All pairs with what each judge answered; equal captions are ties that nobody was asked about."""
+    answers = {}
+    for question in plan.questions:
+        about = question.about
+        answers[about["image"], about["a"], about["b"], question.judge, about["order"]] = cache.answer(question, plan.prompt)
+    found = []
+    for image, a, b, words_a, words_b, same in plan.about["cases"]:
+        for judge in plan.judges:
+            said = ["tie" if same else answers.get((image, a, b, judge, order)) for order in ("ab", "ba")]
+            found.append(Comparison(image, a, b, judge, words_a, words_b, *said))
+    return found
+
+
+def _scores(summary: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
+    kinds = {"panel": "", "equal_length": " at equal length", "without_own_family": " without own family"}
+    scores = {}
+    for (a, b), about in summary.items():
+        for kind, words in kinds.items():
+            if about.get(kind) is not None:
+                scores[f"{a} over {b}{words}"] = {key: about[kind][key] for key in ("value", "n", "low", "high")}
+        for judge, numbers in about["judges"].items():
+            if "value" in numbers:
+                scores[f"{a} over {b} by {judge}"] = {key: numbers[key] for key in ("value", "n", "low", "high")}
+    return scores
+
+
+def _elo(rates: WinRates, systems: Sequence[str]) -> dict[str, Any]:
+    try:
+        return dict(elo(rates, systems))
+    except ValueError as error:
+        return {"undefined": str(error)}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A result as a Markdown table."""
+    lines = [f"**{result['benchmark']}**, {result['status']}: {result['answered']} of {result['questions']} answers", ""]
+    lines += ["| | win rate | 95 % | images | order changed it | invalid |", "|---|---|---|---|---|---|"]
+    for pair, about in result["pairs"].items():
+        rows = {pair: about.get("panel") or {}, **{f"... by {judge}": own for judge, own in about["judges"].items()}}
+        for name, row in rows.items():
+            shown = [f"{100 * row[key]:.1f}" if row.get(key) is not None else "-" for key in ("value", "low", "high")]
+            trust = [f"{100 * row[key]:.0f} %" if row.get(key) is not None else "" for key in ("inconsistency", "invalid")]
+            flag = " FLAGGED" if row.get("flagged") else ""
+            lines.append(f"| {name} | {shown[0]} | {shown[1]} to {shown[2]} | {row.get('n', 0)} | {trust[0]} | {trust[1]}{flag} |")
+    if silent := [name for name, models in result["backend"]["judges"].items() if not models]:
+        lines += ["", f"PANEL INCOMPLETE: no answer by {', '.join(silent)}"]
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str]) -> Any:
+    """The command."""
+    return run_command("judge", {"build": build, "run": run, "score": score}, gathered(args, ("--captions", "--families")))
+
+
+def gathered(args: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Arguments in which repeated ``--captions NAME=FILE`` became one mapping."""
+    rest, found, words = [], {option: {} for option in options}, iter(args)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in found:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        name, equals, file = value.partition("=")
+        if value.startswith("{") or not equals:
+            rest += [option, value]
+        else:
+            found[option][name] = file
+    for option, mapping in found.items():
+        rest += [option, yaml.safe_dump(mapping, default_flow_style=True, width=10**6, sort_keys=False).strip()] if mapping else []
+    return rest

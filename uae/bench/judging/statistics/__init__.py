@@ -1,0 +1,1 @@
+"""From the judges' answers to win rates, rankings and intervals."""

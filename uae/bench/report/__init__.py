@@ -1,0 +1,1 @@
+"""Several results in one table, beside the paper's."""

@@ -1,0 +1,137 @@
+"""Several results in one report: a table per benchmark, differences with intervals, the paper's numbers marked as its own.
+
+python -m uae.bench report a.json b.json ... [--paper true] [--baseline NAME] [--output report.md] [--plot report.png]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uae.bench.arguments import listed, run
+from uae.bench.report.paired import differences
+from uae.bench.report.plot import plot as draw
+from uae.bench.report.published import number, published
+from uae.bench.report.table import Column, Table, comma_separated, latex, markdown
+from uae.bench.result import read_result
+
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {".md": markdown, ".csv": comma_separated, ".tex": latex}
+
+PLOTS = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A result and where it lies."""
+
+    file: Path
+    result: dict[str, Any]
+
+    @property
+    def system(self) -> str:
+        """What was measured."""
+        return self.result["system"]
+
+
+def report(
+    results: list[str],
+    paper: bool = False,
+    baseline: str | None = None,
+    output: str | None = None,
+    plot: str | None = None,
+    scores: str | None = None,
+) -> list[Table]:
+    """Put results side by side. Only results of exactly the same benchmark share a table.
+
+    Args:
+        results: Result files; the word --results may be left out.
+        paper: Show the paper's published numbers beside ours.
+        baseline: A system's name, or one of its result files: differences are to it. The default is the first result's.
+        output: Write the report, as .md, .csv or .tex by its suffix.
+        plot: Draw it, as .png, .pdf or .svg.
+        scores: Regular expression: only scores whose name it finds.
+    """
+    if output and Path(output).suffix not in FORMATS:
+        raise ValueError(f"--output {output!r}: allowed: a file of suffix {', '.join(FORMATS)}")
+    if plot and Path(plot).suffix not in PLOTS:
+        raise ValueError(f"--plot {plot!r}: allowed: a file of suffix {', '.join(PLOTS)}")
+    try:
+        re.compile(scores or "")
+    except re.error as error:
+        raise ValueError(f"--scores {scores!r} is no regular expression: {error}") from None
+    files = [*results, *([baseline] if baseline and baseline.endswith(".json") else [])]
+    entries = [Entry(Path(file), read_result(file)) for file in dict.fromkeys(files)]
+    if not entries:
+        raise ValueError("no results: give files that uae.bench wrote")
+    by = _baseline(entries, baseline)
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.result["benchmark"], []).append(entry)
+    tables = [_table(name, some, by, paper, scores) for name, some in groups.items()]
+    near = _alike(list(groups))
+    text = markdown(tables)
+    print("\n".join([text, *near]))
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(FORMATS[Path(output).suffix](tables))
+    if plot:
+        draw(plot, tables)
+    return tables
+
+
+def _baseline(entries: Sequence[Entry], baseline: str | None) -> str:
+    names = list(dict.fromkeys(entry.system for entry in entries))
+    if baseline is None:
+        return names[0]
+    of_file = [entry.system for entry in entries if entry.file == Path(baseline)]
+    if not of_file and baseline not in names:
+        raise ValueError(f"--baseline {baseline!r} is no result and none of the systems {', '.join(names)}")
+    return of_file[0] if of_file else baseline
+
+
+def _table(benchmark: str, entries: Sequence[Entry], baseline: str, paper: bool, pattern: str | None) -> Table:
+    """One benchmark: its scores in the order they were written, the baseline's first."""
+    systems = [entry.system for entry in entries]
+    twice = sorted({name for name in systems if systems.count(name) > 1})
+    if twice:
+        raise ValueError(f"two results of {benchmark} are of {twice[0]!r}; score one again with another --system")
+    everything = dict.fromkeys(name for entry in entries for name in entry.result["scores"])
+    names = [name for name in everything if re.search(pattern or "", name, re.IGNORECASE)]
+    if not names:
+        raise ValueError(f"--scores {pattern!r} finds no score of {benchmark}: {', '.join(entries[0].result['scores'])}")
+    base = next((entry for entry in entries if entry.system == baseline), None)
+    notes = [] if base or len(entries) == 1 else [f"{baseline} has no result here: no differences"]
+    columns = []
+    for entry in entries:
+        found: Any = {}
+        if base is not None and entry is not base:
+            found, more = differences(entry.result, base.result, entry.file, base.file)
+            notes += more
+        columns.append(Column(entry.system, entry.result["scores"], found))
+    rows, caveat = published(benchmark) if paper else ([], "")
+    rows = [row for row in rows if any(number(row, name) for name in names)]
+    if paper:
+        notes.append(caveat if rows else "the paper has no number for this benchmark, or not for these inputs or encoders")
+    return Table(benchmark, names, columns, baseline, rows, notes)
+
+
+def _alike(benchmarks: Sequence[str]) -> list[str]:
+    """What looks the same and is not: names that differ in variant or backend alone."""
+    kinds: dict[str, list[str]] = {}
+    for name in benchmarks:
+        kinds.setdefault(re.split(r" [(\[]", name)[0], []).append(name)
+    return [f"not the same, so not in one table: {', '.join(some)}" for some in kinds.values() if len(some) > 1]
+
+
+def main(args: Sequence[str]) -> None:
+    """The command: leading words are files, and ``--paper`` alone means true."""
+    words = list(args)
+    first = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
+    words = [*(["--results"] if first else []), *words]
+    for place in reversed([place for place, word in enumerate(words) if word == "--paper"]):
+        if words[place + 1 : place + 2] not in (["true"], ["false"]):
+            words.insert(place + 1, "true")
+    run("report", report, listed(words, "--results"))

@@ -1,0 +1,136 @@
+"""Results side by side: one table per benchmark, as Markdown, CSV or LaTeX. Everything times 100."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from uae.bench.report.paired import Difference
+from uae.bench.report.published import SOURCE, Published, number
+from uae.bench.result import Score
+
+PAPER = "paper: "
+
+
+@dataclass(frozen=True)
+class Column:
+    """A system's scores, and what they differ from the baseline's by; empty for the baseline itself."""
+
+    system: str
+    scores: Mapping[str, Score]
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One benchmark.
+
+    Args:
+        benchmark: Its name, with variant and backend.
+        names: Scores, in the order of the rows.
+        columns: Ours.
+        baseline: The system that differences are to.
+        published: The paper's models that have any of the scores.
+        notes: What the reader must know.
+    """
+
+    benchmark: str
+    names: Sequence[str]
+    columns: Sequence[Column]
+    baseline: str
+    published: Sequence[Published] = ()
+    notes: Sequence[str] = ()
+
+    def grid(self) -> list[list[str]]:
+        """Cells as text, titles first: systems, then differences, then the paper's models."""
+        compared = [column for column in self.columns if column.differences]
+        titles = [column.system for column in self.columns] + [f"{column.system} - {self.baseline}" for column in compared]
+        rows = [["", *titles, *(f"{PAPER}{row.model}" for row in self.published)]]
+        for name in self.names:
+            cells = [_score(column.scores.get(name)) for column in self.columns]
+            cells += [_difference(column.differences.get(name)) for column in compared]
+            rows.append([name, *cells, *(_published(row, name) for row in self.published)])
+        return rows
+
+    def legend(self) -> list[str]:
+        """Notes, and what the signs mean."""
+        lines = list(self.notes)
+        if any(column.differences for column in self.columns):
+            lines.append("differences are paired over common cases, [95 % interval]; p: McNemar's exact test")
+        if self.published:
+            lines.append(f"paper: published in {SOURCE} and measured by its authors, not by us; ?: not checked against its text")
+        return lines
+
+
+def _score(score: Score | None) -> str:
+    return f"{100 * score['value']:.2f} [{100 * score['low']:.2f}, {100 * score['high']:.2f}] n={score['n']}" if score else ""
+
+
+def _difference(one: Difference | None) -> str:
+    if one is None:
+        return ""
+    if one.low is None or one.high is None:
+        return f"{100 * one.value:+.2f} (not paired)"
+    p = "" if one.p is None else f" p={one.p:.2g}"
+    return f"{100 * one.value:+.2f} [{100 * one.low:+.2f}, {100 * one.high:+.2f}] n={one.n}{p}"
+
+
+def _published(row: Published, name: str) -> str:
+    found = number(row, name)
+    return "" if found is None else f"{100 * found[0]:.2f}{'?' * found[1]}"
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """For a page."""
+    lines = []
+    for table in tables:
+        head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table.grid())
+        lines += [f"## {table.benchmark}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += ["", *(f"* {line}" for line in table.legend()), ""]
+    return "\n".join(lines)
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """For a paper: one ``table`` each, of booktabs' rules."""
+    lines = ["% \\usepackage{booktabs}"]
+    for table in tables:
+        head, *rows = ([_escaped(cell) for cell in row] for row in table.grid())
+        lines += ["\\begin{table}", f"\\caption{{{_escaped('. '.join([table.benchmark, *table.legend()]))}}}"]
+        lines += [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule", f"{' & '.join(head)} \\\\", "\\midrule"]
+        lines += [f"{' & '.join(row)} \\\\" for row in rows]
+        lines += ["\\bottomrule", "\\end{tabular}", "\\end{table}", ""]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    signs = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    return "".join(signs.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
+
+
+def comma_separated(tables: Sequence[Table]) -> str:
+    """For a program: one line per number, unrounded."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["benchmark", "score", "system", "source", "value", "low", "high", "n", "difference_to",
+                     "difference", "difference_low", "difference_high", "difference_n", "p"])  # fmt: skip
+    for table in tables:
+        for name in table.names:
+            for column in table.columns:
+                if one := column.scores.get(name):
+                    gap = column.differences.get(name)
+                    ours = [100 * one[key] for key in ("value", "low", "high")]  # type: ignore[literal-required]
+                    rest = [table.baseline, *_times_100(gap)] if gap else [""] * 6
+                    writer.writerow([table.benchmark, name, column.system, "measured", *ours, one["n"], *rest])
+            for row in table.published:
+                if found := number(row, name):
+                    source = f"{SOURCE}{' (uncertain)' * found[1]}"
+                    writer.writerow([table.benchmark, name, row.model, source, 100 * found[0], *[""] * 9])
+    return file.getvalue()
+
+
+def _times_100(gap: Difference) -> list[float | str]:
+    ends = ["" if end is None else 100 * end for end in (gap.value, gap.low, gap.high)]
+    return [*ends, gap.n, "" if gap.p is None else gap.p]

@@ -1,0 +1,1 @@
+"""Unified-Bench protocol 1: similarity of sources and reconstructions."""

@@ -1,0 +1,127 @@
+"""Images of any size through several encoders: read once, prepared one by one in threads, embedded in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from uae.bench.score.feature_cache import FeatureCache
+from uae.files.pictures import UnreadableImageError, read_picture
+from uae.types import ImageEncoder
+
+
+@dataclass
+class Seen:
+    """One image file under all encoders.
+
+    Args:
+        digest: sha256 of the file's content.
+        failure: Why it cannot be read, or "".
+        feature: Encoder name to float32 ``[D]``.
+        prepared: Encoder name to what it embeds, until it has been embedded.
+    """
+
+    digest: str = ""
+    failure: str = ""
+    feature: dict[str, Tensor] = field(default_factory=dict)
+    prepared: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Features:
+    """Embeds files, through a cache on disk.
+
+    Encoders with ``prepare`` (all towers) get images of their own size, in their official preprocessing. Others get float
+    images [0, 1] in batches of equal size.
+
+    Args:
+        encoders: Loaded already.
+        fingerprints: Encoder name to what its entries in the cache depend on; None is not cached.
+        cache: Of the embeddings.
+        device: Where the encoders are.
+        batch_size: Images per forward pass, at most.
+        workers: Threads that read and prepare.
+        max_pixels: Larger images count as unreadable.
+    """
+
+    def __init__(
+        self,
+        encoders: dict[str, ImageEncoder],
+        fingerprints: dict[str, str | None],
+        cache: FeatureCache,
+        device: str,
+        batch_size: int,
+        workers: int,
+        max_pixels: int,
+    ) -> None:
+        self.encoders: dict[str, Any] = dict(encoders)
+        # Computed on another kind of device, an embedding differs in its last digits: identity would not be exact.
+        self.keys = {name: mark and f"{mark} {torch.device(device).type}" for name, mark in fingerprints.items()}
+        self.cache, self.device, self.batch_size = cache, device, batch_size
+        self.workers, self.max_pixels = workers, max_pixels
+
+    def stream(self, groups: Sequence[Sequence[Path]]) -> Iterator[list[Seen]]:
+        """Group after group, embedded; the next one is read meanwhile, so memory holds two."""
+        # Each reading thread computes alone: teams of threads that wait for each other by spinning slow all down.
+        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            coming = [pool.submit(self.read, file) for file in groups[0]] if groups else []
+            for position in range(len(groups)):
+                seen = [reading.result() for reading in coming]
+                following = groups[position + 1] if position + 1 < len(groups) else []
+                coming = [pool.submit(self.read, file) for file in following]
+                self._embed(seen)
+                yield seen
+
+    def read(self, file: Path) -> Seen:
+        """What the cache has of a file, and what the encoders need for the rest."""
+        try:
+            if not file.is_file():  # opening a pipe would wait forever
+                return Seen(failure="not a regular file")
+            content = file.read_bytes()
+            seen = Seen(hashlib.sha256(content).hexdigest())
+            for name in self.encoders:
+                known = self.cache.read(self.keys[name], seen.digest)
+                if known is not None:
+                    seen.feature[name] = torch.from_numpy(known.copy())
+            if len(seen.feature) < len(self.encoders):
+                image_3HW = pil_to_tensor(read_picture(content, self.max_pixels))
+                for name in self.encoders.keys() - seen.feature.keys():
+                    prepare = getattr(self.encoders[name], "prepare", None)
+                    seen.prepared[name] = prepare(image_3HW) if prepare else image_3HW
+        except UnreadableImageError as error:
+            return Seen(failure=str(error))
+        except OSError as error:
+            return Seen(failure=f"{type(error).__name__}: {error}")
+        return seen
+
+    @torch.inference_mode()
+    def _embed(self, everything: list[Seen]) -> None:
+        for name in self.encoders:
+            by_shape: dict[tuple[int, ...], list[Seen]] = defaultdict(list)
+            for seen in everything:
+                if name in seen.prepared:
+                    by_shape[tuple(seen.prepared[name].shape)].append(seen)
+            for alike in by_shape.values():
+                for first in range(0, len(alike), self.batch_size):
+                    self._embed_batch(name, alike[first : first + self.batch_size])
+
+    def _embed_batch(self, name: str, alike: list[Seen]) -> None:
+        encoder = self.encoders[name]
+        images_NCHW = torch.stack([seen.prepared.pop(name) for seen in alike]).to(self.device)
+        if hasattr(encoder, "prepare"):
+            features_ND = encoder.embed_prepared(images_NCHW).cpu()
+        else:
+            features_ND = encoder.embed(images_NCHW.float() / 255).cpu()
+        for seen, feature_D in zip(alike, features_ND, strict=True):
+            seen.feature[name] = feature_D.clone()
+            if torch.isfinite(feature_D).all():
+                self.cache.write(self.keys[name], seen.digest, np.asarray(feature_D))

@@ -1,0 +1,146 @@
+"""Cosines of pairs of images, and of mismatched pairs: what protocol 1 averages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from uae.bench.result import Score, score
+from uae.bench.score.features import Features, Seen
+from uae.encoders import similarity
+from uae.metrics.intervals import bootstrap
+
+
+@dataclass
+class Similarities:
+    """The pairs that could be read, ordered by the source's name.
+
+    Args:
+        encoders: Names, the order of E.
+        names: Of the sources, relative.
+        digests: sha256 of source and reconstruction.
+        cosine_NE: float64, in [-1, 1].
+        floor_NE: Of each reconstruction with another pair's source; NaN where there is no other image.
+        unreadable: File to reason; its pair is in none of the above.
+        invalid: Sources whose pair has an embedding without direction (NaN, Inf, all zeros): its cosine counts as 0.
+    """
+
+    encoders: tuple[str, ...]
+    names: list[str] = field(default_factory=list)
+    digests: list[tuple[str, str]] = field(default_factory=list)
+    cosine_NE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    floor_NE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    unreadable: dict[str, str] = field(default_factory=dict)
+    invalid: list[str] = field(default_factory=list)
+
+
+def measure(
+    features: Features, matched: Mapping[str, str], sources: Path, reconstructions: Path, progress: bool = True
+) -> Similarities:
+    """Embed pair after pair; only the last source's embedding is remembered, so memory does not grow.
+
+    Mismatched pairs form one ring through all pairs, in the order of their names' hashes: neighbouring names are often of
+    alike images, and neither batch size nor number of threads changes who meets whom.
+    """
+    order = sorted(matched, key=lambda name: hashlib.sha256(name.encode()).digest())
+    size = max(1, features.batch_size // 2)
+    groups = [order[first : first + size] for first in range(0, len(order), size)]
+    files = [[file for n in group for file in (sources / n, reconstructions / matched[n])] for group in groups]
+    ring = _Ring(tuple(features.encoders))
+    with tqdm(total=len(order), unit="pair", desc="scoring", disable=not progress) as bar:
+        for group, seen in zip(groups, features.stream(files), strict=True):
+            for name, source, reconstruction in zip(group, seen[::2], seen[1::2], strict=True):
+                ring.add(name, f"reconstructions/{matched[name]}", source, reconstruction)
+            bar.update(len(group))
+    return ring.close()
+
+
+class _Ring:
+    """Each pair, and each reconstruction with the source before its own; the first one with the last."""
+
+    def __init__(self, encoders: tuple[str, ...]) -> None:
+        self.found = Similarities(encoders)
+        self.first: tuple[Seen, Seen] | None = None
+        self.last: tuple[Seen, Seen] | None = None
+        self.cosines: list[list[float]] = []
+        self.floors: list[list[float]] = []
+
+    def add(self, name: str, reconstruction_name: str, source: Seen, reconstruction: Seen) -> None:
+        """The next pair."""
+        failures = {f"sources/{name}": source.failure, reconstruction_name: reconstruction.failure}
+        broken = {file: reason for file, reason in failures.items() if reason}
+        if broken:
+            self.found.unreadable |= broken
+            return
+        cosine_E = self._cosines(source, reconstruction)
+        if not np.isfinite(cosine_E).all():
+            self.found.invalid.append(name)
+        self.found.names.append(name)
+        self.found.digests.append((source.digest, reconstruction.digest))
+        self.cosines.append([value if np.isfinite(value) else 0.0 for value in cosine_E])
+        if self.last is None:
+            self.first = (source, reconstruction)
+        else:
+            self.floors.append(self._mismatched(self.last[0], source, reconstruction))
+        self.last = (source, reconstruction)
+
+    def close(self) -> Similarities:
+        """Everything, ordered by name."""
+        found = self.found
+        if self.first is None or self.last is None:
+            return found
+        floors = [self._mismatched(self.last[0], *self.first), *self.floors]
+        order = sorted(range(len(found.names)), key=lambda n: found.names[n])
+        found.cosine_NE, found.floor_NE = np.array(self.cosines)[order], np.array(floors)[order]
+        found.names, found.digests = [found.names[n] for n in order], [found.digests[n] for n in order]
+        found.invalid, found.unreadable = sorted(found.invalid), dict(sorted(found.unreadable.items()))
+        return found
+
+    def _mismatched(self, other: Seen, source: Seen, reconstruction: Seen) -> list[float]:
+        """NaN if the other source is the same image: that is no mismatched pair."""
+        same = other.digest == source.digest
+        return [float("nan")] * len(self.found.encoders) if same else self._cosines(other, reconstruction)
+
+    def _cosines(self, one: Seen, other: Seen) -> list[float]:
+        def row(feature_D: Tensor) -> Tensor:
+            return feature_D[None]
+
+        names = self.found.encoders
+        return [float(similarity(row(one.feature[name]), row(other.feature[name]))) for name in names]
+
+
+def summarize(found: Similarities, held_out: tuple[str, ...], resamples: int, seed: int = 0) -> dict[str, Score]:
+    """Means with 95 % bootstrap intervals over images, cosines in [-1, 1].
+
+    ``overall`` is the mean of the encoders' means; then ``held_out``, every encoder, and of each of them ``floor/<name>``
+    (mismatched pairs) and ``calibrated/<name>`` = (mean - floor) / (1 - floor), whose interval counts both as uncertain.
+    Every number is of the same resampled images.
+    """
+    columns = {"overall": list(found.encoders)} | ({"held_out": list(held_out)} if held_out else {})
+    columns |= {name: [name] for name in found.encoders}
+    scores: dict[str, Score] = {}
+    floors: dict[str, Score] = {}
+    for name, chosen in columns.items():
+        at = [found.encoders.index(encoder) for encoder in chosen]
+        cosine_N, floor_N = found.cosine_NE[:, at].mean(1), found.floor_NE[:, at].mean(1)
+        scores[name] = score(bootstrap(cosine_N, resamples, seed), len(cosine_N))
+        known_N = floor_N[np.isfinite(floor_N)]
+        if len(known_N):
+            floors[f"floor/{name}"] = score(bootstrap(known_N, resamples, seed), len(known_N))
+            floors[f"calibrated/{name}"] = score(bootstrap(_calibrated(cosine_N, floor_N), resamples, seed), len(cosine_N))
+    return scores | floors
+
+
+def _calibrated(cosine_N: np.ndarray, floor_N: np.ndarray) -> np.ndarray:
+    """What each pair contributes to the calibrated score, to first order; the mean of it is the calibrated score."""
+    floor = float(np.nanmean(floor_N))
+    room = max(1 - floor, 1e-6)
+    ratio = (cosine_N.mean() - floor) / room
+    drift_N = np.where(np.isfinite(floor_N), floor_N - floor, 0.0) * (1 - ratio) / room
+    return (cosine_N - floor) / room - drift_N

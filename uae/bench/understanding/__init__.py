@@ -1,0 +1,1 @@
+"""MMBench, MMMU and MMT-Bench: what lmms-eval measured, per subtask."""

@@ -1,0 +1,152 @@
+"""Checkpoints of a sharded run: what trains and nothing else, as a folder of shards or as one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from uae.checkpoints.files import METADATA, partial_of, publish, read, read_metadata, remove, write
+from uae.checkpoints.shards import PlainPlanner, ShardReader
+from uae.checkpoints.trainable import check_trainable_state, trainable_state
+
+
+class ShardedCheckpoints(ModelParallelStrategy):
+    """Saving and loading for `uae.strategy.FSDP2Strategy`."""
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """What trains; shards, or everything on the first process (nothing elsewhere)."""
+        options = StateDictOptions(
+            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
+        )
+        return trainable_state(self.model, get_model_state_dict(self.model, options=options))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """By parameter name in shards, by number in a file, as any optimizer's own ``state_dict``."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
+        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        if self._save_distributed_checkpoint or not state:
+            return state
+        numbers = {name: number for number, name in enumerate(self._names(optimizer))}
+        return _renamed(state, numbers)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write under another name, then rename. Collective.
+
+        Raises:
+            OSError: It could not be written; what had the name before is still there. Of shards, on all processes.
+        """
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:  # Lightning would first remove a folder of that name
+            super(ModelParallelStrategy, self).save_checkpoint(checkpoint, path, storage_options)
+            return
+        partial = partial_of(path)
+        self._on_first(_start, partial)
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{i}": one for i, one in enumerate(checkpoint.pop("optimizer_states", []))}
+        try:
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
+        except CheckpointException as error:  # of all processes, whichever failed
+            self._on_first(remove, partial)
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise OSError(f"checkpoint {str(path)!r} cannot be written by process {rank}: {cause}") from error
+        self._on_first(_finish, checkpoint, partial, path)
+
+    def _on_first(self, work: Callable[..., None], *args: Any) -> None:
+        """Do something on the first process; where it fails, all processes raise."""
+        error = None
+        if self.is_global_zero:
+            try:
+                work(*args)
+            except OSError as failure:
+                error = str(failure)
+        error = self.broadcast(error)
+        if error is not None:
+            raise OSError(error)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Weights and optimizer states from a folder of shards or a file, whatever strategy or world size wrote it.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: The checkpoint is damaged, or does not hold exactly what trains here.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        return self._load_shards(path) if path.is_dir() else self._load_file(path)
+
+    def _load_shards(self, path: Path) -> dict[str, Any]:
+        content = read_metadata(path)
+        stored = ShardReader(path).read_metadata().state_dict_metadata
+        prefix = "state_dict."
+        shapes = {key: torch.empty(stored[key].size, device="meta") for key in stored if key.startswith(prefix)}
+        check_trainable_state(self.model, {key.removeprefix(prefix): value for key, value in shapes.items()}, path)
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)
+        state = {"state_dict": trainable_state(self.model, get_model_state_dict(self.model, options=options))}
+        _read_into(state, path)
+        set_model_state_dict(self.model, state["state_dict"], options=options)
+        for i, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
+            _read_into(state, path)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
+        return content
+
+    def _load_file(self, path: Path) -> dict[str, Any]:
+        checkpoint = read(path, mmap=True)
+        weights = checkpoint.pop("state_dict")
+        check_trainable_state(self.model, weights, path)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.model, weights, options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
+            named = _renamed(state, dict(enumerate(self._names(optimizer))))
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return checkpoint
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Names of an optimizer's parameters, in its order."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _start(partial: Path) -> None:
+    """An empty folder to write shards into."""
+    remove(partial)
+    partial.mkdir(parents=True)
+
+
+def _finish(content: dict[str, Any], partial: Path, path: Path) -> None:
+    """Complete a folder of shards and give it its name."""
+    try:
+        write(content, partial / METADATA)
+        publish(partial, path)
+    except OSError:
+        remove(partial)
+        raise
+
+
+def _read_into(state: dict[str, Any], path: Path) -> None:
+    try:
+        dcp.load(state, storage_reader=ShardReader(path), planner=PlainPlanner())
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise ValueError(f"checkpoint {str(path)!r} is damaged or does not fit; process {rank}: {cause}") from error
+
+
+def _renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other keys for its parameters."""
+    groups = [{**group, "params": [new[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {new[key]: value for key, value in state["state"].items()}, "param_groups": groups}

@@ -1,0 +1,1 @@
+"""What lies on a disk: where it is, how a picture is read, how a file is written whole."""

@@ -1,0 +1,34 @@
+"""How well the captioner tells true captions from captions with one mistake, at every validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from uae.miniature.metrics.mini_mmt import LETTERS, likelihood, mini_mmt
+from uae.strategy import unsharded
+
+
+class MiniMMT(Callback):
+    """Logs the miniatures' MMT-Bench as ``understanding/<subtask>`` and ``understanding/overall``; nothing is drawn.
+
+    Args:
+        questions: Per subtask; a share of one of them has a 95 % interval of 4 points to each side at 400, 9 at 100.
+        seed: Of the questions: the same at every validation.
+    """
+
+    def __init__(self, questions: int = 100, seed: int = 0) -> None:
+        if questions < LETTERS or questions % LETTERS:
+            raise ValueError(f"questions={questions} of uae.miniature.callbacks.mini_mmt.MiniMMT; allowed: multiples of {LETTERS}")
+        self.questions, self.seed = questions, seed
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All ranks answer the same questions, so there is nothing to reduce."""
+        module: Any = pl_module
+        split = "test" if trainer.testing else "val"
+        with unsharded(module.policy):
+            found = mini_mmt(likelihood(module.umm.captioner), self.questions, self.seed, split)
+        pl_module.log_dict({f"understanding/{subtask}": one.value for subtask, one in found.items()})
+
+    on_test_epoch_end = on_validation_epoch_end

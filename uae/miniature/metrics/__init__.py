@@ -1,0 +1,1 @@
+"""How well captions and pictures of scenes agree with the scenes."""

@@ -1,0 +1,162 @@
+"""The trainable part of a captioner: a vision-language model that scores captions of images.
+
+The prompt (image included) runs once per image, in sampling and in log-probs: its key-value cache is expanded to the
+group. That is exact, also in the gradient, and the image tower never sees a picture twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uae.grpo import token_logprobs
+from uae.models.captioners.caches import expand, prompt_cache, recomputing
+
+
+@dataclass(frozen=True)
+class VLMContext:
+    """The processor's output for B images, left-padded.
+
+    Args:
+        rows: Tensors whose first dimension is B (``input_ids``, ``attention_mask``, ``image_grid_thw``, ...).
+        patches: The ``pixel_values`` of each image (models that pack the patches or tiles of all images), or empty.
+        images: The B source images ``[3, H, W]`` in [0, 1].
+    """
+
+    rows: dict[str, Tensor]
+    patches: tuple[Tensor, ...] = ()
+    images: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        """B, the number of images."""
+        return len(self.rows["input_ids"])
+
+    def index(self, images: Sequence[int]) -> VLMContext:
+        """The same context for a subset of its images."""
+        rows = {key: value[list(images)] for key, value in self.rows.items()}
+        return VLMContext(rows, *(tuple(x[i] for i in images) if x else () for x in (self.patches, self.images)))
+
+    def repeat(self, group: int) -> VLMContext:
+        """Every image ``group`` times in a row."""
+        return self.index([image for image in range(len(self)) for _ in range(group)])
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        return {**self.rows, "pixel_values": torch.cat(self.patches)} if self.patches else dict(self.rows)
+
+
+@dataclass
+class Prefix:
+    """A prompt that has been run: what continuing it needs."""
+
+    cache: Any
+    hidden_ND: Tensor  # of the last prompt token
+    mask_NP: Tensor
+    offset_N: Tensor  # position of the first caption token
+
+    def expand(self, group: int) -> Prefix:
+        """Every row ``group`` times; this one must not be used any more."""
+        rows = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
+        return Prefix(expand(self.cache, len(self.hidden_ND), group), *rows)
+
+
+class CaptionPolicy(nn.Module):
+    """A vision-language model and the tokens it never says.
+
+    It is the root that a distributed strategy shards, so everything that needs the model's own parameters (embeddings,
+    final norm, output head) happens inside its ``forward``.
+
+    Args:
+        model: A ``...ForConditionalGeneration``, or a PeftModel around one.
+        banned_ids: Tokens of probability 0.
+        gradient_checkpointing: Keep the inputs of layers only, in passes with gradient, and compute the rest again:
+            a third more computation for a fraction of the memory. Changes no number.
+    """
+
+    def __init__(self, model: nn.Module, banned_ids: Sequence[int] = (), gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model, self.gradient_checkpointing = model, gradient_checkpointing
+        self.register_buffer("banned_ids", torch.tensor(list(banned_ids), dtype=torch.long), persistent=False)
+
+    @property
+    def base(self) -> Any:
+        """The Hugging Face model, whether or not an adapter wraps it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, context: VLMContext, tokens_NT: Tensor, group: int, temperature: float) -> Tensor:
+        """Teacher-forced log-probs ``[N, T]``, float32, with gradient.
+
+        One token at least is fed, though nothing follows it: a rank whose captions all end at once has to gather and
+        reduce a sharded policy as often as the others.
+        """
+        T = tokens_NT.shape[1]
+        before_ND, at_NTD = self._read(context, tokens_NT[:, : max(1, T - 1)], group)
+        return self.score(torch.cat([before_ND[:, None], at_NTD], dim=1)[:, :T], tokens_NT, temperature)
+
+    def hidden(self, context: VLMContext, tokens_NT: Tensor, group: int) -> Tensor:
+        """Final hidden states ``[N, T, D]`` (after the last norm) *at* caption tokens, image and question before them.
+
+        With gradient. Of a sharded policy only inside `uae.strategy.unsharded`, as it is not its ``forward``.
+        """
+        return self._read(context, tokens_NT, group)[1]
+
+    def _read(self, context: VLMContext, tokens_NT: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Hidden states at the last prompt token ``[N, D]`` and at caption tokens ``[N, T, D]``."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        with recomputing(self.model) if recompute else nullcontext():
+            prefix = self.prefill(context, prompt_cache(self.base) if recompute else None).expand(group)
+            return prefix.hidden_ND, self.advance(prefix, tokens_NT)
+
+    def prefill(self, context: VLMContext, cache: Any = None) -> Prefix:
+        """Run the prompt of every image once; ``cache`` is empty, or None for the library's own."""
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
+            raise RuntimeError(
+                "gradient_checkpointing_enable() of transformers drops the prompt's cache that captions continue: do not "
+                "call it, set reading.gradient_checkpointing of the system to true"
+            )
+        inputs, mask_BP = context.inputs(), context.rows["attention_mask"]
+        if not hasattr(self.base.model, "get_rope_index"):  # by default, padding on the left would count as positions
+            inputs["position_ids"] = (mask_BP.cumsum(1) - 1).clamp(min=0)
+        out = self.base.model(**inputs, past_key_values=cache, use_cache=True)
+        offset_B = mask_BP.sum(1)
+        deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
+        if deltas is None:  # newer versions keep it on the model
+            deltas = getattr(self.base.model, "rope_deltas", None)
+        if deltas is not None:
+            offset_B = offset_B + deltas.view(-1).to(offset_B.device)
+        return Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask_BP, offset_B)
+
+    def advance(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
+        """Feed caption tokens after a prefix (whose cache grows); their final hidden states ``[N, T, D]``."""
+        N, T = tokens_NT.shape
+        position_NT = prefix.offset_N[:, None] + torch.arange(T, device=tokens_NT.device)
+        if hasattr(self.base.model, "get_rope_index"):
+            position_NT = position_NT.expand(3, N, T)
+        prefix.mask_NP = torch.cat([prefix.mask_NP, prefix.mask_NP.new_ones(N, T)], dim=1)
+        prefix.offset_N = prefix.offset_N + T
+        out = self.base.model(
+            input_ids=tokens_NT,
+            attention_mask=prefix.mask_NP,
+            position_ids=position_NT,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state
+
+    def score(self, hidden_NTD: Tensor, tokens_NT: Tensor, temperature: float) -> Tensor:
+        """Log-probs ``[N, T]`` of tokens from the hidden states that predict them."""
+        head = self.base.get_output_embeddings()
+        logp_NT, _ = token_logprobs(
+            hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=getattr(head, "bias", None)
+        )
+        return logp_NT
+
+    def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
+        """float32 logits ``[N, V]`` of the policy: temperature applied, banned tokens at -inf."""
+        logits_NV = self.base.get_output_embeddings()(hidden_ND).float() / temperature
+        return logits_NV.index_fill(1, self.banned_ids, -torch.inf)

@@ -1,0 +1,1 @@
+"""Text to what a renderer is conditioned on."""

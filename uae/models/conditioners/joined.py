@@ -1,0 +1,74 @@
+"""Several conditioners side by side: their tokens in one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uae.models.conditioners.states import EmbeddingCondition
+from uae.types import Conditioner, Rollout
+
+
+class JoinedConditioner(nn.Module):
+    """Concatenates the token embeddings of its parts, padding moved to the right end.
+
+    UniWorld-V1: the caption's T5 states and the projected states of the language model, with CLIP's pooled vector.
+
+    Args:
+        parts: Conditioners that return embeddings of one width; their order is that of the tokens.
+        pooled_from: Which part's pooled vector is used; None for none.
+    """
+
+    def __init__(self, parts: Sequence[Conditioner], pooled_from: int | None = None) -> None:
+        super().__init__()
+        if not parts:
+            raise ValueError("a joined conditioner needs one part or more; its parts are empty")
+        if pooled_from is not None and pooled_from not in range(len(parts)):
+            raise ValueError(f"pooled_from={pooled_from}; allowed: None or 0 to {len(parts) - 1}, the number of a part")
+        self.pooled_from = pooled_from
+        self._order = tuple(parts)
+        self.parts = nn.ModuleDict({str(n): part for n, part in enumerate(parts) if isinstance(part, nn.Module)})
+
+    @property
+    def truncated(self) -> int:
+        """Captions cut so far, summed over the parts: one that two parts cut counts twice."""
+        return sum(part.truncated for part in self._order)
+
+    def to(self, *args: Any, **kwargs: Any) -> JoinedConditioner:
+        """Move every part, also those that are not modules."""
+        for part in self._order:
+            part.to(*args, **kwargs)  # type: ignore[attr-defined]
+        return self
+
+    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
+        """N captions to the tokens of all parts, right-padded, on the first part's device."""
+        conditions = [part.encode(texts, rollout) for part in self._order]
+        for part, condition in zip(self._order, conditions, strict=True):
+            if not isinstance(condition, EmbeddingCondition):
+                raise ValueError(f"{type(part).__name__} gives no embeddings, so it cannot be part of a joined conditioner")
+        widths = [condition.embeds_NLD.shape[2] for condition in conditions]
+        if len(set(widths)) > 1:
+            raise ValueError(f"the joined conditioner's parts have widths {widths}; they must be equal")
+        device = conditions[0].embeds_NLD.device
+        embeds_NLD = torch.cat([condition.embeds_NLD.to(device) for condition in conditions], dim=1)
+        mask_NL = torch.cat([condition.mask_NL.to(device, torch.long) for condition in conditions], dim=1)
+        return EmbeddingCondition(*_compact(embeds_NLD, mask_NL), self._pooled(conditions, device))
+
+    def _pooled(self, conditions: list[EmbeddingCondition], device: torch.device) -> Tensor | None:
+        if self.pooled_from is None:
+            return None
+        pooled_NP = conditions[self.pooled_from].pooled_NP
+        if pooled_NP is None:
+            name = type(self._order[self.pooled_from]).__name__
+            raise ValueError(f"pooled_from={self.pooled_from}, but that part ({name}) has no pooled vector")
+        return pooled_NP.to(device)
+
+
+def _compact(embeds_NLD: Tensor, mask_NL: Tensor) -> tuple[Tensor, Tensor]:
+    """Real tokens first, in order, and no longer than the longest row: padding in the middle is gone."""
+    length = int(mask_NL.sum(1).max())
+    order_NL = (mask_NL == 0).long().argsort(dim=1, stable=True)[:, :length]
+    return embeds_NLD.take_along_dim(order_NL[..., None], 1), mask_NL.gather(1, order_NL)

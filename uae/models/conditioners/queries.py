@@ -1,0 +1,100 @@
+"""Learnable queries behind the caption: a fixed number of embeddings for the renderer, whatever the caption's length.
+
+    caption --template--> tokens + queries --language model--> states of the queries --connector, projector--> condition
+
+OpenUni (arXiv 2505.23661) and MetaQuery (arXiv 2504.06256), both with Sana as the renderer. The caption is read without the
+image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uae.models.conditioners.prompts import check_template, prompt_ids
+from uae.models.conditioners.states import EmbeddingCondition, LanguageReader, right_padded
+from uae.types import Rollout
+
+
+class QueryConditioner(LanguageReader):
+    """States of queries that a language model reads behind the caption, through a connector and a projector.
+
+    A row is its prompt, the queries, then padding, so the padding is seen by nobody and positions count as without it.
+    State dict (of a borrowed language model): ``meta_queries``, ``connector.*``, ``projector.*``, as OpenUni releases them.
+
+    Args:
+        language_model: Decoder-only, called with ``inputs_embeds`` and ``attention_mask``; or a function that returns the
+            one to call, see `LanguageReader`.
+        tokenizer: Its tokenizer.
+        queries_QD: The queries in the language model's embedding space; see `new_queries`.
+        connector: Maps ``[N, Q, D]`` to the same length, see `uae.models.conditioners.connectors`.
+        projector: Maps its output to the renderer's embedding width; None where the connector does (MetaQuery).
+        template: Text around the caption; must contain one "{caption}".
+        unconditional: The whole prompt without a caption (OpenUni: "Generate an image." in the chat template); None is the
+            template around the empty caption (MetaQuery).
+        max_tokens: Longest prompt, template included and queries not. A longer caption is cut, counted and warned of.
+        lead: Queries at the start that are read and not returned (MetaQuery: 1, its ``<begin_of_img>``).
+        weights: Context manager entered around the language model, such as ``captioner.reference``.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module | Callable[[], nn.Module],
+        tokenizer: Any,
+        queries_QD: Tensor,
+        connector: nn.Module,
+        projector: nn.Module | None,
+        template: str,
+        unconditional: str | None = None,
+        max_tokens: int = 512,
+        lead: int = 0,
+        weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        super().__init__(language_model, weights)
+        check_template(template)
+        self.meta_queries = queries_QD if isinstance(queries_QD, nn.Parameter) else nn.Parameter(queries_QD)
+        self.connector, self.projector = connector, projector or nn.Identity()
+        self.tokenizer, self.template, self.unconditional = tokenizer, template, unconditional
+        self.max_tokens, self.lead = max_tokens, lead
+
+    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
+        """N captions to ``[N, Q, D]``; nothing is padding, so the mask is all ones."""
+        rows, cut = prompt_ids(self.tokenizer, self.template, texts, self.max_tokens)
+        self.truncated += cut
+        return self._condition(rows)
+
+    def encode_unconditional(self) -> EmbeddingCondition:
+        """One row for classifier-free guidance: the prompt that names no caption."""
+        prompt = self.template.replace("{caption}", "") if self.unconditional is None else self.unconditional
+        return self._condition([list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])])
+
+    def _condition(self, rows: list[list[int]]) -> EmbeddingCondition:
+        states_NQD = self._states(rows)
+        weight = next(self.connector.parameters(), states_NQD)
+        embeds_NQD = self.projector(self.connector(states_NQD.to(weight.device, weight.dtype)))
+        mask_NQ = torch.ones(embeds_NQD.shape[:2], dtype=torch.long, device=embeds_NQD.device)
+        return EmbeddingCondition(embeds_NQD, mask_NQ)
+
+    def _states(self, rows: list[list[int]]) -> Tensor:
+        """Final hidden states ``[N, Q, D]`` of the queries, without the leading ones."""
+        with self.reading() as reader:
+            embed = reader.get_input_embeddings()
+            ids_NP, prompt_NP = right_padded(rows, self.tokenizer, embed.weight.device)
+            words_NPD = embed(ids_NP)
+            N, Q = len(rows), len(self.meta_queries)
+            at_NQ = prompt_NP.sum(1, keepdim=True) + torch.arange(Q, device=ids_NP.device)
+            every_N1 = torch.arange(N, device=ids_NP.device)[:, None]
+            queries_NQD = self.meta_queries.to(words_NPD).expand(N, -1, -1)
+            inputs_NLD = nn.functional.pad(words_NPD, (0, 0, 0, Q)).index_put((every_N1, at_NQ), queries_NQD)
+            mask_NL = nn.functional.pad(prompt_NP, (0, Q)).index_put((every_N1, at_NQ), torch.ones_like(at_NQ))
+            hidden_NLD = reader(inputs_embeds=inputs_NLD, attention_mask=mask_NL, use_cache=False).last_hidden_state
+        return hidden_NLD[every_N1, at_NQ[:, self.lead :]]
+
+
+def new_queries(count: int, width: int) -> nn.Parameter:
+    """Untrained queries ``[Q, D]``: normal, of standard deviation 1 / sqrt(D) (OpenUni)."""
+    return nn.Parameter(torch.randn(count, width) * width**-0.5)

@@ -1,0 +1,158 @@
+"""Captions through the text encoders that a pipeline brings along."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uae.models.conditioners.states import EmbeddingCondition
+from uae.models.pipelines.contracts import EMBEDS, MASKS, POOLED, contract_of, text_encoders_of
+from uae.types import Rollout
+from uae.weights.placement import Placement, at_work, settle, torch_dtype
+
+KEY = "caption_tokens"  # what systems call the limit
+
+
+class PipelineTextConditioner:
+    """The embeddings that the pipeline would have made of its prompts; implements `uae.types.Conditioner`.
+
+    An encoder of fixed length pads, and its decoder was trained to attend to the padding: then the mask is all ones.
+
+    Args:
+        pipe: A diffusers pipeline with its text encoders.
+        max_tokens: Longest caption that is read, where the pipeline leaves a choice; None is its default.
+        placement: Of the text encoders, which are cast to its dtype.
+    """
+
+    def __init__(self, pipe: Any, max_tokens: int | None = None, placement: Placement = Placement()) -> None:  # noqa: B008
+        self.pipe, self.placement, self.contract = pipe, placement, contract_of(pipe)
+        name = type(pipe).__name__
+        if not self.contract.takes_embeddings or not text_encoders_of(pipe):
+            raise ValueError(f"{name} cannot turn captions into embeddings; use a TextConditioner")
+        self.truncated = 0
+        self.options = _options(type(pipe))
+        if max_tokens is not None:
+            if max_tokens < 1 or "max_sequence_length" not in self.options:
+                fixed = (
+                    "" if "max_sequence_length" in self.options else f"; {name} reads a fixed number, set it to null"
+                )
+                raise ValueError(f"{KEY}={max_tokens} must be at least 1{fixed}; change {KEY}")
+            self.options["max_sequence_length"] = max_tokens
+        if placement.dtype == "float8":
+            raise ValueError("text encoders cannot store 8-bit weights; set text_encoders.dtype to bfloat16")
+        self.device: torch.device | None = None
+        for module in self.modules():
+            module.requires_grad_(False).eval().to(torch_dtype(placement))
+
+    def modules(self) -> list[nn.Module]:
+        """The text encoders."""
+        return list(text_encoders_of(self.pipe).values())
+
+    def to(self, device: Any) -> PipelineTextConditioner:
+        """Move the text encoders to where they wait."""
+        self.device = torch.device(device)
+        settle(self.modules(), self.placement, self.device)
+        return self
+
+    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
+        """N captions to N rows. Captions that are too long are cut, as the pipeline does: counted, with a warning."""
+        self._count_truncated(texts)
+        return self._condition(self._encoded(prompt=list(texts)), "")
+
+    def negative(self, text: str | None = None) -> EmbeddingCondition:
+        """What guidance moves away from, one row. None is the pipeline's own default (not always the empty prompt)."""
+        if f"negative_{EMBEDS}" not in self.contract.encoded:
+            return self._condition(self._encoded(prompt=[text or ""]), "")
+        default = inspect.signature(type(self.pipe).__call__).parameters["negative_prompt"].default
+        negative = default if text is None else text
+        negative = negative if negative is None else [negative]
+        encoded = self._encoded(prompt=[""], do_classifier_free_guidance=True, negative_prompt=negative)
+        return self._condition(encoded, "negative_")
+
+    @torch.no_grad()
+    def _encoded(self, **arguments: Any) -> dict[str, Tensor | None]:
+        """What ``encode_prompt`` returns, by name."""
+        if f"negative_{EMBEDS}" in self.contract.encoded:
+            arguments = {"do_classifier_free_guidance": False, **arguments}
+        home = self.device or next(self.modules()[0].parameters()).device
+        with at_work(self.modules(), self.placement, home) as work, _quiet(type(self.pipe).__module__):
+            # the caption goes to every encoder: those of `prompt_2` and `prompt_3` read `prompt` if they get nothing
+            others = {name: None for name in _parameters(self.pipe) if name in ("prompt_2", "prompt_3")}
+            outputs = self.pipe.encode_prompt(**arguments, **others, **self.options, device=work)
+        return dict(zip(self.contract.encoded, outputs, strict=False))
+
+    def _condition(self, encoded: dict[str, Tensor | None], sign: str) -> EmbeddingCondition:
+        embeds_NLD = encoded[sign + EMBEDS]
+        assert embeds_NLD is not None
+        masks = (encoded.get(sign + name) for name in MASKS)
+        mask_NL = next((mask for mask in masks if mask is not None), None)
+        if mask_NL is None:
+            mask_NL = torch.ones(embeds_NLD.shape[:2], dtype=torch.long, device=embeds_NLD.device)
+        return EmbeddingCondition(embeds_NLD, mask_NL.to(torch.long), encoded.get(sign + POOLED))
+
+    def _count_truncated(self, texts: list[str]) -> None:
+        limit, lengths = self._lengths(texts)
+        longer = sum(length > limit for length in lengths)
+        self.truncated += longer
+        if longer:
+            choice = f"raise {KEY}, or " if "max_sequence_length" in self.options else ""
+            warnings.warn(
+                f"{longer} of {len(texts)} captions are longer than the {limit} tokens that {type(self.pipe).__name__} reads "
+                f"(the longest has {max(lengths)}); the rest is cut. To change this, {choice}lower sampling.max_tokens",
+                stacklevel=3,
+            )
+
+    def _lengths(self, texts: list[str]) -> tuple[int, list[int]]:
+        """What the encoder that reads most reads of a caption, and the captions' lengths; both in its tokens."""
+        limits = []
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            tokenizer = getattr(self.pipe, name, None)
+            if tokenizer is not None:
+                clip = "CLIP" in type(tokenizer).__name__
+                limit = tokenizer.model_max_length if clip else None
+                limits.append((limit or self.options.get("max_sequence_length", tokenizer.model_max_length), tokenizer))
+        limit, tokenizer = max(limits, key=lambda pair: pair[0])
+        before, around = self._around(tokenizer)
+        ids = tokenizer([around.replace("{}", text) for text in texts], verbose=False)["input_ids"]
+        return limit, [len(row) - before for row in ids]
+
+    def _around(self, tokenizer: Any) -> tuple[int, str]:
+        """Tokens before the caption that do not count against the limit, and the text around the caption."""
+        if hasattr(self.pipe, "prompt_template_encode"):  # Qwen-Image
+            return self.pipe.prompt_template_encode_start_idx, self.pipe.prompt_template_encode
+        instruction = self.options.get("complex_human_instruction")  # Sana
+        if instruction:
+            lead = "\n".join(instruction)
+            return len(tokenizer(lead, verbose=False)["input_ids"]) - 2, lead + "{}"
+        return 0, "{}"
+
+
+def _parameters(pipe: Any) -> Any:
+    return inspect.signature(type(pipe).encode_prompt).parameters
+
+
+def _options(kind: Any) -> dict[str, Any]:
+    """Options of ``encode_prompt`` with the defaults of ``__call__``, which are not always its own."""
+    call = inspect.signature(kind.__call__).parameters
+    about = ("max_sequence_length", "clean_caption", "complex_human_instruction", "system_prompt")
+    takes = inspect.signature(kind.encode_prompt).parameters
+    return {name: call[name].default for name in about if name in call and name in takes}
+
+
+@contextmanager
+def _quiet(module: str) -> Iterator[None]:
+    """Inside, a module of diffusers logs errors only: it repeats the end of every caption that it cuts."""
+    logger = logging.getLogger(module)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Diffusion renderers that learn: denoising steps as actions."""

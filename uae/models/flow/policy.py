@@ -1,0 +1,268 @@
+"""A diffusion pipeline as a policy: denoising steps of a flow-matching model are actions with log-probs.
+
+Sampling and log-probs are the pipeline's own call with another step function, so that guidance, masks, embeddings and
+time shifts are the same on both sides, and the ratio is one before the first update.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from uae.models.conditioners.states import EmbeddingCondition
+from uae.models.finetune import switched_to
+from uae.models.flow import sde
+from uae.models.flow.network import FlowNetwork
+from uae.models.flow.steps import Drawn, Replayed
+from uae.models.pipelines.steps import check_flow, stepping
+from uae.models.renderers.diffusers import Call, Condition, DiffusersRenderer, generators_of
+from uae.types import Trajectory
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """Which denoising steps are random, and how much. These settings *define* the policy.
+
+    Args:
+        noise: Kind of random step: "flow" (Flow-GRPO) or "dance" (DanceGRPO), see `uae.models.flow.sde`.
+        noise_level: Its noise: Flow-GRPO's a, or DanceGRPO's eta (there .3).
+        window: S, how many consecutive steps are random and trained; the others are deterministic. None is all but the
+            last, which is always deterministic.
+        start: First step of the window: a number, or "random", drawn for every row from its seed.
+        guidance_in_update: "guided": log-probs are of the guided velocity, which drew the sample: exact, and two passes
+            with gradient. "conditional": log-probs are of the velocity without guidance: half the memory, and biased,
+            as nothing was drawn from that policy. Without guidance both are the same.
+    """
+
+    noise: Literal["flow", "dance"] = "flow"
+    noise_level: float = 0.7
+    window: int | None = None
+    start: int | Literal["random"] = 0
+    guidance_in_update: Literal["guided", "conditional"] = "guided"
+
+    @property
+    def sde(self) -> sde.SDE:
+        """The random step."""
+        return sde.FlowSDE(self.noise_level) if self.noise == "flow" else sde.DanceSDE(self.noise_level)
+
+
+@dataclass(frozen=True)
+class FlowTrajectory(Trajectory):
+    """Trained steps of N rows: ``actions_NS`` ``[N, S, ...]`` are the latents *after* each of them.
+
+    The condition is detached: for a gradient to it, replace it by one that has a graph.
+    """
+
+    start_N: Tensor  # [N, ...] latents before the first trained step
+    final_N: Tensor  # [N, ...] latents after the last step of all
+    first_N: Tensor  # int64, number of the first trained step
+
+    def select(self, rows: Sequence[int]) -> FlowTrajectory:
+        """The trajectories of some of its rows."""
+        at = list(rows)
+        names = ("actions_NS", "mask_NS", "logp_NS", "start_N", "final_N", "first_N")
+        parts = {name: getattr(self, name)[at] for name in names}
+        return replace(self, condition=self.condition.index(at), **parts)
+
+
+class FlowPolicy:
+    """A `DiffusersRenderer` whose denoiser learns; implements `uae.types.ImagePolicy`.
+
+    Log-probs are in nats per latent dimension, see `uae.models.flow.sde.log_prob`: clip ranges are 1e-5 to 1e-4.
+
+    Args:
+        renderer: Of a flow-matching pipeline with a transformer, which becomes ``policy.model``. Weights are trained in
+            the dtype they were loaded in.
+        exploration: See there.
+    """
+
+    def __init__(self, renderer: DiffusersRenderer, exploration: Exploration = Exploration()) -> None:
+        check_flow(renderer.pipe)
+        _check(exploration, renderer)
+        self.renderer, self.exploration = renderer, exploration
+        steps = renderer.rendering.steps - 1
+        self.window = steps if exploration.window is None else exploration.window
+        self.policy = FlowNetwork(renderer.pipe.transformer)
+        self.reference_policy: nn.Module | None = None  # a frozen copy, where the finetuning needs one
+        self.starting_adapter: str | None = None  # name of the adapter the run started from; "" is none at all
+        renderer.pipe.transformer = self.policy
+
+    def modules(self) -> list[nn.Module]:
+        """The frozen networks that draw, but for the policy: the autoencoder."""
+        return [module for module in self.renderer.modules() if module is not self.policy]
+
+    def to(self, device: Any) -> FlowPolicy:
+        """Move the policy, its frozen copy and the autoencoder."""
+        self.renderer.to(device)
+        if self.reference_policy is not None:
+            self.reference_policy.to(device)
+        return self
+
+    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
+        """Images ``[N, 3, H, W]`` by the pipeline's own deterministic scheduler, see `DiffusersRenderer.render`."""
+        return self.renderer.render(condition, seeds, grad, last)
+
+    @torch.no_grad()
+    def sample(self, condition: Condition, seeds: Sequence[int]) -> FlowTrajectory:
+        """One trajectory per row. Its initial noise is that of `render`; its steps go on with the same generator."""
+        if len(seeds) != len(condition):
+            raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
+        condition, first_N = _detached(condition), torch.tensor([self._first(seed) for seed in seeds])
+        draws: list[Drawn] = []
+
+        def start(rows: list[int]) -> Call:
+            generators = generators_of([seeds[row] for row in rows])
+            draws.append(Drawn(self.exploration.sde, generators, first_N[rows].tolist(), self.window))
+            return Call(generators, during=partial(stepping, advance=draws[-1]), output_type="latent")
+
+        parts = self.renderer.calls(condition, start)
+        actions_NS, logp_NS, start_N = (
+            _in_order([(rows, getattr(draw, name)()) for (rows, _), draw in zip(parts, draws, strict=True)])
+            for name in ("actions", "logprobs", "starts")
+        )
+        mask_NS = torch.ones_like(logp_NS)
+        taken = FlowTrajectory(condition, actions_NS, mask_NS, logp_NS, start_N, _in_order(parts), first_N)
+        return taken if self._updating is self.renderer else replace(taken, logp_NS=self.logprobs(taken))
+
+    def logprobs(self, trajectory: FlowTrajectory) -> Tensor:
+        """Log-probs ``[N, S]`` of the trained steps under the current weights, in nats per latent dimension.
+
+        All steps are in one graph; ``policy.gradient_checkpointing`` bounds its memory, fewer steps
+        (`Exploration.window`) and fewer rows too.
+        """
+        mean_NS, std_NS = self.moments(trajectory)
+        logp = sde.log_prob(trajectory.actions_NS.flatten(0, 1), mean_NS.flatten(0, 1), std_NS.flatten())
+        return logp.view_as(std_NS).masked_fill(trajectory.mask_NS == 0, 0.0)
+
+    def divergence(self, trajectory: FlowTrajectory) -> Tensor:
+        """Exact KL divergence ``[N, S]`` from the reference, at each trained step, in nats per latent dimension."""
+        with torch.no_grad(), self.reference():
+            reference_NS, _ = self.moments(trajectory)
+        mean_NS, std_NS = self.moments(trajectory)
+        divergence = sde.divergence(mean_NS.flatten(0, 1), reference_NS.flatten(0, 1), std_NS.flatten())
+        return divergence.view_as(std_NS).masked_fill(trajectory.mask_NS == 0, 0.0)
+
+    def moments(self, trajectory: FlowTrajectory) -> tuple[Tensor, Tensor]:
+        """Means ``[N, S, ...]`` and standard deviations ``[N, S]`` of the trained steps under the current weights."""
+        means: list[tuple[list[int], Tensor]] = []
+        stds: list[tuple[list[int], Tensor]] = []
+        for first in trajectory.first_N.unique().tolist():  # a call goes through the same steps in all its rows
+            group = (trajectory.first_N == first).nonzero()[:, 0].tolist()
+            part, replays = trajectory.select(group), []
+
+            def start(
+                rows: list[int], part: FlowTrajectory = part, first: int = first, replays: list[Replayed] = replays
+            ) -> Call:
+                replays.append(Replayed(self.exploration.sde, part.actions_NS[rows], first))
+                during = partial(stepping, advance=replays[-1], first=first, stop=first + part.actions_NS.shape[1])
+                return Call(None, part.start_N[rows], during, output_type="latent")
+
+            for (rows, _), replay in zip(
+                self._updating.calls(part.condition, start, torch.is_grad_enabled()), replays, strict=True
+            ):
+                rows = [group[row] for row in rows]
+                means.append((rows, torch.stack(replay.means, dim=1)))
+                stds.append((rows, torch.tensor(replay.stds).to(replay.means[0]).expand(len(rows), -1)))
+        return _in_order(means), _in_order(stds)
+
+    @torch.no_grad()
+    def pixels(self, trajectory: FlowTrajectory) -> Tensor:
+        """The images ``[N, 3, H, W]`` in [0, 1] that the trajectories end in, float32."""
+
+        def start(rows: list[int]) -> Call:
+            during = partial(stepping, advance=_never, stop=0)
+            return Call(None, trajectory.final_N[rows], during)
+
+        return _in_order(self._unguided.calls(trajectory.condition, start)).float().to(self.renderer.home)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy computes with the weights the run started from."""
+        if self.reference_policy is not None:
+            self._swap()
+            try:
+                yield
+            finally:
+                self._swap()
+        elif self.starting_adapter is not None:
+            with switched_to(self.starting_adapter, self.policy.model):
+                yield
+        else:
+            raise RuntimeError(
+                "no reference was kept: attach the finetuning with keep_reference=True (model.loss.beta > 0)"
+            )
+
+    def _swap(self) -> None:
+        self.policy, self.reference_policy = self.reference_policy, self.policy
+        self.renderer.pipe.transformer = self.policy
+
+    @property
+    def _unguided(self) -> DiffusersRenderer:
+        """The same pipeline without its second pass."""
+        renderer = copy.copy(self.renderer)
+        renderer.rendering = replace(renderer.rendering, guidance=1.0)
+        return renderer
+
+    @property
+    def _updating(self) -> DiffusersRenderer:
+        """Whose velocities log-probs are of."""
+        guided = self.exploration.guidance_in_update == "guided" or self.renderer.rendering.guidance <= 1
+        return self.renderer if guided else self._unguided
+
+    def _first(self, seed: int) -> int:
+        """The first trained step of a row."""
+        if self.exploration.start != "random":
+            return self.exploration.start
+        return random.Random(seed).randrange(self.renderer.rendering.steps - self.window)
+
+
+def _check(exploration: Exploration, renderer: DiffusersRenderer) -> None:
+    """Raise for a window that does not fit, and for weights that could not train where they are."""
+    if exploration.noise not in ("flow", "dance"):
+        raise ValueError(f"exploration.noise={exploration.noise!r}; allowed: flow, dance; change exploration.noise")
+    _ = exploration.sde  # refuses a level without noise
+    steps, start = renderer.rendering.steps, exploration.start
+    first = 0 if start == "random" else start
+    window = steps - 1 if exploration.window is None else exploration.window
+    if start != "random" and not isinstance(start, int):
+        raise ValueError(f"exploration.start={start!r}; allowed: random, or a number; change exploration.start")
+    if window < 1 or first < 0 or first + window > steps - 1:
+        raise ValueError(
+            f"exploration.window={exploration.window} from step {start} of rendering.steps={steps}; allowed: 1 to "
+            f"{steps - 1} steps in all, as the last is deterministic; change exploration.window or rendering.steps"
+        )
+    if exploration.guidance_in_update not in ("guided", "conditional"):
+        raise ValueError(
+            f"exploration.guidance_in_update={exploration.guidance_in_update!r}; allowed: guided, conditional"
+        )
+    placement = renderer.rendering.placement
+    if placement.offload or placement.device is not None or placement.dtype == "float8":
+        raise ValueError(
+            f"rendering.placement={placement}, but the denoiser trains: allowed: offload false, device null (the trainer's) "
+            "and dtype float32, bfloat16 or float16; change rendering.placement"
+        )
+
+
+def _never(number: int, *_: Any) -> Tensor:
+    raise AssertionError(f"step {number} of a call that only decodes")
+
+
+def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+    """Rows of several micro-batches, in their order before."""
+    order = torch.tensor([row for rows, _ in parts for row in rows])
+    return torch.cat([part for _, part in parts])[order.argsort()]
+
+
+def _detached(condition: Condition) -> Condition:
+    if not isinstance(condition, EmbeddingCondition):
+        return condition
+    pooled = None if condition.pooled_NP is None else condition.pooled_NP.detach()
+    return EmbeddingCondition(condition.embeds_NLD.detach(), condition.mask_NL, pooled)

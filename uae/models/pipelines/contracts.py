@@ -1,0 +1,151 @@
+"""How a diffusers pipeline class takes conditions: read from its signatures, and from a short table where they do not say.
+
+Read from diffusers 0.42. A class that is not in the tables is treated with more care, and is slower for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Masking = Literal["keyword", "joint", "per_pass", "cross", "none"]
+
+EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
+MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
+# Pipelines whose own text encoders give a row the same embeddings in any batch; the others are given one caption at a time.
+# (CogView4 pads to the longest caption without a mask; OmniGen takes the positions of the first row for all.)
+_READ_TOGETHER = {
+    "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "SanaSprintPipeline", "QwenImagePipeline",
+    "StableDiffusionXLPipeline", "StableDiffusionPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
+}  # fmt: skip
+_ENCODED = {
+    "ChromaPipeline": (EMBEDS, "text_ids", MASKS[0], f"negative_{EMBEDS}", "negative_text_ids", f"negative_{MASKS[0]}"),
+}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a pipeline's ``__call__`` and ``encode_prompt`` are called with. Names are those of keyword arguments.
+
+    Args:
+        embeddings: Takes embeddings; None: only prompts.
+        pooled: Takes one vector per caption, or None.
+        mask: Takes the mask of the embeddings, or None.
+        masking: Where padding is hidden: "keyword" (``mask``), "joint" (`MaskedJointAttention`), "per_pass" (a mask of
+            text and image, by attention keywords, another one in the negative pass), "cross" (a mask given to the U-Net's
+            cross-attention), "none" (only rows of equal length go together, without padding).
+        guidance: Classifier-free guidance, or None.
+        distilled: Guidance as an input of a distilled network, or None.
+        negatives: The ``negative_*`` it takes.
+        own_negative: Guidance on prompts has a negative of its own if none is given.
+        encoded: Names of what ``encode_prompt`` returns, as far as they are used.
+        read_together: Several prompts may share a call.
+        fixed: Arguments that are always given.
+    """
+
+    embeddings: str | None
+    pooled: str | None
+    mask: str | None
+    masking: Masking
+    guidance: str | None
+    distilled: str | None
+    negatives: tuple[str, ...]
+    own_negative: bool
+    encoded: tuple[str, ...]
+    read_together: bool
+    fixed: dict[str, Any]
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether an `EmbeddingCondition` can be handed over."""
+        return self.embeddings is not None
+
+
+def contract_of(pipe: Any) -> Contract:
+    """The contract of a pipeline's class (and of its denoiser, for masks)."""
+    kind = type(pipe)
+    call = inspect.signature(kind.__call__).parameters
+    embeddings = EMBEDS if hasattr(kind, "encode_prompt") and _complete(call) else None
+    mask = next((name for name in MASKS if name in call), None)
+    negatives = tuple(name for name in call if name.startswith("negative_prompt"))
+    guidance, distilled = _guidances(call, bool(negatives))
+    return Contract(
+        embeddings=embeddings,
+        pooled=POOLED if POOLED in call else None,
+        mask=mask,
+        masking=_masking(pipe, mask),
+        guidance=guidance,
+        distilled=distilled,
+        negatives=negatives,
+        own_negative=guidance == "guidance_scale",
+        encoded=_encoded(kind) if embeddings else (),
+        read_together=kind.__name__ in _READ_TOGETHER,
+        fixed={"use_resolution_binning": False} if "use_resolution_binning" in call else {},
+    )
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The network that takes the denoising steps."""
+    transformer = getattr(pipe, "transformer", None)
+    return getattr(pipe, "unet", None) if transformer is None else transformer
+
+
+def text_encoders_of(pipe: Any) -> dict[str, Any]:
+    """The networks that read the prompt, by component name."""
+    parts = pipe.components.items()
+    return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
+
+
+def _complete(call: Any) -> bool:
+    """Whether a tensor of embeddings, one vector and one mask are all the call can be given about the caption."""
+    known = {sign + name for sign in ("", "negative_") for name in (EMBEDS, POOLED, *MASKS)}
+    about = [name for name in call if ("embeds" in name or "mask" in name) and "ip_adapter" not in name]
+    as_list = EMBEDS in call and "list" in str(call[EMBEDS].annotation).lower()
+    return EMBEDS in call and set(about) <= known and not as_list and "prior_token_ids" not in call
+
+
+def _guidances(call: Any, negatives: bool) -> tuple[str | None, str | None]:
+    """Keywords of real and of distilled guidance. ``guidance_scale`` means either, depending on what stands beside it."""
+    scale = "guidance_scale" if "guidance_scale" in call else None
+    if "true_cfg_scale" in call:
+        return "true_cfg_scale", scale
+    if "distilled_guidance_scale" in call:
+        return None, "distilled_guidance_scale"
+    return (scale, None) if negatives or EMBEDS not in call else (None, scale)
+
+
+def _masking(pipe: Any, mask: str | None) -> Masking:
+    if mask is not None:
+        return "keyword"
+    network = type(denoiser_of(pipe)).__name__
+    if network == "UNet2DConditionModel":
+        return "cross"
+    if network == "FluxTransformer2DModel":
+        return "per_pass"
+    return "joint" if _attends_jointly(denoiser_of(pipe)) else "none"
+
+
+def _attends_jointly(transformer: Any) -> bool:
+    """Whether every attention is the stock joint one, which lacks a text mask (Stable Diffusion 3)."""
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+    from uae.models.pipelines.masks import MaskedJointAttention
+
+    processors = getattr(transformer, "attn_processors", {}).values()
+    known = (JointAttnProcessor2_0, MaskedJointAttention)
+    return bool(processors) and all(isinstance(processor, known) for processor in processors)
+
+
+def _encoded(kind: type) -> tuple[str, ...]:
+    if kind.__name__ in _ENCODED:
+        return _ENCODED[kind.__name__]
+    takes = inspect.signature(kind.encode_prompt).parameters  # type: ignore[attr-defined]
+    mask = next((name for name in MASKS if name in takes), None)
+    if "do_classifier_free_guidance" not in takes:
+        return (EMBEDS, *((POOLED,) if POOLED in takes else ()), *((mask,) if mask else ()))
+    if POOLED in takes:
+        return EMBEDS, f"negative_{EMBEDS}", POOLED, f"negative_{POOLED}"
+    if mask:
+        return EMBEDS, mask, f"negative_{EMBEDS}", f"negative_{mask}"
+    return EMBEDS, f"negative_{EMBEDS}"

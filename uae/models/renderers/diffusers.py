@@ -1,0 +1,275 @@
+"""Condition to image with a frozen diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uae.models.conditioners.states import EmbeddingCondition, TextCondition, pad_to_length
+from uae.models.pipelines.contracts import contract_of, denoiser_of, text_encoders_of
+from uae.models.pipelines.loading import fresh_scheduler, without
+from uae.models.pipelines.masks import MaskedJointAttention, masked_cross_attention, masked_passes
+from uae.models.pipelines.steps import gradient_through
+from uae.models.renderers.rendering import Rendering, check, spare_memory
+from uae.weights.placement import at_work, settle, working_device
+
+Condition = TextCondition | EmbeddingCondition
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of the pipeline starts from, goes through and ends in. The defaults draw an image.
+
+    Args:
+        generators: One per row, for the noise; None where there are latents to start from.
+        latents: What an earlier call with ``output_type="latent"`` returned; None draws noise.
+        during: Entered with the pipeline, which then has a scheduler of its own, around the call.
+        output_type: "pt" for pixels, "latent" to leave out the autoencoder.
+    """
+
+    generators: list[torch.Generator] | None
+    latents: Tensor | None = None
+    during: Callable[[Any], AbstractContextManager[None]] = nullcontext
+    output_type: str = "pt"
+
+
+class DiffusersRenderer:
+    """Renders with a diffusers text-to-image pipeline; implements `uae.types.Renderer`.
+
+    Row n depends on condition n and seed n only: every row draws its noise from its own generator on the CPU, and padding
+    is masked, or left out where the pipeline has no mask. The networks must have been loaded in the placement's dtype; the
+    autoencoder computes in the same one (diffusers itself raises those to float32 that float16 would overflow).
+
+    Args:
+        pipe: A pipeline that takes prompts (TextCondition) or embeddings (EmbeddingCondition).
+        rendering: Size, steps, guidance, memory.
+        negative: What guidance moves away from, one row. A function is called once per ``render`` that guides, for
+            conditions whose weights change. None is the pipeline's own default, if it has one.
+    """
+
+    def __init__(
+        self, pipe: Any, rendering: Rendering, negative: Condition | Callable[[], Condition] | None = None
+    ) -> None:
+        self.pipe, self.rendering, self.negative = pipe, rendering, negative
+        self.contract = contract_of(pipe)
+        self.device: torch.device | None = None  # where the policy is; None: wherever the denoiser is
+        check(rendering, pipe, self.contract, negative is not None)
+        pipe.set_progress_bar_config(disable=True)
+        if getattr(pipe, "watermark", None) is not None:
+            pipe.watermark = None  # invisible, but not to an encoder; and it cuts the gradient
+        for module in (*self.modules(), *text_encoders_of(pipe).values()):
+            module.requires_grad_(False).eval()
+        if self.contract.masking == "joint":
+            pipe.transformer.set_attn_processor(MaskedJointAttention())
+        spare_memory(pipe, rendering)
+        if rendering.compile:
+            denoiser = denoiser_of(pipe)
+            denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
+
+    def modules(self) -> list[nn.Module]:
+        """The frozen networks that draw: all but the text encoders."""
+        readers = text_encoders_of(self.pipe)
+        return [
+            part
+            for name, part in self.pipe.components.items()
+            if isinstance(part, nn.Module) and name not in readers
+        ]  # fmt: skip
+
+    def to(self, device: Any) -> DiffusersRenderer:
+        """Move the networks to where they wait; images come out on ``device``."""
+        self.device = torch.device(device)
+        settle(self.modules(), self.rendering.placement, self.device)
+        return self
+
+    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
+        """Images ``[N, 3, H, W]`` in [0, 1], float32.
+
+        Args:
+            condition: N rows.
+            seeds: N numbers; equal seeds start from equal noise.
+            grad: Keep the graph through the denoising steps (cold start); off in rollouts.
+            last: With ``grad``: through the last so many steps only, the ones before are constant. Changes no pixel,
+                and bounds the memory; None is all steps.
+        """
+        if len(seeds) != len(condition):
+            raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
+        if last is not None and last < 1:
+            raise ValueError(f"last={last} denoising steps with a gradient; allowed: 1 or more, or None for all")
+        during = nullcontext if last is None or not grad else partial(gradient_through, last=last)
+
+        def start(rows: list[int]) -> Call:
+            return Call(generators_of([seeds[row] for row in rows]), during=during)
+
+        images: list[Tensor] = [torch.empty(0)] * len(condition)
+        for rows, drawn in self.calls(condition, start, grad):
+            for row, image in zip(rows, drawn, strict=True):
+                images[row] = image
+        return torch.stack(images).float().to(self.home)
+
+    @property
+    def home(self) -> torch.device:
+        """Where images come out."""
+        return self.device or _device_of(denoiser_of(self.pipe))
+
+    def calls(
+        self, condition: Condition, start: Callable[[list[int]], Call], grad: bool = False
+    ) -> list[tuple[list[int], Tensor]]:
+        """Run the pipeline on all rows of a condition.
+
+        Args:
+            condition: N rows.
+            start: The call for some rows; asked once for every micro-batch, right before it runs.
+            grad: Keep the graph.
+
+        Returns:
+            The rows of each micro-batch and what the pipeline returned for them.
+        """
+        work = working_device(self.rendering.placement, self.home)
+        if grad and self.rendering.placement.offload and work.type != "cpu":
+            raise ValueError(
+                "gradients need the renderer's weights afterwards; set rendering.placement.offload to false"
+            )
+        with torch.set_grad_enabled(grad):
+            negative = self._negative(condition)
+            with at_work(self._needed(condition), self.rendering.placement, self.home):
+                return [
+                    (rows, self._draw(condition.index(rows), negative, start(rows), grad, work))
+                    for rows in self._batches(condition)
+                ]
+
+    def _needed(self, condition: Condition) -> list[nn.Module]:
+        readers = text_encoders_of(self.pipe).values() if isinstance(condition, TextCondition) else ()
+        return [*self.modules(), *readers]
+
+    def _negative(self, condition: Condition) -> Condition | None:
+        """The negative of this call, if there is a negative pass."""
+        if self.rendering.guidance <= 1:
+            return None
+        negative = self.negative() if callable(self.negative) else self.negative
+        own = self.contract.own_negative and isinstance(condition, TextCondition)
+        if negative is None and not own or negative is not None and type(negative) is not type(condition):
+            given = "none" if negative is None else type(negative).__name__
+            raise ValueError(
+                f"guidance={self.rendering.guidance} needs a negative condition of the kind of the captions' "
+                f"({type(condition).__name__}), {given} was given; give one or set rendering.guidance to 1"
+            )
+        return negative
+
+    def _batches(self, condition: Condition) -> Iterator[list[int]]:
+        """Rows that go through the pipeline together."""
+        most = self.rendering.rows
+        groups = [list(range(len(condition)))]
+        if isinstance(condition, TextCondition):
+            most = most if self.contract.read_together else 1
+        elif self.contract.masking == "none":
+            lengths = condition.mask_NL.sum(1).tolist()
+            groups = [[n for n, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]
+        for group in groups:
+            yield from (group[start : start + most] for start in range(0, len(group), most))
+
+    def _draw(
+        self, condition: Condition, negative: Condition | None, start: Call, grad: bool, work: torch.device
+    ) -> Tensor:
+        """One call of the pipeline."""
+        arguments: dict[str, Any] = dict(self.contract.fixed)
+        if self.contract.guidance:
+            arguments[self.contract.guidance] = self.rendering.guidance
+        if self.contract.distilled and self.rendering.distilled_guidance is not None:
+            arguments[self.contract.distilled] = self.rendering.distilled_guidance
+        if start.latents is not None:
+            arguments["latents"] = start.latents.to(work)
+        call = type(self.pipe).__call__
+        call = call.__wrapped__ if grad else call  # the undecorated method: diffusers disables gradients in the other
+        with ExitStack() as stack:
+            if isinstance(condition, TextCondition):
+                arguments["prompt"] = condition.texts
+                if isinstance(negative, TextCondition):
+                    arguments["negative_prompt"] = negative.texts * len(condition)
+            else:
+                stack.enter_context(without(self.pipe, text_encoders_of(self.pipe)))
+                arguments |= self._embeddings(condition, negative, work, stack)
+            stack.enter_context(fresh_scheduler(self.pipe))
+            stack.enter_context(start.during(self.pipe))
+            return call(
+                self.pipe,
+                **arguments,
+                height=self.rendering.height,
+                width=self.rendering.width,
+                num_inference_steps=self.rendering.steps,
+                generator=start.generators,
+                output_type=start.output_type,
+                return_dict=False,
+            )[0]
+
+    def _embeddings(
+        self, condition: EmbeddingCondition, negative: Condition | None, work: torch.device, stack: ExitStack
+    ) -> dict[str, Any]:
+        """The pipeline's keyword arguments; positive and negative of one length where padding is masked."""
+        if not self.contract.takes_embeddings:
+            raise ValueError(f"{type(self.pipe).__name__} takes captions as text only; use a TextConditioner")
+        dtype = denoiser_of(self.pipe).dtype
+        arguments: dict[str, Any] = {}
+        signed = {"": _on(condition, work, dtype)}
+        if isinstance(negative, EmbeddingCondition):
+            signed = {"negative_": _on(negative, work, dtype).index([0] * len(condition)), **signed}
+            if "negative_prompt" in self.contract.negatives:
+                arguments["negative_prompt"] = None  # Sana's default is a text, which excludes embeddings
+        if self.contract.masking == "none":
+            signed = {sign: _unpadded(one) for sign, one in signed.items()}
+        else:
+            length = max(one.embeds_NLD.shape[1] for one in signed.values())
+            signed = {sign: pad_to_length(one, length) for sign, one in signed.items()}
+        for sign, one in signed.items():
+            arguments[f"{sign}{self.contract.embeddings}"] = one.embeds_NLD
+            if self.contract.pooled:
+                arguments[f"{sign}{self.contract.pooled}"] = self._pooled(one)
+            if self.contract.mask:
+                arguments[f"{sign}{self.contract.mask}"] = one.mask_NL
+        return arguments | self._masked(list(signed.values()), stack)
+
+    def _masked(self, passes: list[EmbeddingCondition], stack: ExitStack) -> dict[str, Any]:
+        """Hide padding for the time of the call. Negatives come first, as the pipelines stack them."""
+        masks = torch.cat([one.mask_NL for one in passes])
+        if masks.all():  # attention without a mask is faster
+            return {}
+        if self.contract.masking == "joint":
+            return {"joint_attention_kwargs": {"text_mask": masks}}
+        if self.contract.masking == "cross":
+            stack.enter_context(masked_cross_attention(denoiser_of(self.pipe), masks))
+        elif self.contract.masking == "per_pass":
+            pairs = [(one.embeds_NLD, one.mask_NL) for one in passes]
+            stack.enter_context(masked_passes(denoiser_of(self.pipe), pairs))
+        return {}
+
+    def _pooled(self, condition: EmbeddingCondition) -> Tensor:
+        if condition.pooled_NP is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes a pooled vector per caption; the conditioner gives none"
+            )
+        return condition.pooled_NP
+
+
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator per seed, on the CPU: the same noise on any device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _on(condition: EmbeddingCondition, device: torch.device, dtype: torch.dtype) -> EmbeddingCondition:
+    pooled = None if condition.pooled_NP is None else condition.pooled_NP.to(device, dtype)
+    return EmbeddingCondition(condition.embeds_NLD.to(device, dtype), condition.mask_NL.to(device), pooled)
+
+
+def _unpadded(condition: EmbeddingCondition) -> EmbeddingCondition:
+    """Rows of one length, cut to it."""
+    length = int(condition.mask_NL[0].sum())
+    return EmbeddingCondition(condition.embeds_NLD[:, :length], condition.mask_NL[:, :length], condition.pooled_NP)

@@ -1,0 +1,274 @@
+"""Renderers outside this process: a folder of pictures made elsewhere, or a system behind a Python function.
+
+They give pixels and nothing else, so they serve evaluation and caption training, never stages that need a gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from uae.files.pictures import UnreadableImageError, read_picture
+from uae.models.conditioners.states import TextCondition
+from uae.models.renderers.answers import PictureCache, as_pixels, picture_of
+from uae.models.renderers.clients import client_name, import_client, one_line
+
+
+class ExternalRenderer:
+    """What renderers outside this process share; implements `uae.types.Renderer`.
+
+    Args:
+        height, width: Of the images it returns, in pixels; pictures of another size are resized, whatever their aspect.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        if height < 1 or width < 1:
+            raise ValueError(f"height={height}, width={width}; allowed: 1 or more; set the renderer's height and width")
+        self.height, self.width = height, width
+        self.device = torch.device("cpu")
+
+    def check(self) -> None:
+        """Find out early whether anything can be drawn; called when the run is placed on its device."""
+        raise NotImplementedError
+
+    def pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """One RGB picture per row, of any size."""
+        raise NotImplementedError
+
+    def modules(self) -> list[nn.Module]:
+        """No networks here."""
+        return []
+
+    def to(self, device: Any) -> ExternalRenderer:
+        """Where images are returned."""
+        self.check()
+        self.device = torch.device(device)
+        return self
+
+    def render(self, condition: TextCondition, seeds: Sequence[int], grad: bool = False) -> Tensor:
+        """Images float32 ``[N, 3, height, width]`` in [0, 1].
+
+        Args:
+            condition: N captions.
+            seeds: N numbers.
+            grad: Must be False.
+
+        Raises:
+            ValueError: A gradient is wanted, the condition is not text, or there is not one seed per caption.
+        """
+        name = type(self).__name__
+        if grad:
+            raise ValueError(
+                f"{name} has no gradients, its pictures come from outside; train without render gradients "
+                "or set the system's renderer to a diffusers pipeline"
+            )
+        if not isinstance(condition, TextCondition):
+            raise ValueError(
+                f"{name} draws from captions (TextCondition), got {type(condition).__name__}; "
+                "set the system's conditioner to uae.models.conditioners.states.TextConditioner"
+            )
+        if len(seeds) != len(condition):
+            raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
+        images = [as_pixels(picture, self.height, self.width) for picture in self.pictures(condition.texts, seeds)]
+        return torch.stack(images).to(self.device)
+
+
+class FolderRenderer(ExternalRenderer):
+    """Pictures made elsewhere, looked up by caption.
+
+    The folder is in Hugging Face's imagefolder layout: a ``metadata.jsonl`` with ``file_name`` (below the folder) and
+    ``text`` (the caption, letter by letter) per line. If a text has several files, the seed chooses among them.
+
+    Args:
+        folder: The folder.
+        height, width: See `ExternalRenderer`.
+    """
+
+    def __init__(self, folder: str, height: int, width: int) -> None:
+        super().__init__(height, width)
+        self.folder = folder
+        self._files: dict[str, list[Path]] | None = None
+
+    def check(self) -> None:
+        """Read the folder's list."""
+        if self._files is None:
+            self._files = _files_by_text(Path(self.folder).expanduser(), self.folder)
+
+    def pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """One picture per row.
+
+        Raises:
+            ValueError: Captions without a picture, or files that cannot be read.
+        """
+        self.check()
+        files = self._files or {}
+        missing = list(dict.fromkeys(text for text in texts if text not in files))
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(set(texts))} captions have no picture in {self.folder!r}, e.g. "
+                f"{', '.join(repr(text) for text in missing[:3])}; add them to its metadata.jsonl or set the renderer's "
+                "folder"
+            )
+        chosen = [files[text][seed % len(files[text])] for text, seed in zip(texts, seeds, strict=True)]
+        opened: dict[Path, Image.Image] = {}
+        for file in chosen:
+            try:
+                opened[file] = opened[file] if file in opened else read_picture(file)
+            except UnreadableImageError as error:
+                raise ValueError(f"{one_line(error)}: replace {file.name} in the renderer's folder={self.folder!r}") from None
+        return [opened[file] for file in chosen]
+
+
+def _files_by_text(folder: Path, name: str) -> dict[str, list[Path]]:
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise FileNotFoundError(f"no metadata.jsonl in {name!r}; set the renderer's folder to an imagefolder with one")
+    files: dict[str, list[Path]] = {}
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, file = str(row["text"]), folder / row["file_name"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"line {number} of {name}/metadata.jsonl must be a JSON object with file_name and text; "
+                "correct it or set the renderer's folder"
+            ) from None
+        files.setdefault(text, []).append(file)
+    absent = [file.name for named in files.values() for file in named if not file.is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{len(absent)} files of {name}/metadata.jsonl are not there, e.g. {', '.join(absent[:3])}; "
+            "add them or set the renderer's folder"
+        )
+    return files
+
+
+class CallableRenderer(ExternalRenderer):
+    """A text-to-image system behind a Python function, e.g. the client of an HTTP service.
+
+    Every picture is kept on disk under what it was asked for, so nothing is asked twice: not the equal captions of a
+    group that shares its noise, and not what an interrupted run already has. The rate limit holds per process.
+
+    Args:
+        client: ``client(text, height, width, seed)`` returns one picture: the content of an image file (bytes), a PIL
+            image, or a tensor ``[3, H, W]`` (uint8, or float in [0, 1]). Called from several threads; seeds have 63 bits;
+            any exception is a failed try. In a configuration its import path, "package.module:function".
+        cache: Folder of the pictures; may be shared by runs and processes.
+        height, width: See `ExternalRenderer`; the client is told.
+        retries: Further tries after a failed one, 1, 2, 4, ... seconds later, at most ``longest_pause``.
+        requests_per_minute: None for no limit. Failed tries count.
+        workers: Requests at a time.
+        version: Part of what pictures are filed under: change it when the system behind the client changes.
+        longest_pause: Between two tries, in seconds.
+    """
+
+    def __init__(
+        self,
+        client: str | Callable[..., Any],
+        cache: str,
+        height: int,
+        width: int,
+        retries: int = 3,
+        requests_per_minute: float | None = None,
+        workers: int = 8,
+        version: str = "",
+        longest_pause: float = 60.0,
+    ) -> None:
+        super().__init__(height, width)
+        least = {"retries": (retries, 0), "workers": (workers, 1), "longest_pause": (longest_pause, 0)}
+        for key, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"{key}={value}; allowed: {minimum} or more; set the renderer's {key}")
+        if requests_per_minute is not None and requests_per_minute <= 0:
+            raise ValueError(
+                f"requests_per_minute={requests_per_minute}; allowed: a positive number, or null for no limit; "
+                "set the renderer's requests_per_minute"
+            )
+        self.client, self.version = client, version
+        self.name = client_name(client, version)
+        self.cache = PictureCache(cache)
+        self.retries, self.workers, self.longest_pause = retries, workers, longest_pause
+        self.interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._free_at = float("-inf")  # when the next request may start
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_free_at": float("-inf")}  # another machine's clock means nothing here
+
+    def check(self) -> None:
+        """Import the client."""
+        import_client(self.client)
+
+    def pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """One picture per row, from the cache or else from the client.
+
+        Raises:
+            RuntimeError: Some could not be had; all others are in the cache by then.
+        """
+        rows = list(zip(texts, seeds, strict=True))
+        unique = list(dict.fromkeys(rows))
+        found = {row: kept for row in unique if (kept := self.cache.read(*self._key(*row))) is not None}
+        errors = self._fetch([row for row in unique if row not in found], found)
+        if errors:
+            raise RuntimeError(
+                f"{len(errors)} of {len(unique)} pictures could not be had from the client {self.name!r} in "
+                f"{self.retries + 1} tries each (first: {one_line(errors[0])}); the others are kept: run again, or set the "
+                "renderer's client, retries or requests_per_minute"
+            ) from errors[0]
+        return [found[row] for row in rows]
+
+    def _key(self, text: str, seed: int) -> tuple[str | int, ...]:
+        return self.name, self.version, text, self.height, self.width, seed
+
+    def _fetch(self, rows: list[tuple[str, int]], found: dict[tuple[str, int], Image.Image]) -> list[Exception]:
+        """Add these rows to ``found``; returns what went wrong."""
+        from tqdm.auto import tqdm
+
+        if not rows:
+            return []
+        client, turn, errors = import_client(self.client), threading.Lock(), []
+        pool = ThreadPoolExecutor(min(self.workers, len(rows)))
+        try:
+            jobs = {pool.submit(self._ask, client, turn, *row): row for row in rows}
+            for job in tqdm(as_completed(jobs), "pictures", len(jobs), leave=False, delay=5):  # shown after 5 s
+                try:
+                    found[jobs[job]] = job.result()
+                except Exception as error:  # noqa: BLE001 - a client raises whatever it likes
+                    errors.append(error)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return errors
+
+    def _ask(self, client: Callable[..., Any], turn: threading.Lock, text: str, seed: int) -> Image.Image:
+        for attempt in range(self.retries + 1):
+            self._wait(turn)
+            try:
+                picture = picture_of(client(text, self.height, self.width, seed))
+                break
+            except Exception:
+                if attempt == self.retries:
+                    raise
+                time.sleep(min(2.0**attempt, self.longest_pause))
+        self.cache.write(picture, *self._key(text, seed))
+        return picture
+
+    def _wait(self, turn: threading.Lock) -> None:
+        """Until the rate limit allows the next request: each takes the next free slot."""
+        if not self.interval:
+            return
+        with turn:
+            now = time.monotonic()
+            start = max(now, self._free_at)
+            self._free_at = start + self.interval
+        if start > now:
+            time.sleep(start - now)

@@ -1,0 +1,1 @@
+"""Images as tokens: one autoregressive network that captions and draws."""

@@ -1,0 +1,277 @@
+"""Emu3 (arXiv 2409.18869) in transformers' layout: text and pictures in one vocabulary, behind one output head.
+
+Facts from the official inference code and transformers' port of it: a picture of H x W tokens is written as begin of
+image, ``H*W``, a wrapper token, H rows of W visual tokens with an end of line behind each, end of frame, end of image.
+The prompt of an image is the bare caption before that, guidance compares with a negative prompt in the caption's place.
+What is read is written the same way: there is no image tower. Only visual tokens are actions here; all others have
+their fixed place, probability one, and no log-prob.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.draws import draw
+from uae.models.captioners.fixed_cache import fixed_cache
+from uae.models.captioners.policy import VLMContext
+from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_ids
+from uae.models.tokens.janus import as_buffers
+from uae.models.tokens.policy import (
+    ImageTokenPolicy,
+    TokenCondition,
+    TokenPolicy,
+    TokenSampling,
+    left_padded,
+    mixed,
+    positions,
+)
+from uae.types import UMM, Rollout
+
+
+def unify(
+    captioner: HFCaptioner,
+    height: int,
+    width: int,
+    sampling: TokenSampling = TokenSampling(3.0),  # noqa: B008 (frozen)
+    rows: int = 16,
+    template: str = PLACEHOLDER,
+    negative: str = "",
+) -> UMM:
+    """Captioner, conditioner and image policy from a captioner around an ``Emu3ForConditionalGeneration``.
+
+    Args:
+        captioner: As loaded; it is taken apart and must not be used any more.
+        height: Of drawn images, in pixels; a multiple of the size of a token (8).
+        width: Likewise.
+        sampling: How visual tokens are drawn.
+        rows: Images that are drawn together.
+        template: Text around a caption that is drawn.
+        negative: What guidance leads away from.
+    """
+    reader = Emu3Captioner(captioner, height, width)
+    conditioner = Emu3Conditioner(reader.processor.tokenizer, reader.policy.grid, template, negative)
+    return UMM(reader, conditioner, ImageTokenPolicy(reader, sampling, rows))
+
+
+class Emu3Policy(TokenPolicy):
+    """Both token streams of an ``Emu3ForConditionalGeneration``. An image token is an entry of the VQ model's codebook.
+
+    The VQ model stays in its place, but its weights become buffers: no finetuning, optimizer or sharding can find them,
+    and an exported model is complete.
+
+    Args:
+        model: An ``Emu3ForConditionalGeneration``, or a PeftModel around one.
+        banned_ids, gradient_checkpointing: See `uae.models.captioners.policy.CaptionPolicy`.
+        size: Height and width of drawn images, in pixels.
+        moments: Mean and standard deviation that pixels are normalised by, three numbers each.
+        pad_id: Fills prompts up; no prompt contains it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        banned_ids: Sequence[int],
+        gradient_checkpointing: bool,
+        size: tuple[int, int],
+        moments: tuple[Sequence[float], Sequence[float]],
+        pad_id: int,
+    ) -> None:
+        super().__init__(model, banned_ids, gradient_checkpointing)
+        self.first, self.codes = visual_range(self.base)
+        self.end_of_line = self.base.vocabulary_mapping.eol_token_id
+        self.grid, self.pad_id = grid(size, self.vqmodel.spatial_scale_factor), pad_id
+        self.tokens = self.grid[0] * self.grid[1]
+        mean_1311, std_1311 = (torch.tensor(numbers).view(1, 3, 1, 1) for numbers in moments)
+        self.register_buffer("mean", mean_1311, persistent=False)
+        self.register_buffer("std", std_1311, persistent=False)
+        as_buffers(self.vqmodel)
+        self.train(self.training)
+
+    @property
+    def vqmodel(self) -> Any:
+        """The picture tokenizer."""
+        return self.base.model.vqmodel
+
+    @property
+    def image_head(self) -> Any:
+        """The rows of the output head that are visual tokens."""
+        weight = self.base.get_output_embeddings().weight
+        return SimpleNamespace(weight=weight[self.first : self.first + self.codes], bias=None)
+
+    def embed_image(self, tokens_NS: Tensor) -> Tensor:
+        """From the one table; behind every W tokens an end of line, so ``[N, S + S // W, D]``."""
+        ids_NS, (_, W) = tokens_NS + self.first, self.grid
+        full = ids_NS.shape[1] // W * W
+        rows_NRW = ids_NS[:, :full].unflatten(1, (-1, W))
+        lines_NP = F.pad(rows_NRW, (0, 1), value=self.end_of_line).flatten(1)
+        return self.base.get_input_embeddings()(torch.cat([lines_NP, ids_NS[:, full:]], dim=1))
+
+    def image_states(self, hidden_NSD: Tensor) -> Tensor:
+        """Nothing lies between them and the head."""
+        return hidden_NSD
+
+    def pixels(self, tokens_NS: Tensor) -> Tensor:
+        """Decoded by the VQ model, then back from normalised values."""
+        image_N3HW = self.vqmodel.decode(tokens_NS.unflatten(1, self.grid)).float()
+        return (image_N3HW * self.std + self.mean).clamp(0, 1)
+
+    @torch.no_grad()
+    def written(self, pixels_CHW: Tensor) -> Tensor:
+        """A normalised image as the token ids of its lines, ``[H * (W + 1)]``.
+
+        The steps of the VQ model's own ``encode``, which asks for the dtype of parameters it has not any more.
+        """
+        vq = self.vqmodel
+        frames_1TCHW = pixels_CHW.to(vq.quantize.embedding.weight.dtype).expand(
+            1, vq.config.temporal_downsample_factor, *pixels_CHW.shape
+        )
+        states_1DTHW = vq.quant_conv(vq.encoder(frames_1TCHW).transpose(1, 2))
+        codes_HW = vq.quantize(states_1DTHW.transpose(1, 2))[0, 0]
+        return F.pad(codes_HW + self.first, (0, 1), value=self.end_of_line).flatten()
+
+    def _states(self, ids_NL: Tensor, mask_NL: Tensor, tokens_NS: Tensor) -> Tensor:
+        """Prompts with and without caption differ in length, so each has a mask of its own."""
+        every_NPD = super()._states(ids_NL, self._mask(ids_NL), tokens_NS)
+        column_P = torch.arange(every_NPD.shape[1], device=every_NPD.device) % (self.grid[1] + 1)
+        return every_NPD[:, column_P != self.grid[1]]  # an end of line is not drawn
+
+    def _mask(self, ids_NL: Tensor) -> Tensor:
+        return (ids_NL != self.pad_id).long()
+
+    @torch.no_grad()
+    def draw(self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenPolicy.draw`. A row's last token is fed together with the end of line."""
+        guided, uniform_NS = sampling.guidance != 1, uniform_NS.to(self.banned_ids.device)
+        ids_ML, uncond_NL, _ = left_padded(condition, self.banned_ids.device)
+        copies, (H, W) = 1 + guided, self.grid
+        ids_ML = torch.cat([ids_ML, uncond_NL]) if guided else ids_ML
+        mask_ML = self._mask(ids_ML)
+        mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens + H - 2)], dim=1)
+        position_MP, cache = positions(mask_MP), fixed_cache(self.base, mask_MP.shape[1])
+        embeds_MPD, tokens, logps, end = self.base.get_input_embeddings()(ids_ML), [], [], 0
+        for step in range(self.tokens):
+            start, end = end, end + embeds_MPD.shape[1]
+            hidden_MPD = self._run(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], cache)
+            c_ND, *u_ND = hidden_MPD[:, -1].chunk(copies)
+            logits_NV = self._image_logits(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance))
+            logp_NV = (logits_NV / sampling.policy_temperature).log_softmax(-1)
+            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, step])
+            tokens.append(token_N)
+            logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
+            row_NS = torch.stack(tokens[step - step % W :], dim=1)
+            embeds_MPD = self.embed_image(row_NS)[:, step % W :].repeat(copies, 1, 1)
+        return torch.stack(tokens, dim=1), torch.stack(logps, dim=1)
+
+    def train(self, mode: bool = True) -> Emu3Policy:
+        """The VQ model stays in eval mode."""
+        super().train(mode)
+        self.vqmodel.eval()
+        return self
+
+
+class Emu3Captioner(HFCaptioner):
+    """Reads an image as the token ids it is written with, found once: context, cache and gradient are those of text.
+
+    So an image's tokens depend on that image only, unlike in a batch padded to its largest image, and the VQ model runs
+    once per image instead of once per pass.
+
+    Args:
+        captioner: As loaded, around an ``Emu3ForConditionalGeneration``.
+        height, width: Of drawn images, in pixels.
+    """
+
+    policy: Emu3Policy
+
+    def __init__(self, captioner: HFCaptioner, height: int, width: int) -> None:
+        model, processor = captioner.policy.model, captioner.processor
+        images, (first, codes) = processor.image_processor, visual_range(model)
+        marks = {i for i, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
+        pictures = {model.vocabulary_mapping.eol_token_id, *range(first, first + codes)}
+        banned = sorted((marks | pictures) - set(captioner.end_ids))
+        super().__init__(model, processor, captioner.instruction, banned, captioner.image_first)
+        recompute = captioner.policy.gradient_checkpointing
+        moments = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
+        self.policy = Emu3Policy(
+            model, self.policy.banned_ids.tolist(), recompute, (height, width), moments, self.pad_id
+        ).to(captioner.device)
+
+    def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> VLMContext:
+        """See `HFCaptioner.prepare`. Emu3's processor takes arrays, and pads images to the largest: the padding is cut off."""
+        images = [(image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy() for image in images_BCHW]
+        prompts = [self.prompt(instruction or self.instruction)] * len(images)
+        given = self.processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
+        given = given.to(self.device)
+        ids_BL, sizes = given["input_ids"], given["image_sizes"].tolist()
+        for ids_L, pixels_CHW, (height, width) in zip(ids_BL, given["pixel_values"], sizes, strict=True):
+            ids_L[ids_L == self.processor.image_token_id] = self.policy.written(pixels_CHW[:, :height, :width])
+        rows = {"input_ids": ids_BL, "attention_mask": given["attention_mask"]}
+        return VLMContext(rows, images=tuple(images_BCHW))
+
+
+class Emu3Conditioner:
+    """Captions to prompts of visual tokens, beside the negative prompt; implements `uae.types.Conditioner`.
+
+    Args:
+        tokenizer: With ``boi_token``, ``image_wrapper_token`` and a padding token.
+        grid: Rows and columns of visual tokens.
+        template: Text around the caption; must contain one "{caption}".
+        negative: What guidance leads away from.
+        max_tokens: Longest prompt. A longer caption is cut, counted in ``truncated`` and warned of.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        grid: tuple[int, int],
+        template: str = PLACEHOLDER,
+        negative: str = "",
+        max_tokens: int = 1024,
+    ) -> None:
+        check_template(template)
+        self.tokenizer, self.max_tokens, self.truncated = tokenizer, max_tokens, 0
+        opening = f"{tokenizer.boi_token}{grid[0]}*{grid[1]}{tokenizer.image_wrapper_token}"
+        self.template = f"{tokenizer.bos_token}{template}{opening}"
+        self.negative_L = tokenizer(f"{tokenizer.bos_token}{negative}{opening}", add_special_tokens=False)["input_ids"]
+
+    def encode(self, texts: list[str], rollout: Rollout | None = None) -> TokenCondition:
+        """N captions to N prompts, left-padded with the negative one; the mask leaves out what is padding in both."""
+        rows, cut = prompt_ids(self.tokenizer, self.template, texts, self.max_tokens)
+        self.truncated += cut
+        longest = max(len(self.negative_L), *map(len, rows))
+        ids_NL, uncond_NL = (
+            torch.tensor([[self.tokenizer.pad_token_id] * (longest - len(row)) + list(row) for row in given])
+            for given in (rows, [self.negative_L] * len(rows))
+        )
+        either_NL = (ids_NL != self.tokenizer.pad_token_id) | (uncond_NL != self.tokenizer.pad_token_id)
+        return TokenCondition(ids_NL, either_NL.long(), uncond_NL)
+
+    def to(self, device: Any) -> Emu3Conditioner:
+        """Nothing to move."""
+        return self
+
+
+def visual_range(model: Any) -> tuple[int, int]:
+    """The id of the first visual token and how many there are.
+
+    Raises:
+        ValueError: They do not follow each other in the order of the codebook.
+    """
+    ids = [model.vocabulary_mapping.img2bpe[code] for code in range(model.config.vq_config.codebook_size)]
+    if ids != list(range(ids[0], ids[0] + len(ids))):
+        raise ValueError("the vocabulary_map of the checkpoint's config scatters the visual tokens; allowed: one block")
+    return ids[0], len(ids)
+
+
+def grid(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Rows and columns of tokens of an image of that size in pixels."""
+    for key, pixels in zip(("height", "width"), size, strict=True):
+        if pixels < side or pixels % side:
+            raise ValueError(f"{key}={pixels}; allowed: multiples of {side}; change system.init_args.{key}")
+    return size[0] // side, size[1] // side

@@ -1,0 +1,139 @@
+r"""Janus and Janus-Pro (arXiv 2410.13848, 2501.17811) in transformers' layout: captioner and image policy on one root.
+
+Facts from the official inference code: the prompt of an image is ``<|User|>: {caption}\n\n<|Assistant|>:`` and the
+begin-of-image token; the prompt without caption has the same length, everything but its first and last token is padding,
+and that padding is attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uae.models.captioners.captioner import HFCaptioner
+from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_ids
+from uae.models.conditioners.states import right_padded
+from uae.models.tokens.policy import ImageTokenPolicy, TokenCondition, TokenPolicy, TokenSampling
+from uae.types import UMM, Rollout
+
+TEMPLATE = f"<|User|>: {PLACEHOLDER}\n\n<|Assistant|>:"
+
+
+def unify(
+    captioner: HFCaptioner,
+    sampling: TokenSampling = TokenSampling(),  # noqa: B008 (frozen)
+    rows: int = 16,
+    template: str = TEMPLATE,
+) -> UMM:
+    """Captioner, conditioner and image policy from a captioner around a ``JanusForConditionalGeneration``.
+
+    The captioner gets a `JanusPolicy` for its root, and never says a token that begins or ends an image.
+
+    Args:
+        captioner: Before any finetuning is attached.
+        sampling: How image tokens are drawn.
+        rows: Images that are drawn together.
+        template: Text around a caption that is drawn.
+    """
+    tokenizer = captioner.processor.tokenizer
+    marks = tokenizer.convert_tokens_to_ids([tokenizer.image_token, tokenizer.boi_token, tokenizer.eoi_token])
+    banned = sorted({*captioner.policy.banned_ids.tolist(), *marks})
+    recompute = captioner.policy.gradient_checkpointing
+    captioner.policy = JanusPolicy(captioner.policy.model, banned, recompute).to(captioner.device)
+    return UMM(captioner, TokenConditioner(tokenizer, template), ImageTokenPolicy(captioner, sampling, rows))
+
+
+class JanusPolicy(TokenPolicy):
+    """Both token streams of a ``JanusForConditionalGeneration``.
+
+    The image tokenizer (VQ model) stays in its place, but its weights become buffers: no finetuning, optimizer or
+    sharding can find them, and an exported model is complete.
+
+    Args:
+        model: A ``JanusForConditionalGeneration``, or a PeftModel around one.
+        banned_ids, gradient_checkpointing: See `uae.models.captioners.policy.CaptionPolicy`.
+    """
+
+    only = MappingProxyType(
+        {
+            "captions": r"\b(vision_model|aligner|lm_head)\.",
+            "images": r"\bgeneration_(embeddings|aligner|head)\.",
+        }
+    )
+
+    def __init__(self, model: nn.Module, banned_ids: Sequence[int] = (), gradient_checkpointing: bool = False) -> None:
+        super().__init__(model, banned_ids, gradient_checkpointing)
+        as_buffers(self.base.model.vqmodel)
+        self.train(self.training)
+
+    @property
+    def tokens(self) -> int:
+        """S: 576 for images of 384 x 384."""
+        return self.base.config.vq_config.num_patches**2
+
+    @property
+    def image_head(self) -> nn.Linear:
+        """The last map to the image vocabulary."""
+        return self.base.model.generation_head.vision_head
+
+    def embed_image(self, tokens_NS: Tensor) -> Tensor:
+        """From the generation's own table, through its aligner."""
+        return self.base.prepare_embeddings_for_image_generation(tokens_NS)
+
+    def image_states(self, hidden_NSD: Tensor) -> Tensor:
+        """The generation head but for its last map."""
+        head = self.base.model.generation_head
+        return head.activation_fn(head.proj_out(hidden_NSD))
+
+    def pixels(self, tokens_NS: Tensor) -> Tensor:
+        """Decoded by the VQ model, whose range is -1 to 1."""
+        image_NHWC = self.base.decode_image_tokens(tokens_NS)
+        return (image_NHWC.permute(0, 3, 1, 2).float() * 0.5 + 0.5).clamp(0, 1)
+
+    def train(self, mode: bool = True) -> JanusPolicy:
+        """The VQ model stays in eval mode."""
+        super().train(mode)
+        self.base.model.vqmodel.eval()
+        return self
+
+
+def as_buffers(module: nn.Module) -> None:
+    """Turn a frozen network's parameters into buffers, by the same names."""
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, weight.detach())
+
+
+class TokenConditioner:
+    """Captions to prompts of image tokens, with and without the caption; implements `uae.types.Conditioner`.
+
+    Args:
+        tokenizer: With ``boi_token``.
+        template: Text around the caption; must contain one "{caption}".
+        max_tokens: Longest prompt. A longer caption is cut, counted in ``truncated`` and warned of.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = TEMPLATE, max_tokens: int = 1024) -> None:
+        check_template(template)
+        self.tokenizer, self.max_tokens, self.truncated = tokenizer, max_tokens, 0
+        self.template = f"{tokenizer.bos_token or ''}{template}{tokenizer.boi_token}"
+        self.pad_id = tokenizer.convert_tokens_to_ids(tokenizer.pad_token or tokenizer.eos_token)
+
+    def encode(self, texts: list[str], rollout: Rollout | None = None) -> TokenCondition:
+        """N captions to N prompts, right-padded; a row does not depend on the padding."""
+        rows, cut = prompt_ids(self.tokenizer, self.template, texts, self.max_tokens)
+        self.truncated += cut
+        ids_NL, mask_NL = right_padded(rows, self.tokenizer, "cpu")
+        last_N1 = mask_NL.sum(1, keepdim=True) - 1
+        at_L = torch.arange(ids_NL.shape[1])
+        kept_NL = (at_L == 0) | (at_L == last_N1)  # begin of sentence, begin of image
+        return TokenCondition(ids_NL, mask_NL, ids_NL.masked_fill(~kept_NL, self.pad_id))
+
+    def to(self, device: Any) -> TokenConditioner:
+        """Nothing to move."""
+        return self

@@ -1,0 +1,319 @@
+"""Images as tokens: an autoregressive model whose image tokens are actions, with classifier-free guidance.
+
+One definition of the policy serves sampler and log-probs. With c and u the logits behind the caption and behind the prompt
+without it, w the guidance and t the temperature, an image token is drawn from
+
+    softmax((u + w (c - u)) / t)
+
+(arXiv 2501.17811, the official inference code). The last map from states to logits is linear, so guidance is applied to
+the states before it: one product with the vocabulary instead of two, and no rounding of logits that w would amplify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from uae.grpo import token_logprobs
+from uae.models.captioners.caches import recomputing
+from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.draws import draw, uniforms
+from uae.models.captioners.fixed_cache import fixed_cache
+from uae.models.captioners.policy import CaptionPolicy
+from uae.types import Trajectory
+
+LogProb = Literal["guided", "conditional", "guided_detach_uncond"]
+
+
+@dataclass(frozen=True)
+class TokenCondition:
+    """Prompts of image tokens.
+
+    Args:
+        ids_NL: Token ids, padded on either side.
+        mask_NL: 1 for tokens that are attended to.
+        uncond_ids_NL: The prompts without their captions, for guidance. The same mask holds.
+    """
+
+    ids_NL: Tensor
+    mask_NL: Tensor
+    uncond_ids_NL: Tensor
+
+    def __len__(self) -> int:
+        """N, the number of rows."""
+        return len(self.ids_NL)
+
+    def index(self, rows: Sequence[int]) -> TokenCondition:
+        """The condition of some of its rows."""
+        at = list(rows)
+        return TokenCondition(self.ids_NL[at], self.mask_NL[at], self.uncond_ids_NL[at])
+
+
+@dataclass(frozen=True)
+class TokenSampling:
+    """How image tokens are drawn. These settings *define* the policy.
+
+    Args:
+        guidance: w. 1 is none, and runs no unconditional pass.
+        temperature: t, in sampling and in log-probs. 0 means greedy (log-probs then at temperature 1).
+        cfg_logprob: What log-probs are under guidance. "guided": of the policy that samples, with its whole gradient.
+            "guided_detach_uncond": the same value at half the memory; the gradient into the states behind u is left out.
+            "conditional": of softmax(c / t), which nobody sampled from, as in T2I-R1: the policy gradient is biased, and
+            ratios compare something else than the sampler (`TokenSampling.exact`).
+    """
+
+    guidance: float = 5.0
+    temperature: float = 1.0
+    cfg_logprob: LogProb = "guided"
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if not self.guidance >= 1:
+            raise ValueError(f"guidance={self.guidance}; allowed: 1 (none) or more; change system.init_args.guidance")
+        if not self.temperature >= 0:
+            raise ValueError(
+                f"image_temperature={self.temperature}; allowed: 0 (greedy) or any positive number; change "
+                "system.init_args.image_temperature"
+            )
+        if self.cfg_logprob not in get_args(LogProb):
+            raise ValueError(
+                f"cfg_logprob={self.cfg_logprob!r}; allowed: {', '.join(get_args(LogProb))}; change "
+                "system.init_args.cfg_logprob"
+            )
+
+    @property
+    def policy_temperature(self) -> float:
+        """The temperature log-probs are computed at: 1 for greedy decoding."""
+        return self.temperature or 1.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether log-probs are those of the policy that samples, so that the ratio starts at one."""
+        return self.guidance == 1 or self.cfg_logprob != "conditional"
+
+
+class TokenPolicy(CaptionPolicy):
+    """One root for captions and images: the same weights say both.
+
+    A subclass says how an image token enters the language model, and what becomes of a hidden state before the last map
+    to the image vocabulary.
+    """
+
+    tokens: int  # S, image tokens of an image
+    image_head: nn.Linear  # the last map, [V, D]
+    only: Mapping[str, str] = MappingProxyType({})  # what "captions" or "images" alone use; searched in parameter names
+
+    def embed_image(self, tokens_NS: Tensor) -> Tensor:
+        """Input embeddings ``[N, S, D]`` of image tokens."""
+        raise NotImplementedError
+
+    def image_states(self, hidden_NSD: Tensor) -> Tensor:
+        """What `image_head` reads, from final hidden states."""
+        raise NotImplementedError
+
+    def pixels(self, tokens_NS: Tensor) -> Tensor:
+        """Images ``[N, 3, H, W]``, float32 in [0, 1]."""
+        raise NotImplementedError
+
+    def forward(self, context: Any, tokens_NT: Tensor, *settings: Any) -> Tensor:
+        """Teacher-forced log-probs, float32, with gradient: of captions behind images, or of images behind captions."""
+        if isinstance(context, TokenCondition):
+            return self.image_logprobs(context, tokens_NT, *settings)
+        return super().forward(context, tokens_NT, *settings)
+
+    def image_logprobs(self, condition: TokenCondition, tokens_NS: Tensor, sampling: TokenSampling) -> Tensor:
+        """Log-probs ``[N, S]``; all tokens of an image in one pass."""
+        device, guided = self.banned_ids.device, sampling.guidance != 1 and sampling.cfg_logprob != "conditional"
+        tokens_NS = tokens_NS.to(device)
+        ids_NL, uncond_NL, mask_NL = left_padded(condition, device)
+        if guided and sampling.cfg_logprob == "guided":
+            c_NSD, u_NSD = self._states(
+                torch.cat([ids_NL, uncond_NL]), mask_NL.repeat(2, 1), tokens_NS.repeat(2, 1)
+            ).chunk(2)
+        else:
+            with torch.no_grad():
+                u_NSD = self._states(uncond_NL, mask_NL, tokens_NS) if guided else None
+            c_NSD = self._states(ids_NL, mask_NL, tokens_NS)
+        head = self.image_head
+        logp_NS, _ = token_logprobs(
+            mixed(c_NSD, u_NSD, sampling.guidance), head.weight, tokens_NS, sampling.policy_temperature, bias=head.bias
+        )
+        return logp_NS
+
+    def _states(self, ids_NL: Tensor, mask_NL: Tensor, tokens_NS: Tensor) -> Tensor:
+        """What `image_head` reads to predict every token, ``[N, S, D]``."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        before_NLD, said_NSD = self.base.get_input_embeddings()(ids_NL), self.embed_image(tokens_NS[:, :-1])
+        embeds_NPD = torch.cat([before_NLD, said_NSD.to(before_NLD.dtype)], dim=1)
+        mask_NP = torch.cat([mask_NL, mask_NL.new_ones(said_NSD.shape[:2])], dim=1)
+        with recomputing(self.model) if recompute else nullcontext():
+            hidden_NPD = self._run(embeds_NPD, mask_NP, positions(mask_NP))
+        return self.image_states(hidden_NPD[:, ids_NL.shape[1] - 1 :])
+
+    def _run(self, embeds_NPD: Tensor, mask_NP: Tensor, position_NP: Tensor, cache: Any = None) -> Tensor:
+        """Final hidden states. Positions are counted from the mask, so that padding counts for nothing."""
+        decoder = self.base.get_decoder()
+        return decoder(
+            inputs_embeds=embeds_NPD,
+            attention_mask=mask_NP,
+            position_ids=position_NP,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def draw(self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens and their log-probs, ``[N, S]`` each: token s of row n is where ``uniform_NS`` says.
+
+        Not a ``forward``: of a sharded policy only inside `uae.strategy.unsharded`.
+        """
+        device, guided = self.banned_ids.device, sampling.guidance != 1
+        ids_ML, uncond_NL, mask_ML = left_padded(condition, device)
+        if guided:
+            ids_ML, mask_ML = torch.cat([ids_ML, uncond_NL]), mask_ML.repeat(2, 1)
+        L, uniform_NS = ids_ML.shape[1], uniform_NS.to(device)
+        mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens - 1)], dim=1)
+        position_MP, cache = positions(mask_MP), fixed_cache(self.base, mask_MP.shape[1])
+        embeds_MPD, tokens, logps, start = self.base.get_input_embeddings()(ids_ML), [], [], 0
+        for end in range(L, L + self.tokens):
+            hidden_MPD = self._run(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], cache)
+            c_ND, *u_ND = self.image_states(hidden_MPD[:, -1]).chunk(2 if guided else 1)
+            logits_NV = self._image_logits(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance))
+            logp_NV = (logits_NV / sampling.policy_temperature).log_softmax(-1)
+            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, end - L])
+            tokens.append(token_N)
+            logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
+            embeds_MPD, start = self.embed_image(token_N.repeat(len(ids_ML) // len(token_N))[:, None]), end
+        return torch.stack(tokens, dim=1), torch.stack(logps, dim=1)
+
+    def _image_logits(self, states_ND: Tensor) -> Tensor:
+        """Logits ``[N, V]`` in at least float32, autocast or not."""
+        weight, bias = self.image_head.weight, self.image_head.bias
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            return nn.functional.linear(states_ND.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+class ImageTokenPolicy:
+    """Draws images token by token with the captioner's own root; implements `uae.types.ImagePolicy`.
+
+    Row n depends on condition n and seed n only.
+
+    Args:
+        captioner: Whose ``policy`` is a `TokenPolicy`. Policy, reference and adapter are shared: what trains one trains
+            the other.
+        sampling: How tokens are drawn, which is also what log-probs are of.
+        rows: Images that are drawn together; bounds memory, changes nothing else.
+    """
+
+    def __init__(self, captioner: HFCaptioner, sampling: TokenSampling = TokenSampling(), rows: int = 16) -> None:  # noqa: B008
+        if not isinstance(captioner.policy, TokenPolicy):
+            raise TypeError(f"{type(captioner.policy).__name__} draws no images; give a captioner with a TokenPolicy")
+        if rows < 1:
+            raise ValueError(f"rows={rows}; allowed: 1 or more; change system.init_args.rows")
+        self.captioner, self.sampling, self.rows = captioner, sampling, rows
+
+    @property
+    def policy(self) -> TokenPolicy:
+        """The root in force, the captioner's."""
+        return self.captioner.policy
+
+    @property
+    def reference_policy(self) -> TokenPolicy | None:
+        """A frozen copy of the start, where the finetuning needs one."""
+        return self.captioner.reference_policy
+
+    @reference_policy.setter
+    def reference_policy(self, policy: TokenPolicy | None) -> None:
+        self.captioner.reference_policy = policy
+
+    @property
+    def starting_adapter(self) -> str | None:
+        """Name of the adapter the run started from; "" is none at all."""
+        return self.captioner.starting_adapter
+
+    @starting_adapter.setter
+    def starting_adapter(self, adapter: str | None) -> None:
+        self.captioner.starting_adapter = adapter
+
+    def to(self, device: Any) -> ImageTokenPolicy:
+        """Move the policy (and the frozen copy, if any)."""
+        self.captioner.to(device)
+        return self
+
+    def modules(self) -> list[nn.Module]:
+        """None: what turns tokens into pixels is part of the policy, without parameters."""
+        return []
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, captions and images are those of the weights the run started from, embeddings included."""
+        return self.captioner.reference()
+
+    @torch.no_grad()
+    def sample(self, condition: TokenCondition, seeds: Sequence[int]) -> Trajectory:
+        """One image per row. ``logp_NS`` is what the sampler saw, whatever `TokenSampling.cfg_logprob` is."""
+        if len(seeds) != len(condition):
+            raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
+        drawn = [
+            self.policy.draw(
+                condition.index(part), self.sampling, uniforms([seeds[n] for n in part], self.policy.tokens)
+            )
+            for part in self._parts(len(seeds))
+        ]
+        tokens_NS, logp_NS = (torch.cat(x) for x in zip(*drawn, strict=True))
+        return Trajectory(condition, tokens_NS, torch.ones_like(logp_NS), logp_NS)
+
+    def logprobs(self, trajectory: Trajectory) -> Tensor:
+        """Teacher-forced log-probs ``[N, S]`` under the current weights, with gradient; 0 where masked."""
+        logp_NS = self.policy(trajectory.condition, trajectory.actions_NS, self.sampling)
+        return logp_NS.masked_fill(trajectory.mask_NS == 0, 0.0)
+
+    @torch.no_grad()
+    def pixels(self, trajectory: Trajectory) -> Tensor:
+        """The images ``[N, 3, H, W]``, float32 in [0, 1]."""
+        tokens_NS = trajectory.actions_NS
+        return torch.cat(
+            [self.policy.pixels(tokens_NS[part.start : part.stop]) for part in self._parts(len(tokens_NS))]
+        )
+
+    def render(self, condition: TokenCondition, seeds: Sequence[int], grad: bool = False) -> Tensor:
+        """Images ``[N, 3, H, W]`` in [0, 1], float32.
+
+        Raises:
+            ValueError: ``grad``, as no gradient passes through a drawn token.
+        """
+        if grad:
+            raise ValueError(
+                "images of tokens have no gradient: tokens are discrete; train with log-probs (sample and logprobs), or use a "
+                "system whose renderer is a diffusion model"
+            )
+        return self.pixels(self.sample(condition, seeds))
+
+    def _parts(self, rows: int) -> list[range]:
+        return [range(start, min(start + self.rows, rows)) for start in range(0, rows, self.rows)]
+
+
+def mixed(c_D: Tensor, u_D: Tensor | None, guidance: float) -> Tensor:
+    """``u + w (c - u)`` in at least float32; without u, c."""
+    dtype = torch.promote_types(c_D.dtype, torch.float32)
+    return c_D if u_D is None else u_D.to(dtype) + guidance * (c_D.to(dtype) - u_D.to(dtype))
+
+
+def left_padded(condition: TokenCondition, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids with caption, ids without and mask, ``[N, L]`` each: padding moved to the left, none that all rows have."""
+    mask_NL = condition.mask_NL.to(device)
+    order_NL = mask_NL.argsort(dim=1, stable=True)[:, mask_NL.shape[1] - int(mask_NL.sum(1).max()) :]
+    given = (condition.ids_NL.to(device), condition.uncond_ids_NL.to(device), mask_NL)
+    ids_NL, uncond_NL, mask_NL = (x.gather(1, order_NL) for x in given)
+    return ids_NL, uncond_NL, mask_NL
+
+
+def positions(mask_NP: Tensor) -> Tensor:
+    """Position of every token, counted without padding."""
+    return (mask_NP.cumsum(1) - 1).clamp(min=0)

@@ -1,9 +1,0 @@
-"""Procedural scenes with exact ground truth: the world, its pictures and its language."""
-
-from uae.scenes.captions import DETAILED, GRAMMAR, TERSE, WORDS, Detail, describe, is_detailed, parse
-from uae.scenes.world import SIDE, Object, Scene, Split, detect, render, sample_scene, scene_of
-
-__all__ = [
-    "DETAILED", "GRAMMAR", "SIDE", "TERSE", "WORDS", "Detail", "Object", "Scene", "Split",
-    "describe", "detect", "is_detailed", "parse", "render", "sample_scene", "scene_of",
-]  # fmt: skip

@@ -1,0 +1,276 @@
+"""The key layouts of official checkpoints: one state dict to its parts, and parts to the libraries' own models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uae.weights.from_state import diffusion_model, qwen_model, qwen_names
+from uae.weights.low_rank import Factors, merge_adapter, split_adapter
+from uae.weights.state import load_into, read_state, save_state
+
+State = dict[str, Tensor]
+KEY = "system.init_args.checkpoint"
+WRAPPER = "base_model.model."  # what PEFT puts before the names of whatever it wraps
+
+
+def below(state: Mapping[str, Tensor], prefix: str) -> State:
+    """The entries under a prefix, without it."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+# UAE -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UAEParts:
+    """A state dict of UAE's language model, taken apart."""
+
+    language_model: State  # old or new names, see `qwen_names`
+    factors: Factors  # of the adapter, by the same names; empty without
+    projector: State  # 0.weight, 0.bias, 2.weight, 2.bias
+
+
+def uae_parts(state: Mapping[str, Tensor]) -> UAEParts:
+    """Take apart what the official training wrote: the inner ``model`` (or all of it) wrapped by PEFT, and the projector.
+
+    Raises:
+        ValueError: See `uae.weights.low_rank.split_adapter`.
+    """
+    weights, factors = split_adapter({name.replace(WRAPPER, ""): value for name, value in state.items()})
+    projector = below(weights, "projector.")
+    return UAEParts({k: v for k, v in weights.items() if not k.startswith("projector.")}, factors, projector)
+
+
+def uae_language_model(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    merge: bool = True,
+    alpha: float = 64,
+    attention: str | None = None,
+) -> tuple[Any, State]:
+    """UAE's language model in its library's class, and its projector.
+
+    ``llm_lora``, where it exists, goes over ``llm``, as in the official code.
+
+    Args:
+        folder: With ``llm`` (which has the ``config.json``) and perhaps ``llm_lora``.
+        dtype: Of the model; None is the checkpoint's.
+        merge: Add the adapter to the weights. False leaves it out, see `uae_adapter`.
+        alpha: The adapter's scale is ``alpha / rank``; officially 64 (rank 32).
+        attention: Implementation in transformers; None is the library's choice.
+
+    Returns:
+        A ``Qwen2_5_VLForConditionalGeneration`` and the projector's state (empty if the checkpoint has none).
+
+    Raises:
+        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+    """
+    folder = Path(folder)
+    source = str(folder / "llm")
+    parts = uae_parts(read_state(folder / "llm"))
+    trained = (folder / "llm_lora").is_dir()
+    model = qwen_model(folder / "llm", dtype or _dtype_of(parts.language_model), attention)
+    weights, factors, projector = qwen_names(model, parts.language_model), parts.factors, parts.projector
+    if trained:
+        over = uae_parts(read_state(folder / "llm_lora"))
+        source = f"{source} under {str(folder / 'llm_lora')}"
+        weights |= qwen_names(model, over.language_model)
+        factors, projector = over.factors, projector | over.projector
+    if merge:
+        factors = {
+            layer.removesuffix(".weight"): pair for layer, pair in qwen_names(model, _as_weights(factors)).items()
+        }
+        weights = merge_adapter(weights, factors, lambda _, rank: alpha / rank)
+    load_into(model, weights, source, KEY)
+    # An adapter trained on merged weights fits no folder that transformers reads: its base must not claim to be one.
+    model.name_or_path = str(folder if factors and merge else folder / "llm")
+    return model, projector
+
+
+def uae_adapter(folder: str | Path, target: str | Path, alpha: float = 64) -> Path:
+    """Write the adapter in UAE's ``llm_lora`` as a PEFT adapter folder, so that training can continue it.
+
+    Raises:
+        ValueError: There is none, or its layers differ in rank.
+    """
+    import peft
+
+    folder, target = Path(folder), Path(target)
+    model = qwen_model(folder / "llm", torch.float32)
+    factors = qwen_names(model, _as_weights(uae_parts(read_state(folder / "llm_lora")).factors))
+    ranks = sorted({A.shape[0] for A, _ in factors.values()})
+    if len(ranks) != 1:
+        raise ValueError(
+            f"ranks {ranks or 'none'} in {str(folder / 'llm_lora')!r}; an adapter folder needs exactly one rank"
+        )
+    layers = [name.removesuffix(".weight") for name in factors]
+    config = peft.LoraConfig(
+        r=ranks[0],
+        lora_alpha=alpha,
+        target_modules=layers,
+        inference_mode=True,
+        base_model_name_or_path=str(folder / "llm"),
+    )
+    state = {
+        f"{WRAPPER}{layer}.lora_{side}.weight": factor
+        for layer, pair in zip(layers, factors.values(), strict=True)
+        for side, factor in zip("AB", pair, strict=True)
+    }
+    save_state(target, "adapter_model", state)
+    config.save_pretrained(str(target))
+    return target
+
+
+def uae_transformer(folder: str | Path, dtype: torch.dtype) -> Any:
+    """UAE's SD3 transformer: ``dit`` in diffusers layout, with the PEFT adapter ``dit_lora`` (if there) merged.
+
+    Raises:
+        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+    """
+    import peft
+    from diffusers import SD3Transformer2DModel
+
+    folder = Path(folder)
+    config = SD3Transformer2DModel.load_config(folder / "dit", local_files_only=True)
+    transformer = diffusion_model(
+        SD3Transformer2DModel, config, read_state(folder / "dit"), dtype, str(folder / "dit"), KEY
+    )
+    if not (folder / "dit_lora").is_dir():
+        return transformer
+    state = read_state(folder / "dit_lora")
+    wrapped = peft.PeftModel.from_pretrained(transformer, folder / "dit_lora")
+    _check_adapter(wrapped, state, str(folder / "dit_lora"))
+    return wrapped.merge_and_unload()
+
+
+# UniWorld-V1 ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UniWorldParts:
+    """A state dict of UniWorld-V1, taken apart."""
+
+    language_model: State
+    projectors: dict[str, State]  # denoise_projector, siglip_projector, vae_projector: 0.* and 2.*
+    transformer: State  # FLUX in diffusers' names
+
+
+def uniworld_parts(state: Mapping[str, Tensor]) -> UniWorldParts:
+    """Take apart a state dict with ``denoise_tower.{denoiser,<name>_projector}.*`` beside Qwen2.5-VL's names."""
+    tower = below(state, "denoise_tower.")
+    names = sorted({name.partition(".")[0] for name in tower} - {"denoiser"})
+    language_model = {name: value for name, value in state.items() if not name.startswith("denoise_tower.")}
+    return UniWorldParts(language_model, {n: below(tower, f"{n}.") for n in names}, below(tower, "denoiser."))
+
+
+def uniworld_language_model(
+    folder: str | Path, dtype: torch.dtype | None = None, attention: str | None = None
+) -> tuple[Any, dict[str, State]]:
+    """UniWorld-V1's ``Qwen2_5_VLForConditionalGeneration`` and the states of its projectors by name.
+
+    Raises:
+        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+    """
+    folder = Path(folder)
+    parts = uniworld_parts(read_state(folder))
+    if "denoise_projector" not in parts.projectors:
+        raise ValueError(f"{str(folder)!r} has no denoise_tower.denoise_projector.*: no UniWorld-V1; correct {KEY}")
+    model = qwen_model(folder, dtype or _dtype_of(parts.language_model), attention)
+    load_into(model, qwen_names(model, parts.language_model), str(folder), KEY)
+    return model, parts.projectors
+
+
+def uniworld_transformer(folder: str | Path, dtype: torch.dtype, flux: str | Path | None = None) -> Any:
+    """UniWorld-V1's FLUX transformer.
+
+    Args:
+        folder: The checkpoint; its ``config.json`` holds FLUX's configuration under ``denoise_tower.denoiser_config``.
+        dtype: Of the model.
+        flux: Folder of FLUX.1-dev, read for the configuration where the checkpoint's names a file of its authors.
+
+    Raises:
+        FileNotFoundError, ValueError: See `read_state` and `load_into`; or there is no configuration.
+    """
+    import json
+
+    from diffusers import FluxTransformer2DModel
+
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text()).get("denoise_tower", {}).get("denoiser_config")
+    if not isinstance(config, dict):
+        if flux is None:
+            raise ValueError(
+                f"{str(folder / 'config.json')!r} has no denoise_tower.denoiser_config; set system.init_args.flux"
+            )
+        config = FluxTransformer2DModel.load_config(Path(flux, "transformer"), local_files_only=True)
+    state = uniworld_parts(read_state(folder)).transformer
+    return diffusion_model(FluxTransformer2DModel, config, state, dtype, f"{folder}: denoise_tower.denoiser", KEY)
+
+
+# OpenUni -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenUniParts:
+    """A state dict of OpenUni, taken apart. What was frozen in its training may be absent."""
+
+    meta_queries: Tensor  # [queries, D]
+    connector: State
+    projector: State
+    transformer: State = field(default_factory=dict)  # Sana in diffusers' names
+    language_model: State = field(default_factory=dict)  # of the original InternVL or Qwen code
+    found: str = ""  # what was there, in words
+
+
+def openuni_parts(state: Mapping[str, Tensor], alpha: float = 8) -> OpenUniParts:
+    """Take apart a ``.pth`` of OpenUni; an adapter on the transformer (scale ``alpha / rank``) is merged.
+
+    Raises:
+        ValueError: Queries, connector or projector are missing, or something else is there.
+    """
+    known = {"meta_queries", "connector", "projector", "transformer", "lmm", "vae", "vit_mean", "vit_std"}
+    counts: dict[str, int] = {}
+    for name in state:
+        counts[name.partition(".")[0]] = counts.get(name.partition(".")[0], 0) + 1
+    found = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())) or "nothing"
+    wrong = sorted({"meta_queries", "connector", "projector"} - counts.keys()) or sorted(counts.keys() - known)
+    if wrong:
+        fault = "unknown" if wrong[0] in counts else "missing"
+        raise ValueError(f"no OpenUni checkpoint: {fault} {', '.join(wrong)}; found {found}; correct {KEY}")
+    weights, factors = split_adapter(below(state, "transformer."))
+    return OpenUniParts(
+        meta_queries=state["meta_queries"],
+        connector=below(state, "connector."),
+        projector=below(state, "projector."),
+        transformer=merge_adapter(weights, factors, lambda _, rank: alpha / rank),
+        language_model=below(state, "lmm."),
+        found=found,
+    )
+
+
+# Shared ----------------------------------------------------------------------------------------------------------------
+
+
+def _dtype_of(state: State) -> torch.dtype:
+    return next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+
+
+def _as_weights(factors: Factors) -> Any:
+    return {f"{layer}.weight": pair for layer, pair in factors.items()}
+
+
+def _check_adapter(wrapped: Any, state: State, source: str) -> None:
+    """PEFT leaves what an adapter file lacks as it was initialised; raise instead."""
+    from peft import get_peft_model_state_dict
+
+    expected, found = set(get_peft_model_state_dict(wrapped)), set(state)
+    if expected != found:
+        name = min(expected ^ found)
+        what = "lacks" if name in expected else "has an unexpected"
+        raise ValueError(f"{source} {what} {name} (and {len(expected ^ found) - 1} more); correct {KEY}")
