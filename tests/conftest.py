@@ -31,6 +31,14 @@ def environment():
     os.environ.update(before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def same_weights_every_time():
+    """Libraries draw the start of tiny models from the global generator: it must not depend on which files ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 class Copies:
     """A system whose every build is a fresh copy of the same model."""
 

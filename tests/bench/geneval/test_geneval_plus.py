@@ -128,7 +128,7 @@ def test_mistakes_are_one_line(case, tmp_path, capsys):
         return error
 
     folders = ["--images", str(tmp_path / "images"), "--folder", str(tmp_path / "work")]
-    panel = str(Path(PROMPT).parents[2] / "local.yaml")
+    panel = str(Path(PROMPT).parents[1] / "local.yaml")
     words = ["--judge", panel, "--prompt", PROMPT]
     assert "get Geneval++.jsonl of" in fails("run", "--prompts", str(tmp_path / "none"), *folders, *words)
     (tmp_path / "bad.jsonl").write_text('{"tag": "a", "prompt": "b", "include": []}')
