@@ -85,7 +85,7 @@ def controls(umm: UMM, scenes: list[Any], seed: int = 0, tries: int = 24) -> dic
         part = scenes[start : start + 16]
         seeds = [seed * 7_000_003 + start * tries + i for i in range(len(part) * tries)]
         rollout = umm.captioner.sample(umm.captioner.prepare(render(part)), tries, Sampling(1.0, 32), seeds)
-        logp = (rollout.logp_NT * rollout.mask_NT).sum(1)
+        logp = (rollout.logp_RS * rollout.mask_RS).sum(1)
         for image in range(len(part)):
             rows = range(image * tries, (image + 1) * tries)
             detailed = [row for row in rows if is_detailed(rollout.texts[row])] or list(rows)
@@ -172,7 +172,7 @@ def trained(folder: Path, full: bool) -> UMM:
     (Full() if full else LoRA()).attach(umm.captioner, keep_reference=False)
     checkpoint = torch.load(next(folder.rglob("last.ckpt")), weights_only=True)["state_dict"]
     weights = {name.removeprefix("policy."): value for name, value in checkpoint.items()}
-    unexpected = umm.captioner.policy.load_state_dict(weights, strict=False).unexpected_keys
+    unexpected = umm.captioner.learner.network.load_state_dict(weights, strict=False).unexpected_keys
     if unexpected:
         raise RuntimeError(f"{folder}: unexpected keys {unexpected[:3]}")
     return umm

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from uae.learner import Network
 from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
 from uae.weights.state import save_state
 
@@ -34,7 +35,7 @@ class Export(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now, not after hours of training, an adapter that cannot be merged."""
         policy = getattr(pl_module, "policy", None)
-        if self.merge and policy is not None and hasattr(policy.model, "peft_config"):
+        if self.merge and isinstance(policy, Network) and policy.adapted:
             check_low_rank(name for name, _ in policy.model.named_parameters())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,16 +46,16 @@ class Export(Callback):
         folder = Path(self.folder) if self.folder else Path(log_dir, "export")
         policy = trained(getattr(pl_module, "policy", None))
         if policy is not None:
-            self._write(folder, policy, trainer.is_global_zero, pl_module.umm.captioner.processor)
+            module: Any = pl_module
+            self._write(folder, policy, trainer.is_global_zero, module.umm.captioner.processor)
         renderer = trained(getattr(pl_module, "image_policy", None))
         if renderer is not None:
             self._write(folder / "renderer", renderer, trainer.is_global_zero)
 
-    def _write(self, folder: Path, policy: Any, here: bool, processor: Any = None) -> None:
+    def _write(self, folder: Path, policy: Network, here: bool, processor: Any = None) -> None:
         """One policy; of a renderer (without a processor), its denoiser in the layout of diffusers."""
         # A full state dict is gathered by all ranks and handed to the first; the adapter's needs no frozen weights.
-        adapted = hasattr(policy.model, "peft_config")
-        alone = adapted and not self.merge
+        alone = policy.adapted and not self.merge
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
         weights = get_model_state_dict(policy.model, options=options)
         if not here:
@@ -62,9 +63,9 @@ class Export(Callback):
         if alone:
             save_adapter(folder, policy, weights)
             return
-        whole = merged(policy, weights) if adapted else weights
+        whole = merged(policy, weights) if policy.adapted else weights
         if processor is None:
-            base_of(policy).save_config(folder)
+            policy.base.save_config(folder)
             save_state(folder, "diffusion_pytorch_model", whole)
             return
         # The model writes old names, leaves out tied weights, and adds the generation settings it came with.
@@ -72,31 +73,26 @@ class Export(Callback):
         processor.save_pretrained(folder)
 
 
-def trained(policy: Any) -> Any:
+def trained(policy: Any) -> Network | None:
     """The policy, or None if nothing of it trained."""
-    return policy if policy is not None and any(p.requires_grad for p in policy.parameters()) else None
+    return policy if isinstance(policy, Network) and any(p.requires_grad for p in policy.parameters()) else None
 
 
-def base_of(policy: Any) -> Any:
-    """The library's own model, below the adapter if there is one."""
-    return policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
-
-
-def save_adapter(folder: Path, policy: Any, weights: dict[str, Tensor]) -> None:
+def save_adapter(folder: Path, policy: Network, weights: dict[str, Tensor]) -> None:
     """The adapter in training, as PEFT writes it, with the name of the model below it."""
-    config = policy.model.peft_config["default"]
-    base = base_of(policy)  # of transformers or of diffusers
+    model: Any = policy.model  # a PeftModel
+    config, base = model.peft_config["default"], policy.base
     name = getattr(base, "name_or_path", None) or getattr(base.config, "_name_or_path", None)
     config.base_model_name_or_path = name or config.base_model_name_or_path
     # Adapters hold no embeddings; PEFT's default would look the base up on the hub to be sure.
-    policy.model.save_pretrained(folder, state_dict=weights, selected_adapters=["default"], save_embedding_layers=False)
+    model.save_pretrained(folder, state_dict=weights, selected_adapters=["default"], save_embedding_layers=False)
 
 
-def merged(policy: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged(policy: Network, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the model below an adapter, with the adapter added; by the model's own names, in its own dtypes."""
     scales = {
         name: module.scaling["default"]
-        for name, module in base_of(policy).named_modules()
+        for name, module in policy.base.named_modules()
         if isinstance(getattr(module, "scaling", None), dict)
     }
     plain, factors = split_adapter({name.removeprefix(WRAPPER): value for name, value in weights.items()})

@@ -86,7 +86,7 @@ class RolloutPanels(Callback):
         values = {
             "reward/histogram": experience.rewards.reward_BG,
             "advantage/histogram": experience.advantage_BG,
-            "caption/length_histogram": experience.rollout.mask_NT.sum(1),
+            "caption/length_histogram": experience.rollout.mask_RS.sum(1),
         }
         for tag, value in values.items():
             finite = value[value.isfinite()].float().cpu()

@@ -17,8 +17,6 @@ from uae.rollout import Plan, autoencode
 from uae.strategy import unsharded
 from uae.types import UMM, ImageBatch
 
-EXAMPLES = 8
-
 
 class AutoEncoder(LightningModule):
     """Validation, test and prediction, and where the frozen parts live.
@@ -41,19 +39,27 @@ class AutoEncoder(LightningModule):
         metrics: dict[str, Metric] | None = None,
     ) -> None:
         super().__init__()
-        self.umm: UMM | None = None  # configure_model sets it, and policy
-        self.policy: nn.Module | None = None
-        self.image_policy: nn.Module | None = None  # of a renderer that trains weights of its own
+        self._umm: UMM | None = None  # configure_model sets it
+        self.policy: nn.Module | None = None  # likewise
+        self.image_policy: nn.Module | None = None  # of a renderer that trains weights of its own, likewise
         self.reward, self.evaluation = reward, evaluation
         self.unified_score, self.metrics = unified_score, nn.ModuleDict(metrics or {})
         self.mean_reward = MeanMetric(nan_strategy="ignore")
-        self.validation_examples: dict[str, Any] = {}  # of `predict_step`, the first of the last validation
+
+    @property
+    def umm(self) -> UMM:
+        """Captioner, conditioner and renderer; there from ``configure_model`` on.
+
+        Raises:
+            RuntimeError: The system is not built yet.
+        """
+        if self._umm is None:
+            raise RuntimeError("the system is not built yet: a trainer's configure_model builds it")
+        return self._umm
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Caption, reconstruct, score; keep the first examples."""
+        """Caption, reconstruct, score."""
         result = self.predict_step(batch)
-        if batch_idx == 0:
-            self.validation_examples = {key: value[:EXAMPLES] for key, value in result.items()}
         self.mean_reward.update(result["reward"])
         if self.unified_score is not None:
             self.unified_score.update(result["reconstruction"], batch["image"], batch["id"])

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from uae.grpo import LossTerms, zero_variance_share
 from uae.rollout import Experience, Segment
+from uae.types import Actions
 
 POLICIES = {"caption": "policy", "image": "image_policy"}  # segment to the first half of its tags
-# Over ranks; everything else is a mean.
+# Of these, the largest value of any rank is logged; of everything else, the mean over ranks.
 MAXIMA = ("policy/sampler_gap", "policy/ratio_max", "image_policy/ratio_max", "advantage/max_abs")
 
 
 def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | float]:
     """Scalars of one rollout. ``caption/finished`` is the share of captions that ended before ``max_tokens``."""
     rollout, rewards = experience.rollout, experience.rewards
-    length_N = rollout.mask_NT.sum(1)
+    length_N = rollout.mask_RS.sum(1)
     reward_BG = rewards.reward_BG
     deviation_BG = reward_BG - reward_BG.nanmean(1, keepdim=True)
     freedom_B = ((~reward_BG.isnan()).sum(1) - 1).clamp(min=1)
@@ -30,20 +33,28 @@ def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | fl
         **{f"reward/{name}": part_BG.nanmean() for name, part_BG in rewards.parts.items()},
         "advantage/std": experience.advantage_BG.std(),
         "advantage/max_abs": experience.advantage_BG.abs().max(),
-        "policy/entropy": -masked_mean(rollout.logp_NT, rollout.mask_NT),  # in nats per token, estimated at the samples
         "policy/sampler_gap": experience.sampler_gap,
         **{f"time/{stage}": seconds for stage, seconds in experience.seconds.items()},
+        **_of_actions("policy", rollout),
         **_of_images(experience),
     }
 
 
+def _of_actions(policy: str, actions: Actions) -> dict[str, Tensor | float]:
+    """Mean entropy of the distributions that actions were drawn from, in nats per action."""
+    return {} if actions.entropy_RS is None else {f"{policy}/entropy": masked_mean(actions.entropy_RS, actions.mask_RS)}
+
+
 def _of_images(experience: Experience) -> dict[str, Tensor | float]:
-    """Log-likelihood of the renderer's actions, in nats per action (token models) or per latent dimension (flows)."""
+    """Log-likelihood and entropy of the renderer's actions, in nats per action (tokens) or per latent dimension (flows)."""
     image = experience.segments.get("image")
-    return {} if image is None else {"image_policy/logp": masked_mean(image.old_logp_RS, image.mask_RS)}
+    if image is None:
+        return {}
+    logp = masked_mean(image.old_logp_RS, image.actions.mask_RS)
+    return {"image_policy/logp": logp, **_of_actions("image_policy", image.actions)}
 
 
-def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment) -> dict[str, Tensor | float]:
+def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment[Any]) -> dict[str, Tensor | float]:
     """Scalars of one mini-batch and segment. ``.../kl`` is in nats per action (k3) whatever the loss aggregates."""
     policy = POLICIES[name]
     values: dict[str, Tensor | float] = {
@@ -54,7 +65,7 @@ def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment) ->
     }
     if segment.reference_logp_RS is not None:
         d_RS = segment.reference_logp_RS - logp_RS.detach()
-        values[f"{policy}/kl"] = masked_mean(d_RS.exp() - d_RS - 1, segment.mask_RS)
+        values[f"{policy}/kl"] = masked_mean(d_RS.exp() - d_RS - 1, segment.actions.mask_RS)
     return values
 
 
@@ -64,6 +75,6 @@ def over_ranks(values: dict[str, Tensor | float], all_WK: Tensor) -> dict[str, T
     return {name: column.max() if name in MAXIMA else column.nanmean() for name, column in columns}
 
 
-def masked_mean(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
-    """Mean over unmasked tokens."""
-    return torch.where(mask_NT.bool(), values_NT, 0.0).sum() / mask_NT.sum().clamp(min=1)
+def masked_mean(values_RS: Tensor, mask_RS: Tensor) -> Tensor:
+    """Mean over unmasked actions."""
+    return torch.where(mask_RS.bool(), values_RS, 0.0).sum() / mask_RS.sum().clamp(min=1)

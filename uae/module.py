@@ -24,9 +24,9 @@ from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
 from uae.models.finetune import Finetune
 from uae.models.flow.policy import Exploration
-from uae.policies import is_shared, prepare, roots
+from uae.policies import networks, prepare, roots
 from uae.rewards import WeightedReward
-from uae.rollout import SEGMENTS, Experience, Plan, Train, parts, roll_out
+from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out
 from uae.stopwatch import now
 from uae.strategy import refuse_other_sharding
 from uae.types import ImageBatch, Sampling, System
@@ -38,7 +38,7 @@ class UnifiedGRPO(AutoEncoder):
     Args:
         system: What to assemble; built in ``configure_model``.
         reward: What a reconstruction is worth.
-        finetune: What trains: ``LoRA`` or ``Full``.
+        finetune: What trains in the captioner, or in the one network that captions and draws: ``LoRA`` or ``Full``.
         loss: The clipped loss, see `uae.grpo.GRPOLoss`.
         sampling: How captions are drawn in training; this defines the policy.
         group: G, captions per image, 2 or more.
@@ -47,24 +47,27 @@ class UnifiedGRPO(AutoEncoder):
             generation: image tokens, or the steps of a diffusion renderer), or "both".
         reconstructions: M, images drawn of every caption. A caption's reward is their mean; a renderer's images are
             compared within their caption, or, where M is 1, share their caption's advantage.
-        image_loss: Of the renderer's actions; None is ``loss``. Diffusion steps need clip ranges near 1e-4, see
+        image_loss: Loss of the renderer's actions; None is ``loss``. Diffusion steps need clip ranges near 1e-4, see
             `uae.models.flow.sde`.
-        image_weight: Of the images' loss; the captions' counts 1. Each is normalised over its own actions.
+        image_weight: Weight of the images' loss; the weight of the captions' loss is 1. Each is normalised over its own
+            actions.
         image_finetune: What trains in a renderer with weights of its own.
-        image_lr: Its learning rate; None is the optimizer's.
+        image_lr: Learning rate of a renderer with weights of its own; None is the optimizer's.
         exploration: How a diffusion renderer explores, if it trains.
-        mini_batches: Parts a rank's batch is updated in; must divide ``data.batch_size``.
+        mini_batches: Number of parts that a rank's batch is updated in; must divide ``data.init_args.batch_size``. Old
+            log-probs are computed in the same parts.
         num_iterations: Passes over every rollout.
         shared_noise: The renderer's noise is the same within a group, so that only captions make a difference.
-        optimizer: Of the trainable parameters.
-        scheduler: Of the learning rate, per optimizer step.
+        optimizer: Optimizer of the trainable parameters.
+        scheduler: Schedule of the learning rate; it counts optimizer steps.
         unified_score: Computed on validation and test images, logged as ``unified_score/<name>``.
-        metrics: More metrics with ``update(texts, reconstructions, batch)``; ``compute`` returns tags.
+        metrics: More metrics, with ``update(texts, reconstructions, batch)`` and a ``compute`` that returns values by tag.
         ratio_tolerance: Largest |ratio - 1| between sampler and training code on a run's first rollout. float32 stays
             near 1e-6; bfloat16 may need 0.1.
         instruction: Question put beside every image; None is the system's own.
-        validation_temperature: Of the captions in validation, test and prediction; 0 is greedy.
-        seed: Of captions, renderer noise and the adapter's start.
+        validation_temperature: Temperature of the captions in validation, test and prediction; 0 is greedy.
+        seed: Seed of captions, renderer noise and the adapter's start. Every random number follows from it, the image's id
+            and the step.
     """
 
     def __init__(
@@ -96,22 +99,32 @@ class UnifiedGRPO(AutoEncoder):
         seed: int = 0,
     ) -> None:
         greedy = replace(sampling, temperature=validation_temperature)
-        evaluation = Plan(1, greedy, seed, instruction=instruction)
+        evaluation = Plan(group=1, sampling=greedy, seed=seed, instruction=instruction)
         super().__init__(reward, evaluation, unified_score, metrics)
         for key, value, least in (
             ("group", group, 2), ("mini_batches", mini_batches, 1), ("num_iterations", num_iterations, 1),
             ("reconstructions", reconstructions, 1),
         ):  # fmt: skip
             if value < least:
-                raise ValueError(f"model.{key}={value}; allowed: {least} or more")
+                raise ValueError(f"model.init_args.{key}={value}; allowed: {least} or more")
         if sampling.temperature == 0:
-            raise ValueError("model.sampling.temperature=0 makes all captions of an image equal; allowed: above 0")
-        self.system, self.finetune, self.loss = system, finetune, loss
+            raise ValueError(
+                "model.init_args.sampling.temperature=0 makes all captions of an image equal; allowed: above 0"
+            )
+        self.system, self.finetune = system, finetune
         self.image_finetune, self.image_lr, self.exploration = image_finetune, image_lr, exploration
         self.losses = {"caption": loss, "image": image_loss or loss}
         self.weights = {"caption": 1.0, "image": image_weight}
         self.plan = Plan(
-            group, sampling, seed, shared_noise, advantage_scale, instruction, mini_batches, train, reconstructions
+            group=group,
+            sampling=sampling,
+            seed=seed,
+            shared_noise=shared_noise,
+            advantage_scale=advantage_scale,
+            instruction=instruction,
+            mini_batches=mini_batches,
+            train=train,
+            reconstructions=reconstructions,
         )
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.optimizer, self.scheduler = optimizer, scheduler
@@ -127,12 +140,12 @@ class UnifiedGRPO(AutoEncoder):
             self._collect(batch, batch_idx)
         losses = []
         for name, segment in self._mini_batch(batch, turn).segments.items():
-            logp_RS = segment.policy.logprobs(segment.actions)
+            logp_RS = segment.logprobs()
             terms = self.losses[name](
                 logp_RS,
                 segment.old_logp_RS,
                 segment.advantage_R,
-                segment.mask_RS,
+                segment.actions.mask_RS,
                 segment.reference_logp_RS,
                 self._normalizer(name, batch_idx),
             )
@@ -158,7 +171,7 @@ class UnifiedGRPO(AutoEncoder):
         step = (self.global_step * accumulate + batch_idx % accumulate) // self.batches_per_rollout
         with self.whole_policies():
             self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self.references)
-        self._actions_M = {name: self._count(name, one.mask_RS) for name, one in self.experience.segments.items()}
+        self._actions_M = {name: self._count(name, one) for name, one in self.experience.segments.items()}
         seen = self._log_all(
             measure.of_rollout(self.experience, self.plan.sampling.max_tokens)
             | {"condition/truncated": float(self.umm.conditioner.truncated)}  # captions since the start of the run
@@ -176,7 +189,7 @@ class UnifiedGRPO(AutoEncoder):
             )
         if not torch.equal(batch["id"], self.experience.id_B):
             raise RuntimeError(
-                f"the batch changed within a rollout; with model.mini_batches * model.num_iterations="
+                f"the batch changed within a rollout; with model.init_args.mini_batches * model.init_args.num_iterations="
                 f"{self.batches_per_rollout} the data module must yield every batch that many times in a row"
             )
         if self.plan.mini_batches == 1:
@@ -188,23 +201,23 @@ class UnifiedGRPO(AutoEncoder):
         """Segments whose loss has a KL to the start."""
         return [name for name, loss in self.losses.items() if loss.beta > 0 and name in SEGMENTS[self.plan.train]]
 
-    def _count(self, name: str, mask_RS: Tensor) -> Tensor:
+    def _count(self, name: str, segment: Segment[Any]) -> Tensor:
         """Actions of every mini-batch; of all ranks where the loss divides by them."""
-        actions_M = mask_RS.view(self.plan.mini_batches, -1).sum(1)
-        if self.losses[name].aggregation == "dapo":
+        actions_M = segment.actions.mask_RS.view(self.plan.mini_batches, -1).sum(1)
+        if self.losses[name].window == "global":
             actions_M = self.all_gather(actions_M).view(-1, self.plan.mini_batches).sum(0)
         return actions_M
 
     def _normalizer(self, name: str, batch_idx: int) -> Tensor | None:
-        """Actions of the optimizer window, over the number of losses that Lightning and the ranks will average."""
-        aggregation = self.losses[name].aggregation
-        if aggregation not in ("dapo", "bnpo"):
+        """Actions of the optimizer window, divided by the number of losses that Lightning and the ranks will average."""
+        window = self.losses[name].window
+        if window == "none":
             return None
         accumulate = self.trainer.accumulate_grad_batches
         start = batch_idx // accumulate * accumulate
         actions_M = self._actions_M[name]
-        actions = sum(actions_M[turn % self.plan.mini_batches] for turn in range(start, start + accumulate))
-        return actions / (accumulate * (self.trainer.world_size if aggregation == "dapo" else 1))
+        turns = [turn % self.plan.mini_batches for turn in range(start, start + accumulate)]
+        return actions_M[turns].sum() / (accumulate * (self.trainer.world_size if window == "global" else 1))
 
     def on_train_batch_end(self, outputs: Any, batch: ImageBatch, batch_idx: int) -> None:
         """Log what the update took: from the end of the rollout to the end of its last optimizer step."""
@@ -244,21 +257,22 @@ class UnifiedGRPO(AutoEncoder):
         accumulate, per_rollout = self.trainer.accumulate_grad_batches, self.batches_per_rollout
         if per_rollout % accumulate and accumulate % per_rollout:
             raise ValueError(
-                f"trainer.accumulate_grad_batches={accumulate} and model.mini_batches * model.num_iterations={per_rollout}: "
+                f"trainer.accumulate_grad_batches={accumulate} and model.init_args.mini_batches * model.init_args.num_iterations="
+                f"{per_rollout}: "
                 "one must divide the other, so that rollouts and optimizer steps end together"
             )
         losses = (self.losses[name] for name in SEGMENTS[self.plan.train])
-        windowed = [loss.aggregation for loss in losses if loss.aggregation in ("dapo", "bnpo")]
+        windowed = [loss.aggregation for loss in losses if loss.window != "none"]
         if per_rollout % accumulate and windowed:
             raise ValueError(
-                f"model.loss.aggregation={windowed[0]} divides by the tokens of the optimizer window, which spans "
+                f"model.init_args.loss.aggregation={windowed[0]} divides by the tokens of the optimizer window, which spans "
                 f"{accumulate // per_rollout} rollouts of which the later are unknown; set trainer.accumulate_grad_batches "
-                f"to a divisor of {per_rollout} (and raise data.batch_size), or use grpo or dr_grpo"
+                f"to a divisor of {per_rollout} (and raise data.init_args.batch_size), or use grpo or dr_grpo"
             )
 
     def configure_model(self) -> None:
         """Build the system, decide what trains, load the encoders, shard where the strategy asks for it. Idempotent."""
-        if self.umm is not None:
+        if self._umm is not None:
             return
         train, umm = self.plan.train, self.system.build()
         with torch.random.fork_rng(devices=[]):  # the adapter's start is the same on every rank
@@ -270,9 +284,9 @@ class UnifiedGRPO(AutoEncoder):
         if self.device_mesh is not None:
             for root in roots(umm, train):
                 self.trainer.strategy.shard(root)
-        self.umm, self.policy = umm, umm.captioner.policy
-        if train != "captions" and not is_shared(umm):
-            self.image_policy = umm.renderer.policy
+        self._umm = umm
+        for name, network in networks(umm, train).items():
+            setattr(self, name, network)
 
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""
@@ -280,16 +294,17 @@ class UnifiedGRPO(AutoEncoder):
         if batches != float("inf") and batches % rollout and not self.trainer.fast_dev_run:
             key = "overfit_batches" if self.trainer.overfit_batches else "limit_train_batches"
             raise ValueError(
-                f"an epoch of {batches} training batches ends inside a rollout; allowed: a multiple of model.mini_batches * "
-                f"model.num_iterations={rollout}: set trainer.{key}={max(batches // rollout, 1) * rollout}"
+                f"an epoch of {batches} training batches ends inside a rollout; allowed: a multiple of model.init_args.mini_batches "
+                f"* model.init_args.num_iterations={rollout}: set trainer.{key}={max(batches // rollout, 1) * rollout}"
             )
 
     def _check_gap(self, gap: float) -> None:
         if not gap <= self.ratio_tolerance:
             raise RuntimeError(
-                f"the first rollout's policy ratio is off by {gap:.3g}; allowed: model.ratio_tolerance={self.ratio_tolerance:g}."
-                " Sampler and training code disagree about the policy: other position ids, another processor, dropout, or low"
-                " precision (bfloat16 alone may reach 0.1: raise model.ratio_tolerance only then)"
+                f"the first rollout's policy ratio is off by {gap:.3g}; allowed: "
+                f"model.init_args.ratio_tolerance={self.ratio_tolerance:g}. Sampler and training code disagree about the policy: "
+                "other position ids, another processor, dropout, or low precision (bfloat16 alone may reach 0.1: raise "
+                "model.init_args.ratio_tolerance only then)"
             )
 
     # --------------------------------------------------------------------------------------------------- checkpoints

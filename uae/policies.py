@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from uae.learner import Network
 from uae.models.finetune import Finetune
 from uae.models.flow.policy import Exploration, FlowPolicy
+from uae.models.renderers.diffusers import DiffusersRenderer
 from uae.rollout import Train
-from uae.types import UMM
+from uae.types import UMM, ImagePolicy
 
 
 def prepare(
@@ -26,11 +28,11 @@ def prepare(
     """Unfreeze what trains and keep the references it needs; everything else is frozen.
 
     Args:
-        umm: As built.
+        umm: The system as it was built.
         train: Whose actions are rewarded.
         references: Segments ("caption", "image") whose loss compares with the weights the run started from.
-        finetune: Of the captioner, or of the one network that is captioner and renderer.
-        image_finetune: Of a renderer with weights of its own.
+        finetune: What trains in the captioner, or in the one network that is captioner and renderer.
+        image_finetune: What trains in a renderer with weights of its own.
         exploration: How a diffusion renderer, which has no log-probs of its own, explores; see
             `uae.models.flow.policy.Exploration`. Renderers of image tokens do without.
 
@@ -40,57 +42,63 @@ def prepare(
     Raises:
         ValueError: The renderer cannot learn, or nothing says how.
     """
-    captioner, references = umm.captioner, {*references, *(["caption"] if umm.needs_reference else [])}
+    references = {*references, *(["caption"] if umm.needs_reference else [])}
+    learner = umm.captioner.learner
     if train == "captions":
-        finetune.attach(captioner, keep_reference="caption" in references)
-        _freeze_unreached(captioner.policy, train)
+        finetune.attach(learner, keep_reference="caption" in references)
+        freeze_unreached(learner.network, train)
         return umm
-    umm = replace(umm, renderer=_explorer(umm.renderer, exploration))
-    renderer: Any = umm.renderer
-    if is_shared(umm):
-        finetune.attach(captioner, keep_reference=bool(references))
-        _freeze_unreached(captioner.policy, train)
-        renderer.reference_policy, renderer.starting_adapter = captioner.reference_policy, captioner.starting_adapter
+    image_policy = _explorer(umm, exploration)
+    umm = replace(umm, renderer=image_policy)
+    if image_policy.learner is learner:
+        finetune.attach(learner, keep_reference=bool(references))
+        freeze_unreached(learner.network, train)
         return umm
-    finetune.attach(captioner, keep_reference="caption" in references)
+    finetune.attach(learner, keep_reference="caption" in references)
     if train == "images":  # from the adapter it starts with, if any
-        captioner.policy.requires_grad_(False)
+        learner.network.requires_grad_(False)
     if image_finetune is None:
         raise ValueError(
-            f"model.train={train} needs model.image_finetune (uae.models.finetune.LoRA or Full): the renderer has weights of "
-            "its own"
+            f"model.init_args.train={train} needs model.init_args.image_finetune (uae.models.finetune.LoRA or Full): the "
+            "renderer has weights of its own"
         )
-    image_finetune.attach(renderer, keep_reference="image" in references)
+    image_finetune.attach(image_policy.learner, keep_reference="image" in references)
     return umm
 
 
-def is_shared(umm: UMM) -> bool:
-    """Whether captioner and renderer are one network."""
-    return getattr(umm.renderer, "policy", None) is umm.captioner.policy  # type: ignore[attr-defined]
+def networks(umm: UMM, train: Train) -> dict[str, Network]:
+    """What a module registers, by its names: ``policy``, and ``image_policy`` if the renderer trains weights of its own."""
+    captions = umm.captioner.learner.network
+    if train == "captions" or umm.image_policy is None or umm.image_policy.learner is umm.captioner.learner:
+        return {"policy": captions}
+    return {"policy": captions, "image_policy": umm.image_policy.learner.network}
 
 
 def roots(umm: UMM, train: Train) -> list[nn.Module]:
-    """The networks a strategy shards: policies and their frozen copies."""
-    owners: list[Any] = [umm.captioner] if train == "captions" else [umm.captioner, umm.renderer]
-    found = {id(root): root for owner in owners for root in (owner.policy, owner.reference_policy) if root is not None}
-    return list(found.values())
+    """The networks that a strategy shards: those of `networks`, and the frozen copies of their starts."""
+    learners = [umm.captioner.learner]
+    if train != "captions" and umm.image_policy is not None and umm.image_policy.learner is not learners[0]:
+        learners.append(umm.image_policy.learner)
+    return [root for learner in learners for root in learner.roots()]
 
 
-def _freeze_unreached(policy: nn.Module, train: Train) -> None:
+def freeze_unreached(network: Network, train: Train) -> None:
     """Freeze what only the other half uses: no loss reaches it, and DDP waits for the gradient of all that trains."""
-    for half, names in getattr(policy, "only", {}).items():
+    for half, pattern in network.used_only_for.items():
         if train not in (half, "both"):
-            for name, parameter in policy.named_parameters():
-                if re.search(names, name):
+            for name, parameter in network.named_parameters():
+                if re.search(pattern, name):
                     parameter.requires_grad_(False)
 
 
-def _explorer(renderer: Any, exploration: Exploration | None) -> Any:
-    if hasattr(renderer, "logprobs"):
-        return renderer
-    if exploration is None:
+def _explorer(umm: UMM, exploration: Exploration | None) -> ImagePolicy[Any]:
+    """The renderer as a policy of images."""
+    if umm.image_policy is not None:
+        return umm.image_policy
+    if exploration is None or not isinstance(umm.renderer, DiffusersRenderer):
         raise ValueError(
-            f"{type(renderer).__name__} has no actions with log-probs, so it cannot learn from rewards: set "
-            "model.exploration (uae.models.flow.policy.Exploration, for flow-matching pipelines), or model.train=captions"
+            f"{type(umm.renderer).__name__} has no actions with log-probs, so it cannot learn from rewards: set "
+            "model.init_args.exploration (uae.models.flow.policy.Exploration, for flow-matching pipelines), or "
+            "model.init_args.train=captions"
         )
-    return FlowPolicy(renderer, exploration)
+    return FlowPolicy(umm.renderer, exploration)

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Generic, Literal
 
 import torch
 from torch import Tensor, distributed
 
 from uae.grpo import group_advantages
 from uae.rewards import WeightedReward
-from uae.seeds import caption_seeds, noise_seeds
+from uae.seeds import seed_of
 from uae.stopwatch import Stopwatch
-from uae.types import UMM, Captioner, ImageBatch, ImagePolicy, Rewards, Rollout, Sampling, Trajectory
+from uae.types import UMM, A, Actions, ImageBatch, Policy, Rewards, Rollout, Sampling, rows_of
 
 Train = Literal["captions", "images", "both"]
 SEGMENTS = {"captions": ("caption",), "images": ("image",), "both": ("caption", "image")}
@@ -27,20 +27,7 @@ SEGMENTS = {"captions": ("caption",), "images": ("image",), "both": ("caption", 
 
 @dataclass(frozen=True)
 class Plan:
-    """How images become experience.
-
-    Args:
-        group: G, captions per image.
-        sampling: How captions are drawn.
-        seed: Of the run. Every random number follows from it, the image's id and the step.
-        shared_noise: The renderer starts from the same noise for all captions of an image, so that differences in
-            reward come from the captions.
-        advantage_scale: What the centred reward is divided by, see `uae.grpo.group_advantages`.
-        instruction: Question put beside every image; None is the captioner's own.
-        mini_batches: Parts that the update will take the images in, so that old log-probs come from the same shapes.
-        train: Whose actions are compared: the captioner's, the renderer's, or both.
-        reconstructions: M, images drawn of every caption. A caption's reward is their mean.
-    """
+    """How images become experience. `uae.module.UnifiedGRPO` has these settings by the same names, and documents them."""
 
     group: int
     sampling: Sampling
@@ -54,24 +41,40 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """What the loss reads of one policy's actions: caption tokens, image tokens or denoising steps; R rows of S."""
+class Segment(Generic[A]):
+    """What the loss reads of one policy: its actions (R rows of S), how likely they were, and what they are worth.
 
-    policy: Captioner | ImagePolicy
-    actions: Rollout | Trajectory
+    Args:
+        policy: Who acted.
+        actions: What it did.
+        old_logp_RS: Log-probs under the weights of the rollout, replayed as the update will compute them.
+        advantage_R: Advantage of each row, shared by its actions.
+        reference_logp_RS: Log-probs under the weights the run started from; None where the loss has no KL term.
+    """
+
+    policy: Policy[A]
+    actions: A
     old_logp_RS: Tensor
-    mask_RS: Tensor
     advantage_R: Tensor
-    reference_logp_RS: Tensor | None = None  # None where the loss has no KL
+    reference_logp_RS: Tensor | None = None
 
-    def select(self, images: Sequence[int], per_image: int) -> Segment:
+    def logprobs(self) -> Tensor:
+        """Log-probs ``[R, S]`` of the actions under the policy's current weights, with gradient."""
+        return self.policy.logprobs(self.actions)
+
+    @property
+    def sampler_gap(self) -> float:
+        """Largest |ratio - 1| between the replay and what the sampler saw."""
+        ratio_RS = (self.old_logp_RS - self.actions.logp_RS).exp()
+        return (ratio_RS - 1).abs().masked_fill(self.actions.mask_RS == 0, 0.0).max().item()
+
+    def of(self, images: Sequence[int], per_image: int) -> Segment[A]:
         """The segment of some images, each with ``per_image`` rows."""
         rows = rows_of(images, per_image)
         return replace(
             self,
-            actions=_part(self.actions, images, per_image),
+            actions=self.actions.of(images, per_image),
             old_logp_RS=self.old_logp_RS[rows],
-            mask_RS=self.mask_RS[rows],
             advantage_R=self.advantage_R[rows],
             reference_logp_RS=None if self.reference_logp_RS is None else self.reference_logp_RS[rows],
         )
@@ -79,16 +82,31 @@ class Segment:
 
 @dataclass(frozen=True)
 class Experience:
-    """What one rollout taught. Filled by `roll_out`, read by the loss, the logs and the callbacks."""
+    """What one rollout taught. Filled by `roll_out`, read by the loss, the logs and the callbacks.
+
+    Args:
+        id_B: Ids of the images.
+        rollout: The captions.
+        reconstructions_NCHW: What was drawn of them. With M > 1 reconstructions there are N*M rows, those of a caption in
+            a row.
+        rewards: Rewards of captions, which are means over their reconstructions.
+        advantage_BG: Advantages of captions.
+        segments: What trains, by the names "caption" and "image".
+        seconds: Wall time of each stage.
+    """
 
     id_B: Tensor
-    rollout: Rollout  # its logp_NT is the replay, see `roll_out`, where captions train
-    reconstructions_NCHW: Tensor  # with M > 1: N*M rows, those of a caption in a row
-    rewards: Rewards  # of captions: means over M
+    rollout: Rollout[Any]
+    reconstructions_NCHW: Tensor
+    rewards: Rewards
     advantage_BG: Tensor
-    segments: dict[str, Segment]  # of what trains: "caption", "image"
-    sampler_gap: float  # largest |ratio - 1| between replay and sampler, over all actions that train
-    seconds: dict[str, float] = field(default_factory=dict)  # per stage
+    segments: dict[str, Segment[Any]]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sampler_gap(self) -> float:
+        """Largest |ratio - 1| between replay and sampler, over all actions that train."""
+        return max((segment.sampler_gap for segment in self.segments.values()), default=0.0)
 
     def select(self, images: Sequence[int]) -> Experience:
         """The experience of some of its images; whole groups, in the order given."""
@@ -98,11 +116,11 @@ class Experience:
         return replace(
             self,
             id_B=self.id_B[images],
-            rollout=self.rollout.select(images),
+            rollout=self.rollout.of(images, self.rollout.group),
             reconstructions_NCHW=drawn,
             rewards=Rewards(self.rewards.reward_BG[images], parts),
             advantage_BG=self.advantage_BG[images],
-            segments={name: one.select(images, len(one.mask_RS) // count) for name, one in self.segments.items()},
+            segments={name: one.of(images, len(one.actions) // count) for name, one in self.segments.items()},
         )
 
 
@@ -119,7 +137,7 @@ def roll_out(
         umm: Captioner, conditioner and renderer.
         reward: Scores reconstructions against their sources.
         batch: ``image`` [B, 3, H, W] and ``id`` [B].
-        plan: How; see `Plan`.
+        plan: Settings of the rollout, see `Plan`.
         step: Number of this rollout since the start of the run; part of every seed.
         references: Segments whose loss needs log-probs of the reference.
     """
@@ -128,34 +146,33 @@ def roll_out(
     with watch("reward"):
         texts = [text for text in rollout.texts for _ in range(plan.reconstructions)]
         rewards, advantage_BG, drawn_advantage_R = credit(reward(batch["image"], reconstructions_NCHW, texts), plan)
-    taken: dict[str, tuple[Captioner | ImagePolicy, Rollout | Trajectory, Tensor, Tensor]] = {}
-    if plan.train != "images":
-        taken["caption"] = umm.captioner, rollout, rollout.logp_NT, advantage_BG.flatten()
-    if trajectory is not None:
-        taken["image"] = umm.renderer, trajectory, trajectory.logp_NS, drawn_advantage_R  # type: ignore[assignment]
-    segments, gap = {}, 0.0
-    for name, (policy, actions, sampled_RS, advantage_R) in taken.items():
-        mask_RS = actions.mask_NT if isinstance(actions, Rollout) else actions.mask_NS
+
+    def compare_with_start(name: str, policy: Policy[A], actions: A, advantage_R: Tensor) -> Segment[A]:
         with watch("replay"):
             old_RS = replay(policy, actions, len(batch["id"]), plan.mini_batches)
         reference_RS = None
         if name in references:
-            with watch("reference"), policy.reference():
+            with watch("reference"), policy.learner.reference():
                 reference_RS = replay(policy, actions, len(batch["id"]), plan.mini_batches)
-        segments[name] = Segment(policy, actions, old_RS, mask_RS, advantage_R, reference_RS)
-        gap = max(gap, ((old_RS - sampled_RS).exp() - 1).abs().masked_fill(mask_RS == 0, 0.0).max().item())
-    if "caption" in segments:
-        rollout = replace(rollout, logp_NT=segments["caption"].old_logp_RS)
-    return Experience(
-        batch["id"], rollout, reconstructions_NCHW, rewards, advantage_BG, segments, gap, watch.seconds
-    )
+        return Segment(policy, actions, old_RS, advantage_R, reference_RS)
+
+    segments: dict[str, Segment[Any]] = {}
+    if plan.train != "images":
+        segments["caption"] = compare_with_start("caption", umm.captioner, rollout, advantage_BG.flatten())
+    if umm.image_policy is not None and trajectory is not None:
+        segments["image"] = compare_with_start("image", umm.image_policy, trajectory, drawn_advantage_R)
+    return Experience(batch["id"], rollout, reconstructions_NCHW, rewards, advantage_BG, segments, watch.seconds)
 
 
 @torch.no_grad()
 def autoencode(
     umm: UMM, batch: ImageBatch, plan: Plan, step: int, watch: Stopwatch | None = None
-) -> tuple[Rollout, Tensor, Trajectory | None]:
-    """Images through text and back: captions, reconstructions ``[N*M, 3, H, W]``, and the renderer's actions if it trains."""
+) -> tuple[Rollout[Any], Tensor, Actions | None]:
+    """Images through text and back.
+
+    Returns:
+        The captions; their reconstructions ``[N*M, 3, H, W]``; and what the renderer did, if it trains, else None.
+    """
     if "image" not in batch or "id" not in batch:
         raise ValueError(
             f"a batch has {sorted(batch)}, but needs image and id: use a data module of uae.data or add them"
@@ -171,18 +188,24 @@ def autoencode(
         if plan.reconstructions > 1:
             condition = condition.index([n for n in range(len(condition)) for _ in range(plan.reconstructions)])
         seeds = noise_seeds(plan, ids, step)
-        if plan.train == "captions":
+        if plan.train == "captions" or umm.image_policy is None:
             return rollout, umm.renderer.render(condition, seeds), None
-        explorer: ImagePolicy = umm.renderer  # type: ignore[assignment]
-        trajectory = explorer.sample(condition, seeds)
-        return rollout, explorer.pixels(trajectory), trajectory
+        trajectory: Actions = umm.image_policy.sample(condition, seeds)
+        return rollout, umm.image_policy.pixels(trajectory), trajectory
 
 
 def credit(each: Rewards, plan: Plan) -> tuple[Rewards, Tensor, Tensor]:
-    """Who is to thank for a reward: rewards of captions, ``advantage_BG`` of captions, ``[N*M]`` of reconstructions.
+    """Rewards of reconstructions to rewards and advantages of what made them.
 
     A caption is compared with the other captions of its image, by the mean over its reconstructions. A reconstruction is
     compared with the others of its caption; where there is one only, it shares its caption's advantage.
+
+    Args:
+        each: Rewards ``[B, G*M]`` of all reconstructions.
+        plan: Settings of the rollout, see `Plan`.
+
+    Returns:
+        Rewards ``[B, G]`` of captions, advantages ``[B, G]`` of captions, and advantages ``[N*M]`` of reconstructions.
     """
     B, M = len(each.reward_BG), plan.reconstructions
     rewards = Rewards(
@@ -203,29 +226,39 @@ def compare(reward_BG: Tensor, scale: Literal["group", "batch", "none"]) -> Tens
     return group_advantages(torch.cat(everyone), scale).chunk(len(everyone))[distributed.get_rank()]
 
 
-def replay(policy: Captioner | ImagePolicy, actions: Rollout | Trajectory, images: int, mini_batches: int) -> Tensor:
+def replay(policy: Policy[A], actions: A, images: int, mini_batches: int) -> Tensor:
     """Log-probs ``[R, S]`` under the policy's current weights, computed exactly as the update will."""
     per_image = len(actions) // images
-    return torch.cat([policy.logprobs(_part(actions, part, per_image)) for part in parts(images, mini_batches)])  # type: ignore[arg-type]
+    return torch.cat([policy.logprobs(actions.of(part, per_image)) for part in parts(images, mini_batches)])
 
 
 def parts(images: int, mini_batches: int) -> list[range]:
     """Image numbers of each mini-batch: equal, contiguous, whole groups."""
     if images % mini_batches:
         raise ValueError(
-            f"a rank's batch of {images} images cannot be split into model.mini_batches={mini_batches} equal parts; "
-            "allowed: a divisor of data.batch_size (per rank), and full batches only"
+            f"a rank's batch of {images} images cannot be split into model.init_args.mini_batches={mini_batches} equal parts; "
+            "allowed: a divisor of data.init_args.batch_size (images per rank), and full batches only"
         )
     size = images // mini_batches
     return [range(start, start + size) for start in range(0, images, size)]
 
 
-def rows_of(images: Sequence[int], per_image: int) -> list[int]:
-    """Row numbers of some images."""
-    return [image * per_image + row for image in images for row in range(per_image)]
+def caption_seeds(plan: Plan, ids: Sequence[int], step: int) -> list[int]:
+    """One seed per caption (N): captions of one image differ."""
+    return [seed_of(plan.seed, image, step, "caption", g) for image in ids for g in range(plan.group)]
 
 
-def _part(actions: Rollout | Trajectory, images: Sequence[int], per_image: int) -> Rollout | Trajectory:
-    if isinstance(actions, Rollout):
-        return actions.select(images)
-    return actions.select(rows_of(images, per_image))
+def noise_seeds(plan: Plan, ids: Sequence[int], step: int) -> list[int]:
+    """One seed per reconstruction (N*M) for the renderer; the m-th ones of a group are equal where the noise is shared.
+
+    They never are where reconstructions of different captions are compared to train the renderer: a baseline that
+    depends on an action's own noise would bias its gradient.
+    """
+    compared = plan.train != "captions" and plan.reconstructions == 1
+    seeds = []
+    for image in ids:
+        for g in range(plan.group):
+            own = () if plan.shared_noise and not compared else ("noise", g)
+            numbers = [("reconstruction", m) if m else () for m in range(plan.reconstructions)]
+            seeds += [seed_of(plan.seed, image, step, *own, *number) for number in numbers]
+    return seeds

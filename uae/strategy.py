@@ -50,11 +50,12 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def unsharded(root: nn.Module) -> Iterator[None]:
+def unsharded(root: nn.Module | None) -> Iterator[None]:
     """Inside, the weights of a sharded module are whole: gathered once, however many forward passes follow.
 
-    A module that is not sharded stays as it is. All ranks must enter; inside, nothing is communicated, so that ranks
-    may run different numbers of forward passes. Not for use between a backward pass and its optimizer step.
+    A module that is not sharded stays as it is; None is no module at all. All ranks must enter; inside, nothing is
+    communicated, so that ranks may run different numbers of forward passes. Not for use between a backward pass and its
+    optimizer step.
     """
     if not isinstance(root, FSDPModule):
         yield

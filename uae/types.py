@@ -13,11 +13,13 @@ Images between components are float ``[N, 3, H, W]``, RGB, in ``[0, 1]``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, Generic, Protocol, TypedDict, TypeVar, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from uae.learner import Learner
 
 
 class ImageBatch(TypedDict, total=False):
@@ -72,95 +74,155 @@ class Context(Protocol):
     """A captioner's inputs for B images. Opaque to everyone but the captioner that prepared it."""
 
     def __len__(self) -> int: ...
-    def index(self, images: Sequence[int]) -> Context:
-        """The same context for a subset of its images."""
+    def index(self, images: Sequence[int]) -> Any:
+        """The same kind of context for a subset of its images."""
         ...
-
-    def repeat(self, group: int) -> Context:
-        """Every image ``group`` times in a row: B images become N = B*group."""
-        ...
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What a caption policy did. Filled by ``Captioner.sample``, read by conditioner, reward and loss."""
-
-    tokens_NT: Tensor  # int64; whatever follows the end of sequence is padding
-    mask_NT: Tensor  # float, 1 up to and including the end-of-sequence token
-    logp_NT: Tensor  # detached log-probs of tokens_NT under the policy that sampled; 0 where masked
-    texts: list[str]  # N decoded captions
-    context: Context  # of the B images
-    group: int  # G
-    temperature: float = 1.0  # the policy's, see Sampling
-
-    def __len__(self) -> int:
-        """N, the number of captions."""
-        return len(self.texts)
-
-    def select(self, images: Sequence[int]) -> Rollout:
-        """The rollout of some of its images; whole groups, in the order given."""
-        rows = [image * self.group + g for image in images for g in range(self.group)]
-        return replace(
-            self,
-            tokens_NT=self.tokens_NT[rows],
-            mask_NT=self.mask_NT[rows],
-            logp_NT=self.logp_NT[rows],
-            texts=[self.texts[row] for row in rows],
-            context=self.context.index(images),
-        )
 
 
 class Condition(Protocol):
     """What a renderer draws from: embeddings, token ids or plain strings. Opaque to everyone else."""
 
     def __len__(self) -> int: ...
-    def index(self, rows: Sequence[int]) -> Condition:
-        """The condition of some of its rows."""
+    def index(self, rows: Sequence[int]) -> Any:
+        """The same kind of condition for some of its rows."""
         ...
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """What an image policy did: image tokens or SDE steps."""
+C = TypeVar("C", bound=Context)
+D = TypeVar("D", bound=Condition)
 
-    condition: Condition
-    actions_NS: Tensor  # [N, S] or [N, S, ...]
-    mask_NS: Tensor
-    logp_NS: Tensor  # detached
+
+@dataclass(frozen=True, kw_only=True)
+class Actions:
+    """What a policy did: R rows of up to S actions, which are caption tokens, image tokens or denoising steps.
+
+    Args:
+        mask_RS: Float; 1 where there is an action, 0 where a row has ended.
+        logp_RS: Detached log-probs of the actions as the sampler saw them; 0 where masked.
+        entropy_RS: Detached entropies of the distributions that the actions were drawn from, in nats per action (per
+            latent dimension for denoising steps); None where nothing was drawn, as for captions of a data set.
+    """
+
+    mask_RS: Tensor
+    logp_RS: Tensor
+    entropy_RS: Tensor | None = None
 
     def __len__(self) -> int:
-        """N, the number of images drawn."""
-        return len(self.mask_NS)
+        """R, the number of rows."""
+        return len(self.mask_RS)
 
-    def select(self, rows: Sequence[int]) -> Trajectory:
-        """The trajectories of some of its rows."""
-        at = list(rows)
+    def of(self, images: Sequence[int], per_image: int) -> Any:
+        """The same kind of record for some images, each with ``per_image`` rows in a row, in the order given."""
+        raise NotImplementedError
+
+
+def rows_of(images: Sequence[int], per_image: int) -> list[int]:
+    """Row numbers of some images, each of which has ``per_image`` rows in a row."""
+    return [image * per_image + row for image in images for row in range(per_image)]
+
+
+def _at(rows: list[int], values_R: Tensor | None) -> Tensor | None:
+    return None if values_R is None else values_R[rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Actions, Generic[C]):
+    """Captions as actions: R = N rows of S = T tokens. Filled by ``Captioner.sample``, read by conditioner, reward and loss.
+
+    The mask is 1 up to and including the end-of-sequence token.
+
+    Args:
+        tokens_NT: int64 token ids; whatever follows the end of sequence is padding.
+        texts: N decoded captions.
+        context: The captioner's inputs for the B images.
+        group: G, captions per image.
+        temperature: Temperature of the policy, see `Sampling`.
+    """
+
+    tokens_NT: Tensor
+    texts: list[str]
+    context: C
+    group: int
+    temperature: float = 1.0
+
+    def of(self, images: Sequence[int], per_image: int) -> Rollout[C]:
+        """The captions of some images, in the order given; whole groups, so ``per_image`` is ``group``.
+
+        Raises:
+            ValueError: ``per_image`` is another number.
+        """
+        if per_image != self.group:
+            raise ValueError(f"per_image={per_image} captions per image were asked for; allowed: group={self.group}")
+        rows = rows_of(images, per_image)
         return replace(
             self,
-            condition=self.condition.index(at),
-            actions_NS=self.actions_NS[at],
-            mask_NS=self.mask_NS[at],
-            logp_NS=self.logp_NS[at],
+            mask_RS=self.mask_RS[rows],
+            logp_RS=self.logp_RS[rows],
+            entropy_RS=_at(rows, self.entropy_RS),
+            tokens_NT=self.tokens_NT[rows],
+            texts=[self.texts[row] for row in rows],
+            context=self.context.index(images),
         )
 
 
-class Captioner(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Trajectory(Actions, Generic[D]):
+    """An image's making as actions: R = N*M rows of S image tokens or denoising steps.
+
+    Args:
+        condition: What each row was drawn from.
+        actions_RS: ``[R, S]`` image tokens, or ``[R, S, ...]`` latents.
+    """
+
+    condition: D
+    actions_RS: Tensor
+
+    def of(self, images: Sequence[int], per_image: int) -> Any:
+        """The trajectories of some images, in the order given."""
+        return self.select(rows_of(images, per_image))
+
+    def select(self, rows: list[int]) -> Any:
+        """The trajectories of some rows, in the order given."""
+        return replace(
+            self,
+            mask_RS=self.mask_RS[rows],
+            logp_RS=self.logp_RS[rows],
+            entropy_RS=_at(rows, self.entropy_RS),
+            condition=self.condition.index(rows),
+            actions_RS=self.actions_RS[rows],
+        )
+
+
+A = TypeVar("A", bound=Actions)
+A_contra = TypeVar("A_contra", bound=Actions, contravariant=True)
+
+
+class Policy(Protocol[A_contra]):
+    """Whoever acts and learns from rewards: a captioner, or a renderer whose actions have log-probs."""
+
+    @property
+    def learner(self) -> Learner[Any]:
+        """The network that learns, and where it started."""
+        ...
+
+    def logprobs(self, actions: A_contra, /) -> Tensor:
+        """Log-probs ``[R, S]`` of the actions under the current weights, with gradient; 0 where masked."""
+        ...
+
+
+class Captioner(Policy[Rollout[C]], Protocol[C]):
     """Image to text. The policy of *generation for understanding*."""
 
-    def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> Context:
-        """Images and the question put beside them, as the model's inputs."""
+    def to(self, device: torch.device) -> Any:
+        """Move the networks."""
         ...
 
-    def sample(self, context: Context, group: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout:
+    def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> C:
+        """Images ``[B, 3, H, W]`` in [0, 1] and the question put beside them, as the model's inputs."""
+        ...
+
+    def sample(self, context: C, group: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout[C]:
         """``group`` captions for every image; ``seeds`` has one number per row (N) and fully determines the samples."""
-        ...
-
-    def logprobs(self, rollout: Rollout) -> Tensor:
-        """Teacher-forced log-probs ``[N, T]`` of the rollout's tokens under the current weights, with gradient."""
-        ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside, the captioner computes with the weights the run started from."""
         ...
 
 
@@ -169,7 +231,11 @@ class Conditioner(Protocol):
 
     truncated: int  # captions so far that were longer than the conditioner reads
 
-    def encode(self, texts: list[str], rollout: Rollout | None = None) -> Condition:
+    def to(self, device: torch.device) -> Any:
+        """Move the networks."""
+        ...
+
+    def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> Condition:
         """N captions to a condition of N rows.
 
         ``rollout`` is where the captions come from, if they come from one. It holds the images, so whoever reads it
@@ -181,28 +247,29 @@ class Conditioner(Protocol):
 class Renderer(Protocol):
     """Condition to image."""
 
-    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False) -> Tensor:
+    def to(self, device: torch.device) -> Any:
+        """Move the networks; images come out on ``device``."""
+        ...
+
+    def modules(self) -> list[nn.Module]:
+        """The frozen networks that draw."""
+        ...
+
+    def render(self, condition: Any, seeds: Sequence[int], grad: bool = False) -> Tensor:
         """Images ``[N, 3, H, W]`` in [0, 1]; row n depends on condition n and seed n only."""
         ...
 
 
-class ImagePolicy(Renderer, Protocol):
+@runtime_checkable
+class ImagePolicy(Renderer, Policy[A], Protocol[A]):
     """A renderer whose actions have log-probs. The policy of *understanding for generation*."""
 
-    def sample(self, condition: Condition, seeds: Sequence[int]) -> Trajectory:
-        """One trajectory per row, determined by its seed."""
+    def sample(self, condition: Any, seeds: Sequence[int]) -> A:
+        """One trajectory per row of the condition, determined by its seed."""
         ...
 
-    def logprobs(self, trajectory: Trajectory) -> Tensor:
-        """Log-probs ``[N, S]`` of the actions under the current weights, with gradient."""
-        ...
-
-    def pixels(self, trajectory: Trajectory) -> Tensor:
-        """The images ``[N, 3, H, W]`` a trajectory ends in."""
-        ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside, the policy computes with the weights the run started from."""
+    def pixels(self, actions: A, /) -> Tensor:
+        """The images ``[N, 3, H, W]`` in [0, 1] that the trajectories end in."""
         ...
 
 
@@ -219,18 +286,6 @@ class ImageEncoder(Protocol):
         ...
 
 
-class Reward(Protocol):
-    """How good reconstructions (and captions) are. Higher is better."""
-
-    def load(self, device: Any = "cpu") -> Reward:
-        """Load what it needs (once); returns itself."""
-        ...
-
-    def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
-        """``reward_BG``, float32."""
-        ...
-
-
 @dataclass(frozen=True)
 class Rewards:
     """A reward with its named parts. Filled by ``WeightedReward``, read by advantages and logging."""
@@ -244,15 +299,22 @@ class UMM:
     """A unified multimodal model: three roles, which may share weights.
 
     Args:
-        captioner, conditioner, renderer: The roles.
-        needs_reference: The conditioner reads with the weights the run started from (``captioner.reference``), so they
-            must be kept even if the loss has no KL term.
+        captioner: Writes captions of images.
+        conditioner: Reads captions for the renderer.
+        renderer: Draws captions.
+        needs_reference: Whether the conditioner reads with the weights that the run started from
+            (``captioner.learner.reference()``), so that they must be kept even if the loss has no KL term.
     """
 
-    captioner: Captioner
+    captioner: Captioner[Any]
     conditioner: Conditioner
     renderer: Renderer
     needs_reference: bool = False
+
+    @property
+    def image_policy(self) -> ImagePolicy[Any] | None:
+        """The renderer, if its actions have log-probs."""
+        return self.renderer if isinstance(self.renderer, ImagePolicy) else None
 
 
 class System(Protocol):
@@ -260,4 +322,13 @@ class System(Protocol):
 
     def build(self) -> UMM:
         """Load and assemble the three roles."""
+        ...
+
+
+@runtime_checkable
+class PlannedSystem(System, Protocol):
+    """A system whose memory can be planned before anything is loaded."""
+
+    def blueprint(self) -> Any:
+        """Its architectures without weights, a `uae.systems.blueprints.Blueprint`."""
         ...

@@ -38,7 +38,7 @@ def base(tmp_path_factory):
     """A folder with generation settings that today's library refuses to write when they are new."""
     folder = tmp_path_factory.mktemp("base")
     captioner = RandomTiny().build().captioner
-    captioner.policy.model.save_pretrained(folder)
+    captioner.learner.network.model.save_pretrained(folder)
     captioner.processor.save_pretrained(folder)
     settings = {"eos_token_id": [2, 0], "pad_token_id": 0, "do_sample": False, "temperature": 0.1, "top_k": 1}
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -129,7 +129,7 @@ def test_weights_merge_in_their_own_dtype(tmp_path, build, trainer, base):
     class Half(FromFolder):
         def build(self):
             umm = super().build()
-            umm.captioner.policy.model.to(torch.bfloat16)
+            umm.captioner.learner.network.model.to(torch.bfloat16)
             return umm
 
     module = build(system=Half(base), finetune=LoRA(rank=4, alpha=8), ratio_tolerance=1.0)
@@ -153,7 +153,7 @@ def test_an_adapter_that_cannot_be_merged_stops_the_run_at_its_start(tmp_path, b
 
 
 def test_the_command_line_exports_into_its_folder(run):
-    base = RandomTiny().build().captioner.policy.model
+    base = RandomTiny().build().captioner.learner.network.model
     loaded = peft.PeftModel.from_pretrained(base, run.folder / "export")
     torch.testing.assert_close(logits(loaded), logits(run.cli.model.policy.model), atol=1e-6, rtol=0)
 
@@ -187,8 +187,8 @@ def sharded_runs(rank, folder):
 
 def test_a_sharded_policy_is_gathered_first(tmp_path):
     (adapted, full), _ = run_on_two(sharded_runs, str(tmp_path), timeout=180)
-    start = dict(RandomTiny().build().captioner.policy.model.named_parameters())
-    wrapped = peft.PeftModel.from_pretrained(RandomTiny().build().captioner.policy.model, tmp_path / "adapter")
+    start = dict(RandomTiny().build().captioner.learner.network.model.named_parameters())
+    wrapped = peft.PeftModel.from_pretrained(RandomTiny().build().captioner.learner.network.model, tmp_path / "adapter")
     assert_equal(wrapped, adapted, atol=0)
     assert any(weight.abs().max() > 1e-4 for name, weight in adapted.items() if "lora_B" in name)
     by_hand = {name: weight.clone() for name, weight in adapted.items() if "lora_" not in name}

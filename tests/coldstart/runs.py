@@ -50,7 +50,7 @@ def started_from(run, folder):
 def weights(umm):
     """Part to state dict, under plain names: adapters aside."""
     parts = {
-        "captioner": umm.captioner.policy.base,
+        "captioner": umm.captioner.learner.network.base,
         "denoiser": denoiser_of(umm.renderer.pipe),
         "vae": umm.renderer.pipe.vae,
     }

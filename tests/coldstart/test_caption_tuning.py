@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_over_tokens_and_the_end_is_one(checkpoints):
     objective, images = built(), runs.batch(24)
     images["caption"][1] = "a red ring"  # of another length
     (umm,) = objective.frozen
-    captioner, model = umm.captioner, umm.captioner.policy.base
+    captioner, model = umm.captioner, umm.captioner.learner.network.base
     words, nats = captioner.processor.tokenizer, []
     for image, caption in zip(images["image"], images["caption"], strict=True):
         context = captioner.prepare(image[None])
@@ -57,7 +57,7 @@ def test_the_loss_is_the_mean_over_tokens_and_the_end_is_one(checkpoints):
             inputs["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, ids.shape[1] - kinds.shape[1]))
         with torch.no_grad():
             logits = model(**inputs).logits[0, prompt.shape[1] - 1 : -1].double()
-        logits[:, captioner.policy.banned_ids] = -torch.inf
+        logits[:, captioner.learner.network.banned_ids] = -torch.inf
         nats += (-logits.log_softmax(-1).gather(1, ids[0, prompt.shape[1] :, None])).flatten().tolist()
     assert objective(images, 0.0)["loss"].item() == pytest.approx(sum(nats) / len(nats), rel=1e-5)
     assert objective.score(images)["nats"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
@@ -68,7 +68,7 @@ def test_captions_as_tokens(checkpoints):
     words = captioner.processor.tokenizer
     texts = ["a red ring", "", "a <|image_pad|> blue <|im_end|> dot"]
     rollout = caption_rollout(captioner, texts, None, max_tokens=4)
-    rows = [tokens[mask.bool()].tolist() for tokens, mask in zip(rollout.tokens_NT, rollout.mask_NT, strict=True)]
+    rows = [tokens[mask.bool()].tolist() for tokens, mask in zip(rollout.tokens_NT, rollout.mask_RS, strict=True)]
     end = words.eos_token_id
     assert rows[0] == [*words("a red ring").input_ids, end]
     assert rows[1] == [end]
@@ -84,9 +84,9 @@ def test_the_loss_falls_and_gradients_reach_what_trains(checkpoints, finetune):
     losses = runs.falls(objective, runs.batch(24))
     assert losses == sorted(losses, reverse=True)
     (umm,) = objective.frozen
-    touched = {name for name, p in umm.captioner.policy.named_parameters() if p.grad is not None}
-    assert touched == {n for n, _ in umm.captioner.policy.named_parameters() if "lora_" in n or "layers.0" in n} - {
-        n for n, p in umm.captioner.policy.named_parameters() if not p.requires_grad
+    touched = {name for name, p in umm.captioner.learner.network.named_parameters() if p.grad is not None}
+    assert touched == {n for n, _ in umm.captioner.learner.network.named_parameters() if "lora_" in n or "layers.0" in n} - {
+        n for n, p in umm.captioner.learner.network.named_parameters() if not p.requires_grad
     }
     assert touched
     for part in (umm.conditioner, *umm.renderer.modules()):
@@ -100,7 +100,7 @@ def test_three_steps_from_the_command_line(name, tmp_path):
     (umm,) = run.model.objective.frozen
     before, again = runs.started_from(run, folder / "cold_start")
     assert not runs.changed(before, umm)
-    assert all(runs.adapters(umm.captioner.policy).values())
+    assert all(runs.adapters(umm.captioner.learner.network).values())
     images = runs.batch(umm.renderer.rendering.height)
     for now, then in zip(runs.outputs(umm, images), runs.outputs(again, images), strict=True):
         torch.testing.assert_close(now, then, atol=1e-4, rtol=0)

@@ -168,7 +168,7 @@ def test_the_loss_falls_and_gradients_reach_what_trains(decoder, trainable):
     assert touched == {name for name, _ in umm.renderer.pipe.transformer.named_parameters() if pattern in name}
     touched = {name for name, p in umm.conditioner.named_parameters() if p.grad is not None}
     assert touched == {name for name, _ in umm.conditioner.named_parameters() if trainable and trainable in name}
-    for part in (umm.captioner.policy, umm.renderer.pipe.vae):
+    for part in (umm.captioner.learner.network, umm.renderer.pipe.vae):
         assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
 
 

@@ -110,7 +110,7 @@ def test_the_loss_falls_and_gradients_reach_what_trains(trainable):
     touched = {name for name, p in umm.conditioner.named_parameters() if p.grad is not None}
     pattern = trainable.replace("\\", "")
     assert touched == {name for name, _ in umm.conditioner.named_parameters() if pattern in name}
-    for part in (umm.captioner.policy, *umm.renderer.modules()):
+    for part in (umm.captioner.learner.network, *umm.renderer.modules()):
         assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
 
 
@@ -137,7 +137,7 @@ def test_the_language_model_trains_where_it_is_asked_to(in_a_folder, tmp_path):
         "uae", "cold_start", f"{objective}.language_model=true", "model.init_args.learning_rate=0.01", answers
     )
     (umm,) = run.model.objective.frozen
-    moved = runs.adapters(umm.captioner.policy)
+    moved = runs.adapters(umm.captioner.learner.network)
     assert moved
     assert any(moved.values())
     _, again = runs.started_from(run, tmp_path / "outputs/uae/cold_start")

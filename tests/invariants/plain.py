@@ -8,7 +8,7 @@ import torch
 
 def logprobs(captioner, images, tokens, lengths, group, temperature):
     """Log-probs of every caption, by the library's own forward on prompt and caption in one piece."""
-    model = captioner.policy.base
+    model = captioner.learner.network.base
     rows = []
     for n, length in enumerate(lengths):
         context = captioner.prepare(images[n // group][None])
@@ -20,7 +20,7 @@ def logprobs(captioner, images, tokens, lengths, group, temperature):
         if "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(caption)], dim=1)
         logits = model(**inputs, use_cache=False).logits[0, prompt - 1 : -1].double() / temperature
-        logits[:, captioner.policy.banned_ids] = -math.inf
+        logits[:, captioner.learner.network.banned_ids] = -math.inf
         rows.append(torch.stack([logits[t].log_softmax(0)[caption[0, t]] for t in range(length)]))
     return rows
 
@@ -53,7 +53,7 @@ def train(captioner, trainable, experience, images, steps, rate, beta, epsilon):
     """``steps`` updates by plain gradient descent on one rollout. Returns losses, clip fractions and the policy."""
     start, captioner = copy.deepcopy(captioner), copy.deepcopy(captioner)
     rollout = experience.rollout
-    lengths = rollout.mask_NT.sum(1).int().tolist()
+    lengths = rollout.mask_RS.sum(1).int().tolist()
     arguments = (images, rollout.tokens_NT, lengths, rollout.group, rollout.temperature)
     with torch.no_grad():
         reference_rows = logprobs(start, *arguments)
@@ -61,9 +61,9 @@ def train(captioner, trainable, experience, images, steps, rate, beta, epsilon):
     for _ in range(steps):
         rows = logprobs(captioner, *arguments)
         value, fraction = loss(rows, old_rows, reference_rows, experience.rewards.reward_BG.tolist(), beta, epsilon)
-        parameters = [p for name, p in captioner.policy.named_parameters() if name in trainable]
+        parameters = [p for name, p in captioner.learner.network.named_parameters() if name in trainable]
         for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
             parameter.data -= rate * gradient
         losses.append(value.item())
         fractions.append(fraction)
-    return losses, fractions, captioner.policy
+    return losses, fractions, captioner.learner.network

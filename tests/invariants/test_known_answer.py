@@ -36,14 +36,14 @@ def test_two_updates_equal_a_plain_loop(system, build, trainer):
     seen = Losses()
     trainer(max_steps=2, callbacks=[seen]).fit(module, SceneData(batch_size=3, train_size=9))
     trainable = {name for name, p in module.policy.named_parameters() if p.requires_grad}
-    assert len({*module.experience.rollout.mask_NT.sum(1).tolist()}) > 1  # captions of several lengths
+    assert len({*module.experience.rollout.mask_RS.sum(1).tolist()}) > 1  # captions of several lengths
     start = system.build().captioner
     losses, fractions, policy = plain.train(start, trainable, module.experience, seen.images, 2, RATE, BETA, EPSILON)
     assert seen.losses == pytest.approx(losses, abs=1e-5)
     assert seen.fractions == pytest.approx(fractions, abs=1e-6)
     assert fractions[1] > 0.05  # it did clip
     assert abs(losses[1] - losses[0]) > 1e-3
-    for (name, expected), (_, begun) in zip(policy.named_parameters(), start.policy.named_parameters(), strict=True):
+    for (name, expected), (_, begun) in zip(policy.named_parameters(), start.learner.network.named_parameters(), strict=True):
         found = module.policy.get_parameter(name)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         assert torch.equal(found, begun) == (name not in trainable)

@@ -33,7 +33,7 @@ def after_one_step(build, trainer, mini_batches, loss):
 @pytest.mark.parametrize("name", LOSSES)
 def test_mini_batches_with_accumulation(system, build, trainer, name):
     whole = after_one_step(build, trainer, 1, LOSSES[name])
-    start = dict(system.build().captioner.policy.named_parameters())
+    start = dict(system.build().captioner.learner.network.named_parameters())
     assert max((whole[name] - start[name]).abs().max() for name in whole) > 1e-2  # it moved
     for mini_batches in (2, 8):
         split = after_one_step(build, trainer, mini_batches, LOSSES[name])
@@ -87,7 +87,7 @@ def fit_distributed(rank, aggregation, processes):
         enable_checkpointing=False, enable_progress_bar=False, inference_mode=False, limit_val_batches=0,
         use_distributed_sampler=False, enable_model_summary=False,
     ).fit(module, SceneData(batch_size=8 // processes, train_size=8))  # fmt: skip
-    return weights(module), module.experience.rollout.mask_NT.sum(1).tolist()
+    return weights(module), module.experience.rollout.mask_RS.sum(1).tolist()
 
 
 def fit_both(rank, processes):

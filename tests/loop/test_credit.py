@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from uae.rollout import Plan, credit
-from uae.seeds import noise_seeds
+from uae.rollout import Plan, credit, noise_seeds
 from uae.types import Rewards, Sampling
 
 PLAN = Plan(group=3, sampling=Sampling(), train="both", reconstructions=4)

@@ -38,7 +38,7 @@ def test_validation_scores_greedy_captions(build, trainer):
             captions += captioner.sample(captioner.prepare(image[None]), 1, sampling, [0]).texts
             rewards.append(letters(image[None], image[None], captions[-1:]).item())
     assert first["caption/words"] == pytest.approx(sum(len(text.split()) for text in captions) / 6)
-    found = module.validation_examples
+    found = module.predict_step(next(iter(source.val_dataloader())))
     assert found["caption"] == captions[: len(found["caption"])]
     assert found["reward/letters"].tolist() == pytest.approx(rewards[: len(found["caption"])])
     assert len(found["image"]) == len(found["reconstruction"]) == len(found["id"]) == len(found["reward"]) > 0

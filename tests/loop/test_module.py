@@ -9,6 +9,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from tests.conftest import data
 from uae.grpo import GRPOLoss
+from uae.learner import Learner
 from uae.miniature.data import SceneData
 from uae.models.conditioners.states import HiddenStateConditioner, mlp_projector
 from uae.models.finetune import Full, LoRA
@@ -83,7 +84,7 @@ class KL(Callback):
             experience = module.experience
             with torch.no_grad():
                 logp_NT = module.umm.captioner.logprobs(experience.rollout)
-            columns = (experience.segments["caption"].reference_logp_RS, logp_NT, experience.rollout.mask_NT)
+            columns = (experience.segments["caption"].reference_logp_RS, logp_NT, experience.rollout.mask_RS)
             rows = zip(*(column.double().flatten().tolist() for column in columns), strict=True)
             d = [reference - logp for reference, logp, mask in rows if mask]
             self.k3 = sum(math.exp(x) - x - 1 for x in d) / len(d)
@@ -100,22 +101,18 @@ def test_kl_is_logged_per_token_whatever_the_loss_aggregates(build, trainer):
 
 
 def test_without_kl_there_is_no_reference(build, trainer, monkeypatch):
-    from uae.models.captioners.captioner import HFCaptioner
-
-    monkeypatch.setattr(HFCaptioner, "reference", lambda self: pytest.fail("the reference was used"))
+    monkeypatch.setattr(Learner, "reference", lambda self: pytest.fail("the reference was used"))
     for finetune in (Full(), LoRA(rank=2)):
         module = build(finetune=finetune)
         trainer(max_steps=2).fit(module, data())
-        assert module.umm.captioner.reference_policy is None
+        assert len(module.umm.captioner.learner.roots()) == 1
         assert module.experience.segments["caption"].reference_logp_RS is None
         assert "reference" not in module.experience.seconds
 
 
 def test_reference_runs_once_per_rollout(build, trainer, monkeypatch):
-    from uae.models.captioners.captioner import HFCaptioner
-
-    calls, honest = [], HFCaptioner.reference
-    monkeypatch.setattr(HFCaptioner, "reference", lambda self: calls.append(1) or honest(self))
+    calls, honest = [], Learner.reference
+    monkeypatch.setattr(Learner, "reference", lambda self: calls.append(1) or honest(self))
     trainer(max_steps=8).fit(build(loss=GRPOLoss(beta=0.1), mini_batches=2, num_iterations=2), data())
     assert len(calls) == 2
 
@@ -139,14 +136,14 @@ def test_every_tag_is_logged_and_means_what_it_says(build, trainer):
     trainer(logger=logger, log_every_n_steps=1, accumulate_grad_batches=2).fit(module, data())
     (_, logged), experience = logger.calls[-1], module.experience
     rollout, rewards = experience.rollout, experience.rewards.reward_BG.double()
-    lengths = [sum(row) for row in rollout.mask_NT.tolist()]
-    logps = rollout.logp_NT[rollout.mask_NT.bool()].tolist()
+    lengths = [sum(row) for row in rollout.mask_RS.tolist()]
+    entropies = rollout.entropy_RS[rollout.mask_RS.bool()].tolist()
     advantages = experience.advantage_BG.flatten().tolist()
     expected = {
         "caption/length": sum(lengths) / 12,
         "condition/truncated": 0,
         "caption/finished": sum(length < 4 for length in lengths) / 12,
-        "policy/entropy": -sum(logps) / len(logps),
+        "policy/entropy": sum(entropies) / len(entropies),
         "reward/mean": rewards.mean().item(),
         "reward/std": sum(group.std().item() for group in rewards) / 4,
         "reward/letters": experience.rewards.parts["letters"].mean().item(),
@@ -199,7 +196,7 @@ def test_guard_fires_when_sampler_and_training_disagree(build, trainer, monkeypa
 
     honest = HFCaptioner.logprobs
     monkeypatch.setattr(HFCaptioner, "logprobs", lambda self, rollout: honest(self, rollout) + 0.01)
-    with pytest.raises(RuntimeError, match=r"off by 0\.0101; allowed: model\.ratio_tolerance=0\.001"):
+    with pytest.raises(RuntimeError, match=r"off by 0\.0101; allowed: model\.init_args\.ratio_tolerance=0\.001"):
         trainer().fit(build(), data())
     module = build(ratio_tolerance=0.02)
     trainer().fit(module, data())
@@ -212,7 +209,7 @@ def test_a_conditioner_may_share_the_policys_weights(build, trainer, system):
     class Shared:
         def build(self):
             umm = system.build()
-            model = umm.captioner.policy.base.model.language_model
+            model = umm.captioner.learner.network.base.model.language_model
             conditioner = HiddenStateConditioner(
                 model, umm.captioner.processor.tokenizer, mlp_projector(128, 64, 32), "{caption} a"
             )
@@ -224,7 +221,7 @@ def test_a_conditioner_may_share_the_policys_weights(build, trainer, system):
     assert set(module.state_dict()) == set(plain.state_dict())
     shared = dict(module.umm.conditioner.language_model.named_parameters())
     assert all(p is module.policy.get_parameter(f"model.model.language_model.{name}") for name, p in shared.items())
-    assert not torch.equal(shared["norm.weight"], plain.policy.base.model.language_model.norm.weight)
+    assert not torch.equal(shared["norm.weight"], plain.learner.network.base.model.language_model.norm.weight)
     assert not any(p.requires_grad and p.grad is not None for p in module.umm.conditioner.projector.parameters())
 
 
@@ -244,10 +241,10 @@ def test_the_adapters_start_depends_on_the_runs_seed_only(build):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"group": 1}, r"model\.group=1; allowed: 2 or more"),
-        ({"mini_batches": 0}, r"model\.mini_batches=0"),
-        ({"num_iterations": 0}, r"model\.num_iterations=0"),
-        ({"sampling": Sampling(temperature=0.0)}, r"model\.sampling\.temperature=0"),
+        ({"group": 1}, r"model\.init_args\.group=1; allowed: 2 or more"),
+        ({"mini_batches": 0}, r"model\.init_args\.mini_batches=0"),
+        ({"num_iterations": 0}, r"model\.init_args\.num_iterations=0"),
+        ({"sampling": Sampling(temperature=0.0)}, r"model\.init_args\.sampling\.temperature=0"),
     ],
 )
 def test_impossible_settings_are_refused_at_once(build, changes, message):
@@ -261,7 +258,7 @@ DAPO = GRPOLoss(aggregation="dapo")
 @pytest.mark.parametrize(
     ("module_changes", "trainer_changes", "message"),
     [
-        ({"mini_batches": 3}, {}, r"4 images.*model\.mini_batches=3"),
+        ({"mini_batches": 3}, {}, r"4 images.*model\.init_args\.mini_batches=3"),
         ({"mini_batches": 4}, {"accumulate_grad_batches": 3}, "one must divide the other"),
         ({"loss": DAPO}, {"accumulate_grad_batches": 2}, r"aggregation=dapo.*spans 2 rollouts"),
         ({"mini_batches": 2}, {"limit_train_batches": 3}, "ends inside a rollout.* trainer.limit_train_batches=2$"),

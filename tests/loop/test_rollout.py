@@ -8,8 +8,8 @@ import torch
 from uae.metrics import similarity
 from uae.miniature.data import SceneData
 from uae.rewards import RandomReward, WeightedReward
-from uae.rollout import Plan, autoencode, parts, replay, roll_out
-from uae.seeds import caption_seeds, noise_seeds, seed_of
+from uae.rollout import Plan, autoencode, caption_seeds, noise_seeds, parts, replay, roll_out
+from uae.seeds import seed_of
 from uae.types import Sampling
 
 PLAN = Plan(group=3, sampling=Sampling(max_tokens=6), seed=5)
@@ -92,7 +92,7 @@ def test_select_takes_whole_groups(umm, reward, batch):
     assert torch.equal(part.reconstructions_NCHW, experience.reconstructions_NCHW[rows])
     assert torch.equal(part.advantage_BG, experience.advantage_BG[[3, 1]])
     assert torch.equal(part.rewards.parts["letters"], experience.rewards.parts["letters"][[3, 1]])
-    torch.testing.assert_close(replay(umm.captioner, part.rollout, 2, 1), part.rollout.logp_NT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(replay(umm.captioner, part.rollout, 2, 1), part.rollout.logp_RS, atol=1e-5, rtol=0)
 
 
 def test_the_buffer_holds_the_replay_and_its_distance_from_the_sampler(umm, reward, batch, monkeypatch):
@@ -100,14 +100,16 @@ def test_the_buffer_holds_the_replay_and_its_distance_from_the_sampler(umm, rewa
     honest = umm.captioner.logprobs
     monkeypatch.setattr(umm.captioner, "logprobs", lambda rollout: honest(rollout) + 0.1)
     experience = roll_out(umm, reward, batch, PLAN, step=0)
-    kept = sampled.mask_NT.bool()
-    torch.testing.assert_close(experience.rollout.logp_NT[kept], sampled.logp_NT[kept] + 0.1, atol=1e-5, rtol=0)
+    kept = sampled.mask_RS.bool()
+    old_NT = experience.segments["caption"].old_logp_RS
+    torch.testing.assert_close(old_NT[kept], sampled.logp_RS[kept] + 0.1, atol=1e-5, rtol=0)
+    assert torch.equal(experience.rollout.logp_RS, sampled.logp_RS)  # what the sampler saw stays what it is
     assert experience.sampler_gap == pytest.approx(math.exp(0.1) - 1, abs=1e-4)
 
 
 def test_parts_are_equal_contiguous_and_complete():
     assert [list(part) for part in parts(6, 3)] == [[0, 1], [2, 3], [4, 5]]
-    with pytest.raises(ValueError, match=r"6 images.*model\.mini_batches=4"):
+    with pytest.raises(ValueError, match=r"6 images.*model\.init_args\.mini_batches=4"):
         parts(6, 4)
 
 

@@ -33,7 +33,7 @@ def weights(umm):
     """Base weights of the captioner, of the conditioner and of what draws."""
     transformer = getattr(umm.renderer, "renderer", umm.renderer).pipe.transformer
     networks = {
-        "captioner": umm.captioner.policy, "conditioner": umm.conditioner, "transformer": transformer,
+        "captioner": umm.captioner.learner.network, "conditioner": umm.conditioner, "transformer": transformer,
         "vae": getattr(umm.renderer, "renderer", umm.renderer).pipe.vae,
     }  # fmt: skip
     return {name: {plain(key): value for key, value in net.state_dict().items()} for name, net in networks.items()}
@@ -66,7 +66,7 @@ def test_who_learns(fit, stage, captions, images):
     module = fit(stage)
     start, now = weights(Tiny().build()), weights(module.umm)
     assert all(same(now[name], start[name]) for name in start)  # adapters learn; everything below them stays
-    assert learnt(module.umm.captioner.policy) == captions
+    assert learnt(module.umm.captioner.learner.network) == captions
     logged = module.trainer.logged_metrics
     assert ("image_policy/loss" in logged) == images
     assert ("policy/loss" in logged) == captions
@@ -107,7 +107,7 @@ def test_a_trained_decoder_is_exported_as_an_adapter_of_its_base(fit, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--model.init_args.image_finetune=null"], "model.image_finetune"),
+        (["--model.init_args.image_finetune=null"], "model.init_args.image_finetune"),
         (["--model.init_args.exploration.window=9"], "exploration.window=9"),
     ],
 )

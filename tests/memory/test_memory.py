@@ -54,11 +54,11 @@ def rows_of(a_plan):
 def real(finetune, recompute=False):
     """A captioner with weights, finetuned as the run would be, and the rollout of two images."""
     captioner = families.create("qwen2_5_vl")
-    captioner.policy.gradient_checkpointing = recompute
-    finetune.attach(captioner, keep_reference=False)
+    captioner.learner.network.gradient_checkpointing = recompute
+    finetune.attach(captioner.learner, keep_reference=False)
     context = captioner.prepare(torch.rand(2, 3, 24, 24))
     tokens = torch.randint(8, 20, (2 * GROUP, TOKENS))
-    return captioner.policy, context, tokens
+    return captioner.learner.network, context, tokens
 
 
 def really_saved(policy, context, tokens):

@@ -43,7 +43,7 @@ def test_the_cache_is_exact(name, guidance, copies, monkeypatch):
     (cache,) = caches
     found = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     length = condition.ids_NL.shape[1] + WRITTEN[name] - 1
-    assert kv_bytes(umm.captioner.policy.base, 2 * copies, length) == found
+    assert kv_bytes(umm.captioner.learner.network.base, 2 * copies, length) == found
 
 
 @pytest.mark.parametrize("name", UNIFY)
@@ -52,8 +52,8 @@ def test_the_cache_is_exact(name, guidance, copies, monkeypatch):
 @pytest.mark.parametrize(("mode", "copies"), [("guided", 2), ("guided_detach_uncond", 1)])
 def test_activations_are_what_autograd_keeps(name, finetune, recompute, mode, copies):
     umm, condition = drawing(name, TokenSampling(5.0, cfg_logprob=mode))
-    finetune.attach(umm.captioner, keep_reference=False)
-    drawn, policy = umm.renderer.sample(condition, [1, 2]), umm.captioner.policy
+    finetune.attach(umm.captioner.learner, keep_reference=False)
+    drawn, policy = umm.renderer.sample(condition, [1, 2]), umm.captioner.learner.network
 
     def saved(again):
         policy.gradient_checkpointing = again

@@ -138,7 +138,7 @@ def test_the_weights_are_part_of_the_package():
 def test_the_captioner_starts_valid_terse_and_mostly_right(umm, scenes):
     context = umm.captioner.prepare(render(scenes))
     rollout = umm.captioner.sample(context, 2, Sampling(1.0, 32), range(192))
-    torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_NT, atol=1e-4, rtol=0)
+    torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_RS, atol=1e-4, rtol=0)
     assert sum(parse(text) is not None for text in rollout.texts) >= 0.9 * 192
     words = sum(len(text.split()) for text in rollout.texts) / 192
     assert 4 < words < 14  # there is room to say more

@@ -129,8 +129,8 @@ def test_the_systems_settings_arrive(tmp_path):
     (tmp_path / "checksums.json").write_text(json.dumps(checksums(tmp_path)))
     umm = tiny_janus.TinyJanus(str(tmp_path), guidance=2.5, cfg_logprob="guided_detach_uncond").build()
     assert umm.renderer.sampling == TokenSampling(2.5, 1.0, "guided_detach_uncond")
-    assert umm.captioner.policy is umm.renderer.policy
-    assert umm.captioner.policy.base.config.text_config.hidden_size == 32
+    assert umm.captioner.learner.network is umm.renderer.learner.network
+    assert umm.captioner.learner.network.base.config.text_config.hidden_size == 32
     with (tmp_path / "model.safetensors").open("ab") as file:
         file.write(b"!")
     with pytest.raises(ValueError, match="differ from checksums.json: model.safetensors"):
@@ -153,16 +153,16 @@ def test_the_weights_are_complete_and_small():
 @torch.no_grad()
 def test_the_codes_of_a_scene_are_a_picture_of_it(umm, scenes):
     codes = tiny_janus.scene_codes(scenes)
-    quantizer = umm.captioner.policy.base.model.vqmodel
+    quantizer = umm.captioner.learner.network.base.model.vqmodel
     found = quantizer.encode(render(scenes) * 2 - 1).image_tokens.view(len(scenes), 9)
     assert (found == codes).float().mean() > 0.99
-    assert agreement(detect(umm.captioner.policy.pixels(codes)), scenes)["whole"] > 0.97
+    assert agreement(detect(umm.captioner.learner.network.pixels(codes)), scenes)["whole"] > 0.97
 
 
 @torch.no_grad()
 def test_codes_looked_up_by_length_or_by_direction_decode_to_the_same_scene(umm, scenes):
     """transformers' ``encode`` goes by distance, its decoder and the original Janus by direction only."""
-    vq = copy.deepcopy(umm.captioner.policy.base.model.vqmodel)
+    vq = copy.deepcopy(umm.captioner.learner.network.base.model.vqmodel)
     images, codebook = render(scenes) * 2 - 1, vq.quantize.embedding.weight
 
     def by_direction():
@@ -171,7 +171,7 @@ def test_codes_looked_up_by_length_or_by_direction_decode_to_the_same_scene(umm,
 
     found, drawn = by_direction(), vq.decode(tiny_janus.scene_codes(scenes))
     assert (vq.encode(images).image_tokens.view(-1, 9) == found).float().mean() > 0.995
-    assert agreement(detect(umm.captioner.policy.pixels(found)), scenes)["whole"] > 0.97
+    assert agreement(detect(umm.captioner.learner.network.pixels(found)), scenes)["whole"] > 0.97
     codebook.mul_(torch.linspace(0.1, 8, len(codebook))[:, None])  # of a codebook with other lengths, only one is right
     torch.testing.assert_close(vq.decode(tiny_janus.scene_codes(scenes)), drawn, atol=1e-4, rtol=0)
     assert torch.equal(by_direction(), found)
@@ -181,7 +181,7 @@ def test_codes_looked_up_by_length_or_by_direction_decode_to_the_same_scene(umm,
 @torch.no_grad()
 def test_the_captioner_starts_valid_terse_and_mostly_right(umm, scenes):
     rollout = umm.captioner.sample(umm.captioner.prepare(render(scenes)), 2, Sampling(1.0, 32), range(256))
-    torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_NT, atol=1e-4, rtol=0)
+    torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_RS, atol=1e-4, rtol=0)
     assert sum(parse(text) is not None for text in rollout.texts) >= 0.95 * 256
     words = sum(len(text.split()) for text in rollout.texts) / 256
     assert 5 < words < 11  # there is room to say more
@@ -191,7 +191,7 @@ def test_the_captioner_starts_valid_terse_and_mostly_right(umm, scenes):
 def test_image_tokens_mostly_are_what_detailed_captions_say(umm, scenes):
     condition = umm.conditioner.encode([describe(scene) for scene in scenes])
     trajectory = umm.renderer.sample(condition, range(128))
-    torch.testing.assert_close(umm.renderer.logprobs(trajectory), trajectory.logp_NS, atol=1e-4, rtol=0)
+    torch.testing.assert_close(umm.renderer.logprobs(trajectory), trajectory.logp_RS, atol=1e-4, rtol=0)
     seen = detect(umm.renderer.pixels(trajectory))
     assert 0.7 < agreement(seen, scenes)["whole"] < 0.95  # there is room to learn
     assert agreement(seen, scenes[1:] + scenes[:1])["whole"] < 0.05
@@ -222,5 +222,5 @@ def test_transformers_own_generation_draws_the_same_image(umm, scenes):
         )  # fmt: skip
         uniforms = torch.zeros(1, 9)
         sampling = TokenSampling(guidance=2.0, temperature=0.0)
-        tokens, _ = umm.renderer.policy.draw(condition.index([n]), sampling, uniforms)
+        tokens, _, _ = umm.renderer.learner.network.draw(condition.index([n]), sampling, uniforms)
         assert torch.equal(tokens, expected)

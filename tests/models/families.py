@@ -186,9 +186,14 @@ def plain_logprobs(captioner, rollout):
 
     Differentiable; masked positions are 0.
     """
-    policy, context = captioner.policy, rollout.context
+    return plain_logprobs_and_entropies(captioner, rollout)[0]
+
+
+def plain_logprobs_and_entropies(captioner, rollout):
+    """As `plain_logprobs`, and the entropies ``[N, T]`` of the distributions at each position."""
+    policy, context = captioner.learner.network, rollout.context
     rows = []
-    for n, (tokens, mask) in enumerate(zip(rollout.tokens_NT, rollout.mask_NT, strict=True)):
+    for n, (tokens, mask) in enumerate(zip(rollout.tokens_NT, rollout.mask_RS, strict=True)):
         inputs = context.index([n // rollout.group]).inputs()
         length = int(mask.sum())
         real = inputs["attention_mask"][0].bool()
@@ -199,7 +204,9 @@ def plain_logprobs(captioner, rollout):
                 inputs[name] = torch.cat([inputs[name][0][real], continuation])[None]
         logits_TV = policy.model(**inputs, use_cache=False).logits[0, -length - 1 : -1]
         logits_TV = logits_TV / rollout.temperature
-        logits_TV[:, captioner.policy.banned_ids] = -torch.inf
-        logp_T = logits_TV.log_softmax(-1)[range(length), tokens[:length]]
-        rows.append(torch.nn.functional.pad(logp_T, (0, len(tokens) - length)))
-    return torch.stack(rows)
+        logits_TV[:, captioner.learner.network.banned_ids] = -torch.inf
+        logp_TV = logits_TV.log_softmax(-1)
+        entropy_T = torch.stack([-sum(p * p.log() for p in row.exp() if p > 0) for row in logp_TV])
+        both = logp_TV[range(length), tokens[:length]], entropy_T
+        rows.append([torch.nn.functional.pad(values_T, (0, len(tokens) - length)) for values_T in both])
+    return tuple(torch.stack(values) for values in zip(*rows, strict=True))

@@ -1,10 +1,10 @@
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.models import families
+from uae.learner import Learner
 from uae.models.captioners.policy import CaptionPolicy
 from uae.models.finetune import Full, LoRA
 from uae.rehearsal.emu3 import emu3
@@ -19,7 +19,7 @@ def rollout(created, images):
 
 
 def trainable(captioner):
-    return {name: p for name, p in captioner.policy.model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in captioner.learner.network.model.named_parameters() if p.requires_grad}
 
 
 def step(captioner, rollout, size=0.05):
@@ -38,7 +38,7 @@ def logprobs(captioner, rollout):
 
 @torch.no_grad()
 def reference(captioner, rollout):
-    with captioner.reference():
+    with captioner.learner.reference():
         return captioner.logprobs(rollout)
 
 
@@ -46,10 +46,10 @@ def reference(captioner, rollout):
 def adapter(fresh, rollout, tmp_path):
     """A folder with an adapter that has learned something, and the policy's log-probs with it."""
     captioner = copy.deepcopy(fresh)
-    LoRA(rank=2).attach(captioner, keep_reference=False)
-    step(captioner, rollout, size=0.2)
-    step(captioner, rollout, size=0.2)
-    captioner.policy.model.save_pretrained(tmp_path / "adapter")
+    LoRA(rank=2).attach(captioner.learner, keep_reference=False)
+    step(captioner, rollout, size=0.05)
+    step(captioner, rollout, size=0.05)
+    captioner.learner.network.model.save_pretrained(tmp_path / "adapter")
     return str(tmp_path / "adapter"), logprobs(captioner, rollout)
 
 
@@ -59,15 +59,15 @@ def test_gradients_reach_what_trains_and_the_reference_stays(created, images, fa
     captioner = copy.deepcopy(created(family))
     rollout = captioner.sample(captioner.prepare(images), 3, Sampling(1.0, 6), range(6))
     start = logprobs(captioner, rollout)
-    finetune.attach(captioner, keep_reference=True)
-    for name, parameter in captioner.policy.named_parameters():
+    finetune.attach(captioner.learner, keep_reference=True)
+    for name, parameter in captioner.learner.network.named_parameters():
         if "lora_B" in name:  # 0 at the start, which hides the gradient of A
             torch.nn.init.normal_(parameter, 0, 0.1)
     reached = []
     for logp_NT in (captioner.logprobs(rollout), families.plain_logprobs(captioner, rollout)):
-        captioner.policy.zero_grad()
+        captioner.learner.network.zero_grad()
         logp_NT.sum().backward()
-        reached.append({n for n, p in captioner.policy.model.named_parameters() if p.grad is not None and p.grad.any()})
+        reached.append({n for n, p in captioner.learner.network.model.named_parameters() if p.grad is not None and p.grad.any()})
     assert reached[0] == reached[1]  # a layer of the image tower behind the one that is read has none
     assert reached[0] <= trainable(captioner).keys()
     assert {name for name in trainable(captioner) if "language_model.layers" in name} <= reached[0]
@@ -84,9 +84,9 @@ FEED_FORWARD = {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 LINEAR_ATTENTION = {f"linear_attn.{x}" for x in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")}
 
 
-def adapted(captioner):
+def adapted(learner):
     """Names of the maps that have an adapter; A and B must both train, and nothing else."""
-    names = {name.replace("base_model.model.", "") for name in trainable(captioner)}
+    names = {name.replace("base_model.model.", "") for name, p in learner.network.model.named_parameters() if p.requires_grad}
     maps = {name.split(".lora_")[0] for name in names}
     assert names == {f"{name}.lora_{side}.default.weight" for name in maps for side in "AB"}
     return maps
@@ -95,10 +95,10 @@ def adapted(captioner):
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_lora_adapts_the_language_model_only(created, family):
     captioner = copy.deepcopy(created(family))
-    LoRA(rank=2).attach(captioner, keep_reference=True)
+    LoRA(rank=2).attach(captioner.learner, keep_reference=True)
     mixers = [LINEAR_ATTENTION if family == "qwen3_5" else ATTENTION, ATTENTION]
     expected = {f"model.language_model.layers.{i}.{x}" for i in range(2) for x in mixers[i] | FEED_FORWARD}
-    assert adapted(captioner) == expected
+    assert adapted(captioner.learner) == expected
 
 
 @pytest.mark.parametrize(("name", "root"), [("janus", "language_model"), ("emu3", "text_model")])
@@ -106,18 +106,18 @@ def test_lora_adapts_the_language_model_of_token_systems_and_not_their_image_tok
     model = {"janus": lambda: janus_pro(2, seed=0), "emu3": lambda: emu3(seed=0)}[name]()[0]
     vision = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("q_proj")}
     assert any(root not in n for n in vision)  # an image tower, or attention of the VQ model, by the same names
-    captioner = SimpleNamespace(policy=CaptionPolicy(model), reference_policy=None, starting_adapter=None)
-    LoRA(rank=2).attach(captioner, keep_reference=True)
-    assert adapted(captioner) == {f"model.{root}.layers.{i}.{x}" for i in range(2) for x in ATTENTION | FEED_FORWARD}
+    learner = Learner(CaptionPolicy(model))
+    LoRA(rank=2).attach(learner, keep_reference=True)
+    assert adapted(learner) == {f"model.{root}.layers.{i}.{x}" for i in range(2) for x in ATTENTION | FEED_FORWARD}
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_all_linear_adapts_the_image_tower_too_but_not_the_head(created, family):
     captioner = copy.deepcopy(created(family))
-    modules = captioner.policy.model.named_modules()
+    modules = captioner.learner.network.model.named_modules()
     maps = {name for name, module in modules if isinstance(module, torch.nn.Linear)} - {"lm_head"}
-    LoRA(rank=2, target_modules="all-linear").attach(captioner, keep_reference=True)
-    assert adapted(captioner) == maps
+    LoRA(rank=2, target_modules="all-linear").attach(captioner.learner, keep_reference=True)
+    assert adapted(captioner.learner) == maps
     tower = [name for name in maps if "vis" in name and "language_model" not in name]
     assert len(tower) >= 2 * 4  # blocks, linear maps per block
     assert len(maps) > len(tower) + 12
@@ -125,11 +125,11 @@ def test_all_linear_adapts_the_image_tower_too_but_not_the_head(created, family)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_is_float32_beside_bfloat16_and_the_replay_is_exact(fresh, images, checkpointing):
-    fresh.policy.to(torch.bfloat16)
-    fresh.policy.gradient_checkpointing = checkpointing
-    LoRA(rank=2).attach(fresh, keep_reference=True)
+    fresh.learner.network.to(torch.bfloat16)
+    fresh.learner.network.gradient_checkpointing = checkpointing
+    LoRA(rank=2).attach(fresh.learner, keep_reference=True)
     assert {p.dtype for p in trainable(fresh).values()} == {torch.float32}
-    assert {p.dtype for p in fresh.policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in fresh.learner.network.parameters() if not p.requires_grad} == {torch.bfloat16}
     rollout = fresh.sample(fresh.prepare(images), 3, Sampling(1.0, 6), range(6))
     for _ in range(2):  # at the start, and with an adapter that does something
         old_NT = logprobs(fresh, rollout)  # without gradient, as a rollout's replay
@@ -141,8 +141,8 @@ def test_lora_is_float32_beside_bfloat16_and_the_replay_is_exact(fresh, images, 
 
 
 def test_an_update_far_below_the_resolution_of_bfloat16_is_kept(fresh):
-    fresh.policy.to(torch.bfloat16)
-    LoRA(rank=2).attach(fresh, keep_reference=False)
+    fresh.learner.network.to(torch.bfloat16)
+    LoRA(rank=2).attach(fresh.learner, keep_reference=False)
     weight = next(p for name, p in trainable(fresh).items() if "lora_A" in name)
     before = weight.detach().clone()
     torch.optim.SGD([weight], lr=1e-6).step(lambda: setattr(weight, "grad", torch.ones_like(weight)))
@@ -155,21 +155,21 @@ def test_what_trains_can_be_counted_without_weights(created, adapter, keep_refer
     """On the meta device, as a memory plan does."""
     for finetune in (LoRA(rank=2), LoRA(rank=2, target_modules="all-linear"), LoRA(adapter=adapter[0]), Full()):
         real, empty = (copy.deepcopy(created("qwen2_5_vl")) for _ in range(2))
-        policy = CaptionPolicy(empty.policy.model.to("meta"))
+        policy = CaptionPolicy(empty.learner.network.model.to("meta"))
         policy.model.tie_weights()
-        skeleton = SimpleNamespace(policy=policy, reference_policy=None, starting_adapter=None)
-        for captioner in (real, skeleton):
-            finetune.attach(captioner, keep_reference)
-        shapes = {name: p.shape for name, p in trainable(skeleton).items()}
+        skeleton = Learner(policy)
+        for learner in (real.learner, skeleton):
+            finetune.attach(learner, keep_reference)
+        shapes = {name: p.shape for name, p in policy.model.named_parameters() if p.requires_grad}
         assert shapes == {name: p.shape for name, p in trainable(real).items()}
-        assert {p.device.type for n, p in skeleton.policy.named_parameters() if "lora_" not in n} == {"meta"}
-        assert (skeleton.reference_policy is None) == (real.reference_policy is None)
+        assert {p.device.type for n, p in policy.named_parameters() if "lora_" not in n} == {"meta"}
+        assert len(skeleton.roots()) == len(real.learner.roots())
 
 
 def test_lora_starts_as_the_model_and_its_reference_stays_there(fresh, rollout):
     start = logprobs(fresh, rollout)
-    LoRA(rank=2).attach(fresh, keep_reference=True)
-    assert fresh.reference_policy is None  # no second copy
+    LoRA(rank=2).attach(fresh.learner, keep_reference=True)
+    assert len(fresh.learner.roots()) == 1  # no second copy
     assert torch.equal(logprobs(fresh, rollout), start)
     assert torch.equal(reference(fresh, rollout), start)
     step(fresh, rollout)
@@ -180,28 +180,28 @@ def test_lora_starts_as_the_model_and_its_reference_stays_there(fresh, rollout):
 
 
 def test_lora_trains_every_factor_and_nothing_else(fresh, rollout):
-    before = {name: p.clone() for name, p in fresh.policy.model.named_parameters()}
-    LoRA(rank=2).attach(fresh, keep_reference=False)
+    before = {name: p.clone() for name, p in fresh.learner.network.model.named_parameters()}
+    LoRA(rank=2).attach(fresh.learner, keep_reference=False)
     factors = {name: p.clone() for name, p in trainable(fresh).items()}
     step(fresh, rollout)
     step(fresh, rollout)
     assert not any(torch.equal(p, factors[name]) for name, p in trainable(fresh).items())
-    after = fresh.policy.base.state_dict()
+    after = fresh.learner.network.base.state_dict()
     for name, p in before.items():
         found = [value for key, value in after.items() if key.replace(".base_layer", "") == name]
         assert torch.equal(found[0], p), name
 
 
 def test_lora_has_no_dropout(fresh, rollout):
-    LoRA(rank=2).attach(fresh, keep_reference=False)
-    fresh.policy.train()
+    LoRA(rank=2).attach(fresh.learner, keep_reference=False)
+    fresh.learner.network.train()
     assert torch.equal(logprobs(fresh, rollout), logprobs(fresh, rollout))
 
 
 def test_lora_from_an_adapter_refers_to_that_adapter(fresh, rollout, adapter):
     folder, start = adapter
     base = logprobs(fresh, rollout)
-    LoRA(adapter=folder).attach(fresh, keep_reference=True)
+    LoRA(adapter=folder).attach(fresh.learner, keep_reference=True)
     assert torch.equal(logprobs(fresh, rollout), start)
     assert torch.equal(reference(fresh, rollout), start)
     assert (start - base).abs().max() > 1e-3
@@ -217,18 +217,18 @@ def test_lora_from_an_adapter_refers_to_that_adapter(fresh, rollout, adapter):
 
 
 def test_lora_from_an_adapter_keeps_no_second_one_unasked(fresh, rollout, adapter):
-    LoRA(adapter=adapter[0]).attach(fresh, keep_reference=False)
-    assert set(fresh.policy.model.peft_config) == {"default"}
+    LoRA(adapter=adapter[0]).attach(fresh.learner, keep_reference=False)
+    assert set(fresh.learner.network.model.peft_config) == {"default"}
     assert len(trainable(fresh)) == 28
-    with pytest.raises(RuntimeError, match="keep_reference"), fresh.reference():
+    with pytest.raises(RuntimeError, match="keep_reference"), fresh.learner.reference():
         pass  # the model without the adapter is not where the run started
 
 
 def test_an_error_inside_the_reference_leaves_the_policy_in_place(fresh, rollout, adapter):
-    LoRA(adapter=adapter[0]).attach(fresh, keep_reference=True)
+    LoRA(adapter=adapter[0]).attach(fresh.learner, keep_reference=True)
     step(fresh, rollout)
     moved = logprobs(fresh, rollout)
-    with pytest.raises(KeyError), fresh.reference():
+    with pytest.raises(KeyError), fresh.learner.reference():
         raise KeyError
     assert torch.equal(logprobs(fresh, rollout), moved)
     assert len(trainable(fresh)) == 28
@@ -236,7 +236,7 @@ def test_an_error_inside_the_reference_leaves_the_policy_in_place(fresh, rollout
 
 def test_lora_that_matches_nothing_is_an_error(fresh):
     with pytest.raises(ValueError, match="(?i)target.*modules.*nowhere"):
-        LoRA(target_modules=r".*nowhere").attach(fresh, keep_reference=False)
+        LoRA(target_modules=r".*nowhere").attach(fresh.learner, keep_reference=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- Full
@@ -245,16 +245,16 @@ def test_lora_that_matches_nothing_is_an_error(fresh):
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_full_leaves_the_image_tower_frozen(created, family):
     captioner = copy.deepcopy(created(family))
-    Full().attach(captioner, keep_reference=False)
-    model = captioner.policy.model.model
+    Full().attach(captioner.learner, keep_reference=False)
+    model = captioner.learner.network.model.model
     tower = model.visual if "qwen" in family else model.vision_tower
     assert not any(p.requires_grad for p in tower.parameters())
     assert all(p.requires_grad for p in model.language_model.parameters())
-    assert captioner.policy.model.get_output_embeddings().weight.requires_grad
+    assert captioner.learner.network.model.get_output_embeddings().weight.requires_grad
 
 
 def test_full_trains_what_it_is_told(fresh):
-    Full(trainable=r"layers\.1\.mlp").attach(fresh, keep_reference=False)
+    Full(trainable=r"layers\.1\.mlp").attach(fresh.learner, keep_reference=False)
     assert len(trainable(fresh)) == 3
     assert all("language_model.layers.1.mlp" in name for name in trainable(fresh))
 
@@ -262,31 +262,31 @@ def test_full_trains_what_it_is_told(fresh):
 def test_full_keeps_a_frozen_copy_only_when_asked(fresh, rollout):
     start = logprobs(fresh, rollout)
     lean = copy.deepcopy(fresh)
-    Full().attach(lean, keep_reference=False)
-    assert lean.reference_policy is None
-    with pytest.raises(RuntimeError, match="keep_reference"), lean.reference():
+    Full().attach(lean.learner, keep_reference=False)
+    assert len(lean.learner.roots()) == 1
+    with pytest.raises(RuntimeError, match="keep_reference"), lean.learner.reference():
         pass
-    Full().attach(fresh, keep_reference=True)
+    Full().attach(fresh.learner, keep_reference=True)
     assert torch.equal(reference(fresh, rollout), start)
     step(fresh, rollout, size=1e-3)
     assert (logprobs(fresh, rollout) - start).abs().max() > 1e-3
     assert torch.equal(reference(fresh, rollout), start)
-    assert not any(p.requires_grad or p.grad is not None for p in fresh.reference_policy.parameters())
-    mine = {p.data_ptr() for p in fresh.policy.parameters()}
-    assert not mine & {p.data_ptr() for p in fresh.reference_policy.parameters()}
-    assert fresh.policy.model.get_output_embeddings().weight is fresh.policy.model.get_input_embeddings().weight
+    assert not any(p.requires_grad or p.grad is not None for p in fresh.learner.start.network.parameters())
+    mine = {p.data_ptr() for p in fresh.learner.network.parameters()}
+    assert not mine & {p.data_ptr() for p in fresh.learner.start.network.parameters()}
+    assert fresh.learner.network.model.get_output_embeddings().weight is fresh.learner.network.model.get_input_embeddings().weight
 
 
 def test_an_error_inside_the_copy_leaves_the_policy_in_place(fresh):
-    Full().attach(fresh, keep_reference=True)
-    policy = fresh.policy
-    with fresh.reference():
-        assert fresh.policy is not policy
-    with pytest.raises(KeyError), fresh.reference():
+    Full().attach(fresh.learner, keep_reference=True)
+    policy = fresh.learner.network
+    with fresh.learner.reference():
+        assert fresh.learner.network is not policy
+    with pytest.raises(KeyError), fresh.learner.reference():
         raise KeyError
-    assert fresh.policy is policy
+    assert fresh.learner.network is policy
 
 
 def test_full_that_matches_nothing_is_an_error(fresh):
-    with pytest.raises(ValueError, match="finetune.trainable='nowhere'"):
-        Full(trainable="nowhere").attach(fresh, keep_reference=False)
+    with pytest.raises(ValueError, match="finetune.init_args.trainable='nowhere'"):
+        Full(trainable="nowhere").attach(fresh.learner, keep_reference=False)

@@ -185,7 +185,7 @@ def mixed(rank, folder):
 class HalfTiny(RandomTiny):
     def build(self):
         umm = super().build()
-        umm.captioner.policy.to(torch.bfloat16)
+        umm.captioner.learner.network.to(torch.bfloat16)
         return umm
 
 

@@ -55,9 +55,8 @@ def run(finetune, accumulate, options):
         cli = main(command(finetune, accumulate, options))
     (recorder,) = (one for one in cli.trainer.callbacks if isinstance(one, Recorder))
     model, settings = cli.model, {**cli.config.fit.trainer.as_dict(), "strategy": cli.trainer.strategy}
-    exchanges = communication(
-        model.policy, model.umm.captioner.reference_policy, processes_of(settings), model.plan.mini_batches, 2 * accumulate
-    )
+    policy, copy = [*model.umm.captioner.learner.roots(), None][:2]
+    exchanges = communication(policy, copy, processes_of(settings), model.plan.mini_batches, 2 * accumulate)
     steps = cli.trainer.global_step
     planned = {kind: sum(e.whole * e.times for e in exchanges if e.kind == kind) for kind in BY_KIND}
     counted = {kind: sent.bytes[name] / steps for kind, name in BY_KIND.items()}

@@ -86,11 +86,11 @@ def test_nothing_kept_is_untested():
 def test_a_folder_goes_before_what_is_kept(tmp_path, monkeypatch):
     name = "Qwen/Qwen2.5-VL-3B-Instruct"
     captioner = families.create("qwen2_5_vl")
-    captioner.policy.model.save_pretrained(tmp_path / name)
+    captioner.learner.network.model.save_pretrained(tmp_path / name)
     monkeypatch.setenv("UAE_CHECKPOINTS", str(tmp_path))
     small = vlm_skeleton(name, "float32")
     assert {key: value.shape for key, value in small.named_parameters()} == {
-        key: value.shape for key, value in captioner.policy.model.named_parameters()
+        key: value.shape for key, value in captioner.learner.network.model.named_parameters()
     }
     assert config_of(str(tmp_path / name)) == json.loads((tmp_path / name / "config.json").read_text())
 

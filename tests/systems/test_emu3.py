@@ -66,7 +66,7 @@ def test_stand_ins_load_by_the_plain_call(mirror, checkpoint):
 
 def test_one_network_fills_all_roles(mirror):
     umm = small().build()
-    assert umm.captioner.policy is umm.renderer.policy
+    assert umm.captioner.learner.network is umm.renderer.learner.network
     assert umm.renderer.modules() == []
     assert umm.captioner.instruction.startswith("Describe this image")
     rollout = umm.captioner.sample(umm.captioner.prepare(torch.rand(2, 3, 24, 24)), 2, Sampling(max_tokens=6), range(4))
@@ -85,7 +85,7 @@ def test_three_steps_and_back(mirror, tmp_path, finetune, train):
     run = fit(f"finetune/{finetune}_pretrained.yaml", extra=extra)
     assert run.trainer.global_step == 3
     assert json.loads((tmp_path / "outputs/emu3/summary.json").read_text())["steps"] == 3
-    trained, start = run.model.umm.captioner.policy.base, small().build().captioner.policy.base
+    trained, start = run.model.umm.captioner.learner.network.base, small().build().captioner.learner.network.base
     assert vq_bytes(trained) == vq_bytes(start)
     export = Path(run.trainer.log_dir, "export")
     if finetune == "lora":
@@ -97,7 +97,7 @@ def test_three_steps_and_back(mirror, tmp_path, finetune, train):
         expected = dict(trained.named_parameters())
         assert all(torch.equal(value, expected[name]) for name, value in weights.items())
         return
-    again = small(checkpoint=str(export)).build().captioner.policy.base
+    again = small(checkpoint=str(export)).build().captioner.learner.network.base
     expected = trained.state_dict()
     assert again.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
@@ -112,7 +112,7 @@ def test_a_budget_of_pixels_bounds_what_is_read(mirror):
         system = Emu3(height=24, width=16, reading=Reading(dtype="float32", **budget))
         captioner = system.build().captioner
         context = captioner.prepare(torch.rand(1, 3, 64, 64))
-        return int((context.rows["input_ids"] >= captioner.policy.first).sum())
+        return int((context.rows["input_ids"] >= captioner.learner.network.first).sum())
 
     assert tokens() == 9
     assert tokens(max_pixels=256) == 4

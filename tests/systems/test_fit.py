@@ -37,9 +37,9 @@ def test_three_steps(mirrored, monkeypatch, tmp_path, name, finetune):
     for part, network in networks(start).items():
         now = networks(trained)[part].state_dict()
         assert all(torch.equal(value, now[key]) for key, value in network.state_dict().items()), part
-    base = trained.captioner.policy.base
+    base = trained.captioner.learner.network.base
     now = {key.replace(".base_layer.", "."): value for key, value in base.state_dict().items() if "lora_" not in key}
-    moved = [k for k, v in start.captioner.policy.base.state_dict().items() if not torch.equal(v, now[k])]
+    moved = [k for k, v in start.captioner.learner.network.base.state_dict().items() if not torch.equal(v, now[k])]
     if finetune == "lora":
         assert not moved
         adapter = [p for key, p in base.named_parameters() if "lora_B" in key]

@@ -43,7 +43,7 @@ def umm(request, checkpoints):
 
 def released(umm):
     """The same checkpoint by transformers' own calls."""
-    path = umm.captioner.policy.model.name_or_path
+    path = umm.captioner.learner.network.model.name_or_path
     return JanusForConditionalGeneration.from_pretrained(path, dtype=torch.float32), AutoProcessor.from_pretrained(path)
 
 
@@ -76,7 +76,7 @@ def test_greedy_images_equal_generate(umm):
     theirs = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=5.0)
     greedy = JanusPro(model.name_or_path, image_temperature=0.0, rows=1, reading=FLOAT).build()
     drawn = greedy.renderer.sample(greedy.conditioner.encode(CAPTIONS), [0, 1])
-    assert torch.equal(drawn.actions_NS, theirs)
+    assert torch.equal(drawn.actions_RS, theirs)
     assert len(theirs.unique()) > 4
     pixels = model.decode_image_tokens(theirs).permute(0, 3, 1, 2)
     torch.testing.assert_close(greedy.renderer.pixels(drawn), (pixels / 2 + 0.5).clamp(0, 1), **CLOSE)
@@ -93,7 +93,7 @@ def test_greedy_captions_equal_generate(umm):
     assert processor.tokenizer.decode(inputs["input_ids"][0]).startswith(
         f"{processor.tokenizer.bos_token}You are a helpful"
     )
-    banned = umm.captioner.policy.banned_ids.tolist()
+    banned = umm.captioner.learner.network.banned_ids.tolist()
     ends = {"eos_token_id": umm.captioner.end_ids, "pad_token_id": umm.captioner.pad_id}
     theirs = model.generate(**inputs, **ends, do_sample=False, max_new_tokens=10, suppress_tokens=banned)
     ours = umm.captioner.sample(umm.captioner.prepare(images), 1, Sampling(0.0, 10), range(2)).tokens_NT
@@ -106,9 +106,9 @@ def test_greedy_captions_equal_generate(umm):
 def test_both_ratios_are_one(umm):
     images = [torch.rand(3, 20, side, generator=torch.Generator().manual_seed(side)) for side in (20, 30)]
     rollout = umm.captioner.sample(umm.captioner.prepare(images), 2, Sampling(1.0, 8), range(4))
-    torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_NT, atol=3e-5, rtol=0)
+    torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_RS, atol=3e-5, rtol=0)
     drawn = umm.renderer.sample(umm.conditioner.encode(rollout.texts, rollout), range(4))
-    torch.testing.assert_close(umm.renderer.logprobs(drawn), drawn.logp_NS, atol=3e-5, rtol=0)
+    torch.testing.assert_close(umm.renderer.logprobs(drawn), drawn.logp_RS, atol=3e-5, rtol=0)
     images = umm.renderer.pixels(drawn)
     assert images.shape == (4, 3, 16, 16)
     assert images.std() > 0.05
@@ -212,10 +212,10 @@ def test_trains(checkpoints, monkeypatch, tmp_path, finetune):
     summary = json.loads((tmp_path / "outputs/janus_pro/summary.json").read_text())
     assert 0 < summary["after"]["unified_score/held_out"] <= 1
     start, trained = JanusPro(reading=FLOAT).build(), run.model.umm
-    assert trained.captioner.policy is trained.renderer.policy
-    before, now = (one.captioner.policy.base.model.vqmodel.state_dict() for one in (start, trained))
+    assert trained.captioner.learner.network is trained.renderer.learner.network
+    before, now = (one.captioner.learner.network.base.model.vqmodel.state_dict() for one in (start, trained))
     assert all(torch.equal(value, now[name]) for name, value in before.items())
-    moved = [name for name, p in trained.captioner.policy.named_parameters() if p.requires_grad]
+    moved = [name for name, p in trained.captioner.learner.network.named_parameters() if p.requires_grad]
     assert ("lora" in moved[0]) == (finetune == "lora")
     if finetune == "full":
         path = tmp_path / "outputs/janus_pro/export"

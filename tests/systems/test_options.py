@@ -43,7 +43,7 @@ def test_condition_weights(run, name, weights):
 
 def untrained(system):
     umm = system.build()
-    LoRA(rank=4).attach(umm.captioner, keep_reference=True)
+    LoRA(rank=4).attach(umm.captioner.learner, keep_reference=True)
     return umm
 
 
@@ -54,7 +54,7 @@ def test_start_keeps_a_copy_in_full_finetuning(run):
         now, before = (u.conditioner.encode(CAPTIONS) for u in (trained.umm, untrained(trained.system)))
     torch.testing.assert_close(now.embeds_NLD, before.embeds_NLD)
     weight = "model.language_model.layers.0.mlp.up_proj.weight"
-    policy, copy = (p.model.get_parameter(weight) for p in (trained.policy, trained.umm.captioner.reference_policy))
+    policy, copy = (p.model.get_parameter(weight) for p in trained.umm.captioner.learner.roots())
     assert (policy - copy).abs().max() > 1e-3
 
 

@@ -204,7 +204,7 @@ def umm(request, checkpoints):
 def test_ratio_is_one(umm):
     images = [torch.rand(3, 40, side, generator=torch.Generator().manual_seed(side)) for side in (40, 72)]
     rollout = umm.captioner.sample(umm.captioner.prepare(images), 3, Sampling(1.0, 10), range(6))
-    torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_NT, **CLOSE)
+    torch.testing.assert_close(umm.captioner.logprobs(rollout), rollout.logp_RS, **CLOSE)
     assert len(set(rollout.texts)) > 3
 
 
@@ -213,16 +213,16 @@ def test_greedy_equals_generate_and_shipped_settings_change_nothing(umm):
     """The checkpoints ship top_k, a repetition penalty and a low temperature."""
     context = umm.captioner.prepare([torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))])
     ours = umm.captioner.sample(context, 2, Sampling(0.0, 10), range(2)).tokens_NT
-    model, inputs = umm.captioner.policy.model, context.inputs()
+    model, inputs = umm.captioner.learner.network.model, context.inputs()
     assert model.generation_config.repetition_penalty != 1.0
     neutral = {"do_sample": False, "repetition_penalty": 1.0, "top_k": None, "top_p": None, "temperature": None}
     ends = {"eos_token_id": umm.captioner.end_ids, "pad_token_id": umm.captioner.pad_id}
-    banned = umm.captioner.policy.banned_ids.tolist()
+    banned = umm.captioner.learner.network.banned_ids.tolist()
     theirs = model.generate(**inputs, **neutral, **ends, max_new_tokens=10, suppress_tokens=banned)
     assert torch.equal(ours, theirs[:, inputs["input_ids"].shape[1] :].repeat_interleave(2, 0))
     hot = umm.captioner.sample(context, 300, Sampling(50.0, 2), range(300))
     assert banned
-    assert not torch.isin(hot.tokens_NT[hot.mask_NT.bool()], umm.captioner.policy.banned_ids).any()
+    assert not torch.isin(hot.tokens_NT[hot.mask_RS.bool()], umm.captioner.learner.network.banned_ids).any()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from uae.coldstart.system_objective import CAPTIONER, SystemObjective, save_network
+from uae.coldstart.system_objective import CAPTIONER, SystemObjective, hf_captioner, save_network
 from uae.types import UMM, ImageBatch
 
 
@@ -31,10 +31,9 @@ class CaptionTuning(SystemObjective):
         """The captioner's trainables."""
         if self.finetune is None:
             raise ValueError("CaptionTuning needs to know what trains, and model.init_args.finetune is null: set it")
-        if not hasattr(umm.captioner, "policy"):
-            raise ValueError(f"CaptionTuning needs weights, and {type(umm.captioner).__name__} has none here")
-        self.finetune.attach(umm.captioner, keep_reference=False)
-        self.policy = umm.captioner.policy
+        captioner = hf_captioner(umm, "CaptionTuning")
+        self.finetune.attach(captioner.learner, keep_reference=False)
+        self.policy, self.processor = captioner.learner.network, captioner.processor
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: nats per token, the mean over the batch's tokens."""
@@ -43,7 +42,7 @@ class CaptionTuning(SystemObjective):
     def _nats(self, batch: ImageBatch) -> Tensor:
         rollout = self.rollout(batch, self.max_tokens)
         logp_BT = self.policy(rollout.context, rollout.tokens_NT, 1, 1.0)
-        return -logp_BT.masked_fill(rollout.mask_NT == 0, 0.0).sum() / rollout.mask_NT.sum()  # padding is banned: -inf
+        return -logp_BT.masked_fill(rollout.mask_RS == 0, 0.0).sum() / rollout.mask_RS.sum()  # padding is banned: -inf
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
@@ -52,7 +51,6 @@ class CaptionTuning(SystemObjective):
 
     def save(self, folder: Path) -> None:
         """Write ``captioner/``."""
-        (umm,) = self.frozen
         save_network(folder / CAPTIONER, self.policy.model)
-        if not hasattr(self.policy.model, "peft_config"):
-            umm.captioner.processor.save_pretrained(folder / CAPTIONER)
+        if not self.policy.adapted:
+            self.processor.save_pretrained(folder / CAPTIONER)

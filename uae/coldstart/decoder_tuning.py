@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uae.coldstart.system_objective import (
     DENOISER,
@@ -19,7 +17,9 @@ from uae.coldstart.system_objective import (
     unfreeze,
 )
 from uae.coldstart.velocity import check_pipeline, latents_of, velocity_of
+from uae.learner import Learner
 from uae.models.finetune import IMAGE_TRANSFORMER, Finetune, Full, LoRA
+from uae.models.flow.network import FlowNetwork
 from uae.models.pipelines.contracts import denoiser_of
 from uae.seeds import seed_of
 from uae.types import UMM, ImageBatch
@@ -58,8 +58,7 @@ class DecoderTuning(SystemObjective):
 
     def attach(self, umm: UMM) -> None:
         """The denoiser's trainables, and the conditioner's."""
-        renderer: Any = umm.renderer
-        check_pipeline(renderer)
+        renderer = check_pipeline(umm.renderer)
         placement = renderer.rendering.placement
         key = "model.init_args.system.init_args.rendering.placement"
         if placement.offload or placement.device is not None:
@@ -71,22 +70,22 @@ class DecoderTuning(SystemObjective):
                 f"{key}.dtype={placement.dtype} would round away the updates of {type(self.decoder).__name__}; allowed: float32 "
                 "(with trainer.precision=bf16-mixed), or bfloat16 below an adapter (LoRA)"
             )
-        holder = SimpleNamespace(policy=SimpleNamespace(model=denoiser_of(renderer.pipe)), starting_adapter=None)
-        self.decoder.attach(holder, keep_reference=False)
-        self.denoiser: nn.Module = holder.policy.model  # an adapter goes into the pipeline's own layers
+        learner = Learner(FlowNetwork(denoiser_of(renderer.pipe)))
+        self.decoder.attach(learner, keep_reference=False)
+        self.denoiser = learner.network.model  # an adapter goes into the pipeline's own layers
+        self.renderer = renderer
         if self.trainable:
             unfreeze(umm.conditioner, self.trainable, "DecoderTuning")
             self.conditioner = umm.conditioner
         if self.gradient_checkpointing:
-            recompute(renderer.pipe)
+            recompute(renderer)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: mean squared error of the velocity, latent units."""
         return {"loss": self._error(batch, self.step)}
 
     def _error(self, batch: ImageBatch, step: int) -> Tensor:
-        (umm,) = self.frozen
-        renderer = umm.renderer
+        renderer = self.renderer
         seeds = [seed_of(self.seed, image, step, "flow") for image in batch["id"].tolist()]
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         draws = torch.stack([torch.rand(1, generator=stream)[0] for stream in streams])

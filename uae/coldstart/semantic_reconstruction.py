@@ -12,6 +12,8 @@ from uae.coldstart.system_objective import (
     CAPTIONER,
     SystemObjective,
     captions_of,
+    diffusers_renderer,
+    hf_captioner,
     recompute,
     save_network,
     save_trained,
@@ -54,12 +56,7 @@ class SemanticReconstruction(SystemObjective):
 
     def attach(self, umm: UMM) -> None:
         """The conditioner's trainables, and the language model's."""
-        renderer: Any = umm.renderer
-        if not hasattr(renderer, "pipe"):
-            raise ValueError(
-                f"SemanticReconstruction needs a gradient through the renderer, and {type(renderer).__name__} has none: change "
-                "model.init_args.system"
-            )
+        self.renderer = diffusers_renderer(umm, "SemanticReconstruction")
         unfreeze(umm.conditioner, self.trainable, "SemanticReconstruction")
         self.conditioner: Any = umm.conditioner
         if self.language_model:
@@ -74,7 +71,7 @@ class SemanticReconstruction(SystemObjective):
             )
         self.encoder.load()
         if self.gradient_checkpointing:
-            recompute(renderer.pipe)
+            recompute(self.renderer)
 
     def _attach_language_model(self, umm: UMM) -> None:
         key = "model.init_args.objective.init_args.language_model"
@@ -90,10 +87,11 @@ class SemanticReconstruction(SystemObjective):
             )
         if self.finetune is None:
             raise ValueError(f"{key}=true, and model.init_args.finetune is null: set it")
-        self.finetune.attach(umm.captioner, keep_reference=False)
-        self.policy: Any = umm.captioner.policy  # type: ignore[attr-defined]
+        captioner = hf_captioner(umm, "SemanticReconstruction")
+        self.finetune.attach(captioner.learner, keep_reference=False)
+        self.policy, self.processor = captioner.learner.network, captioner.processor
 
-    def place(self, device: Any) -> None:
+    def place(self, device: torch.device) -> None:
         """Move the parts that Lightning does not know of, the encoder too."""
         super().place(device)
         assert self.encoder is not None
@@ -104,12 +102,11 @@ class SemanticReconstruction(SystemObjective):
         return {"loss": 1 - self._cosine(batch, self.step).mean()}
 
     def _cosine(self, batch: ImageBatch, step: int) -> Tensor:
-        (umm,) = self.frozen
         assert self.encoder is not None
         condition = self.condition(batch, captions_of(batch, self))
         seeds = [seed_of(self.seed, image, step) for image in batch["id"].tolist()]
         grad = torch.is_grad_enabled()
-        drawn_BCHW = umm.renderer.render(condition, seeds, grad=grad, last=self.last_steps)
+        drawn_BCHW = self.renderer.render(condition, seeds, grad=grad, last=self.last_steps)
         with torch.no_grad():
             source_BD = self.encoder.embed(batch["image"])
         return similarity(source_BD, self.encoder.embed(drawn_BCHW))
@@ -123,7 +120,6 @@ class SemanticReconstruction(SystemObjective):
         """Write ``conditioner.safetensors`` and ``captioner/``."""
         save_trained(folder, self.conditioner)
         if self.language_model:
-            (umm,) = self.frozen
             save_network(folder / CAPTIONER, self.policy.model)
-            if not hasattr(self.policy.model, "peft_config"):
-                umm.captioner.processor.save_pretrained(folder / CAPTIONER)
+            if not self.policy.adapted:
+                self.processor.save_pretrained(folder / CAPTIONER)

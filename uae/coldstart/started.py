@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from uae.coldstart.system_objective import CAPTIONER, CONDITIONER, DENOISER
+from uae.coldstart.system_objective import CAPTIONER, CONDITIONER, DENOISER, diffusers_renderer
 from uae.models.pipelines.contracts import denoiser_of
-from uae.types import UMM, System
+from uae.types import UMM, PlannedSystem, System
 
 
 class Started:
     """Any system with the weights of a cold start in place of its own, as a `uae.types.System`.
 
     Args:
-        system: As the cold start had it.
-        folder: What it wrote: ``captioner``, ``denoiser`` and ``conditioner.safetensors``, as far as they trained.
+        system: The system that the cold start trained.
+        folder: Folder that the cold start wrote: ``captioner``, ``denoiser`` and ``conditioner.safetensors``, as far as they trained.
             Adapters are merged. (To continue a captioner's adapter instead, leave this out and use
             ``LoRA(adapter=<folder>/captioner)``.)
     """
@@ -27,7 +27,9 @@ class Started:
 
     def blueprint(self) -> Any:
         """Sizes, without weights: the system's own."""
-        return self.system.blueprint()  # type: ignore[attr-defined]
+        if not isinstance(self.system, PlannedSystem):
+            raise ValueError(f"{type(self.system).__name__} has no memory plan; leave --print_plan out")
+        return self.system.blueprint()
 
     def build(self) -> UMM:
         """Build the system and replace weights.
@@ -42,12 +44,18 @@ class Started:
             raise FileNotFoundError(
                 f"no cold start in {self.folder!r}: correct model.init_args.system.init_args.folder"
             )
-        umm: Any = self.system.build()
+        umm = self.system.build()
         if captioner.is_dir():
-            umm.captioner.policy.model = _with(umm.captioner.policy.model, captioner)
+            network = umm.captioner.learner.network
+            network.model = _with(network.model, captioner)
         if denoiser.is_dir():
-            _with(denoiser_of(umm.renderer.pipe), denoiser)
+            _with(denoiser_of(diffusers_renderer(umm, "A cold start of the denoiser").pipe), denoiser)
         if conditioner.is_file():
+            if not isinstance(umm.conditioner, nn.Module):
+                raise ValueError(
+                    f"{conditioner} has weights of a conditioner, and {type(umm.conditioner).__name__} has none: correct "
+                    "model.init_args.system.init_args.folder"
+                )
             _load(umm.conditioner, conditioner)
         return umm
 

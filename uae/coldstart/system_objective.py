@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from uae.coldstart.objective import Objective
+from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.policy import VLMContext
 from uae.models.finetune import Finetune
 from uae.models.pipelines.contracts import denoiser_of
+from uae.models.renderers.diffusers import DiffusersRenderer
 from uae.rewards import WeightedReward
 from uae.types import UMM, Condition, ImageBatch, Rollout, System
 
@@ -55,36 +58,62 @@ class SystemObjective(Objective):
         """Build the system on the CPU, freeze all of it, and unfreeze what trains."""
         assert self.system is not None
         umm = self.system.build()
-        for part in (getattr(umm.captioner, "policy", None), umm.conditioner):
+        for part in (umm.captioner.learner.network, umm.conditioner):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
         with torch.random.fork_rng(devices=[]):  # an adapter's start is the same on every rank
             torch.manual_seed(self.seed)
             self.attach(umm)
-        self.frozen = (umm,)
+        self.frozen: tuple[UMM, ...] = (umm,)
 
     def attach(self, umm: UMM) -> None:
         """Unfreeze and register what trains, and refuse a system that this objective cannot train."""
         raise NotImplementedError
 
-    def place(self, device: Any) -> None:
+    def place(self, device: torch.device) -> None:
         """Move the parts that Lightning does not know of."""
         (umm,) = self.frozen
-        for part in (umm.captioner, umm.conditioner, umm.renderer):
-            part.to(device)
+        umm.captioner.to(device)
+        umm.conditioner.to(device)
+        umm.renderer.to(device)
 
-    def rollout(self, batch: ImageBatch, max_tokens: int) -> Rollout:
+    def rollout(self, batch: ImageBatch, max_tokens: int) -> Rollout[VLMContext]:
         """The data set's captions, as if the captioner had written them."""
         (umm,) = self.frozen
-        context = umm.captioner.prepare(batch["image"], self.instruction)
-        return caption_rollout(umm.captioner, captions_of(batch, self), context, max_tokens)
+        captioner = hf_captioner(umm, type(self).__name__)
+        context = captioner.prepare(batch["image"], self.instruction)
+        return caption_rollout(captioner, captions_of(batch, self), context, max_tokens)
 
     def condition(self, batch: ImageBatch, captions: list[str]) -> Condition:
         """What the renderer draws from; with the rollout for conditioners that read it beside the image."""
         (umm,) = self.frozen
-        tokenized = hasattr(umm.captioner, "processor")  # an external captioner's captions are text and nothing else
+        tokenized = isinstance(umm.captioner, HFCaptioner)  # of other captioners, captions are text and nothing else
         rollout = self.rollout({**batch, "caption": captions}, max_tokens=2**30) if tokenized else None
         return umm.conditioner.encode(captions, rollout)
+
+
+def hf_captioner(umm: UMM, who: str) -> HFCaptioner:
+    """The captioner of a system, which has weights and a tokenizer here.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
+    if not isinstance(umm.captioner, HFCaptioner):
+        kind = type(umm.captioner).__name__
+        raise ValueError(f"{who} needs a captioner's weights, and {kind} has none here: change model.init_args.system")
+    return umm.captioner
+
+
+def diffusers_renderer(umm: UMM, who: str) -> DiffusersRenderer:
+    """The renderer of a system, which is a diffusers pipeline.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
+    if not isinstance(umm.renderer, DiffusersRenderer):
+        kind = type(umm.renderer).__name__
+        raise ValueError(f"{who} needs a diffusers pipeline, and {kind} is none: change model.init_args.system")
+    return umm.renderer
 
 
 def captions_of(batch: ImageBatch, objective: nn.Module) -> list[str]:
@@ -102,23 +131,32 @@ def captions_of(batch: ImageBatch, objective: nn.Module) -> list[str]:
     return batch["caption"]
 
 
-def caption_rollout(captioner: Any, captions: list[str], context: Any, max_tokens: int) -> Rollout:
+def caption_rollout(
+    captioner: HFCaptioner, captions: list[str], context: VLMContext, max_tokens: int
+) -> Rollout[VLMContext]:
     """Captions as a rollout with one caption per image: tokens ``[B, T]``, padded on the right.
 
     A caption ends with the end-of-sequence token unless it is cut at ``max_tokens``. Tokens that the policy never says
     (placeholders of images, ends of turns) are left out of it: their log-probs would be -inf.
     """
-    words = captioner.processor.tokenizer
-    end = words.eos_token_id if words.eos_token_id in captioner.end_ids else captioner.end_ids[0]
-    never = {*captioner.policy.banned_ids.tolist(), *captioner.end_ids}
+    tokenizer = captioner.processor.tokenizer
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in captioner.end_ids else captioner.end_ids[0]
+    never = {*captioner.learner.network.banned_ids.tolist(), *captioner.end_ids}
     rows = []
-    for ids in words(captions, add_special_tokens=False)["input_ids"]:
+    for ids in tokenizer(captions, add_special_tokens=False)["input_ids"]:
         rows.append([*(i for i in ids if i not in never), end][:max_tokens])
     length = max(map(len, rows))
     tokens_BT = torch.tensor([row + [captioner.pad_id] * (length - len(row)) for row in rows])
     mask_BT = torch.tensor([[1.0] * len(row) + [0.0] * (length - len(row)) for row in rows])
     tokens_BT, mask_BT = tokens_BT.to(captioner.device), mask_BT.to(captioner.device)
-    return Rollout(tokens_BT, mask_BT, torch.zeros_like(mask_BT), list(captions), context, group=1)
+    return Rollout(
+        mask_RS=mask_BT,
+        logp_RS=torch.zeros_like(mask_BT),
+        tokens_NT=tokens_BT,
+        texts=list(captions),
+        context=context,
+        group=1,
+    )
 
 
 def unfreeze(module: Any, pattern: str, what: str) -> None:
@@ -141,9 +179,9 @@ def unfreeze(module: Any, pattern: str, what: str) -> None:
         parameters[name].data = parameters[name].data.float()
 
 
-def recompute(pipe: Any) -> None:
+def recompute(renderer: DiffusersRenderer) -> None:
     """Gradient checkpointing of the denoiser, by its own method."""
-    denoiser = denoiser_of(pipe)
+    denoiser = denoiser_of(renderer.pipe)
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         raise ValueError(
             f"{type(denoiser).__name__} has no gradient checkpointing; set "

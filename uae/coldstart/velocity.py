@@ -1,4 +1,4 @@
-"""What a flow pipeline's denoiser says at a given point: by the pipeline's own call, so for any pipeline.
+"""The velocity that a flow pipeline's denoiser predicts at given latents and times, for any pipeline: by its own call.
 
 A pipeline knows how its transformer takes conditions, guidance, positions and times. It is called for one step at the given
 times, whose outcome is the velocity itself.
@@ -19,35 +19,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uae.models.pipelines.steps import check_flow
-from uae.models.renderers.diffusers import Call
-from uae.types import Condition
+from uae.models.renderers.diffusers import Call, DiffusersRenderer
+from uae.types import Condition, Renderer
 
 
-def check_pipeline(renderer: Any) -> None:
-    """Raise unless a renderer is a diffusers pipeline that predicts velocities from embeddings.
+def check_pipeline(renderer: Renderer) -> DiffusersRenderer:
+    """The same renderer, if it is a diffusers pipeline that predicts velocities from embeddings.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: It is none, with the reason.
     """
-    pipe, reason = getattr(renderer, "pipe", None), ""
-    if pipe is None:
-        reason = f"{type(renderer).__name__} is no diffusers pipeline"
-    elif not renderer.contract.takes_embeddings:
-        reason = f"{type(pipe).__name__} takes captions as text only"
-    else:
-        try:
-            check_flow(pipe)
-        except ValueError:
-            reason = f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} does not draw by flow matching"
-    if reason:
-        raise ValueError(
-            f"DecoderTuning needs a flow-matching pipeline (Stable Diffusion 3, FLUX, Sana, Qwen-Image), but {reason}: change "
-            "model.init_args.system"
-        )
+    if not isinstance(renderer, DiffusersRenderer):
+        raise _no_flow(f"{type(renderer).__name__} is no diffusers pipeline")
+    if not renderer.contract.takes_embeddings:
+        raise _no_flow(f"{type(renderer.pipe).__name__} takes captions as text only")
+    try:
+        check_flow(renderer.pipe)
+    except ValueError as error:
+        names = f"{type(renderer.pipe).__name__} with {type(renderer.pipe.scheduler).__name__}"
+        raise _no_flow(f"{names} does not draw by flow matching") from error
+    return renderer
+
+
+def _no_flow(reason: str) -> ValueError:
+    return ValueError(
+        f"DecoderTuning needs a flow-matching pipeline (Stable Diffusion 3, FLUX, Sana, Qwen-Image), but {reason}: change "
+        "model.init_args.system"
+    )
 
 
 @torch.no_grad()
-def latents_of(renderer: Any, images_NCHW: Tensor) -> Tensor:
+def latents_of(renderer: DiffusersRenderer, images_NCHW: Tensor) -> Tensor:
     """Images in [0, 1] as the pipeline's own latents, float32: of the size it draws, standardised, packed if it packs."""
     pipe, config = renderer.pipe, renderer.pipe.vae.config
     size = renderer.rendering.height, renderer.rendering.width

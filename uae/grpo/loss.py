@@ -96,6 +96,12 @@ class GRPOLoss:
                 "loss.aggregation=dr_grpo needs loss.max_tokens, the length it divides by: sampling.max_tokens"
             )
 
+    @property
+    def window(self) -> Literal["none", "local", "global"]:
+        """Whose tokens of an optimizer window the loss divides by: nobody's, those of this process, or those of all."""
+        windows: dict[Aggregation, Literal["local", "global"]] = {"bnpo": "local", "dapo": "global"}
+        return windows.get(self.aggregation, "none")
+
     def __call__(
         self,
         logp: Tensor,

@@ -51,7 +51,7 @@ def _update_rows(policy: CaptionPolicy, drawing: TokenDrawing, prompt: int, imag
     length = prompt + drawing.written - 1
     with_gradient = 2 if guided and mode == "guided" else 1
     kept = images * image_update_bytes(policy, prompt, drawing.written, with_gradient)
-    adapted = hasattr(policy.model, "get_base_model")
+    adapted = policy.adapted
     reading = estimates.reading_bytes(
         text_config(model), images * with_gradient * length, model.dtype.itemsize, adapted
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from uae.learner import Learner
 from uae.memory import estimates
 from uae.memory.communication import communication
 from uae.memory.image_tokens import image_token_rows
@@ -63,17 +63,15 @@ def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[
     """The run's own finetuning on the blueprint's policy; and the reference's copy of it, if there is one."""
     recompute = blueprint.reading is not None and blueprint.reading.gradient_checkpointing
     network = copy.deepcopy(blueprint.policy)
-    captioner = SimpleNamespace(
-        policy=CaptionPolicy(network, gradient_checkpointing=recompute), reference_policy=None, starting_adapter=None
-    )
+    learner = Learner(CaptionPolicy(network, gradient_checkpointing=recompute))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an adapter's weights are read, and go nowhere: torch says so for each
         shared = blueprint.drawing is not None  # one network: a KL on either segment reads its copy
         compared = bool(module.references) if shared else "caption" in module.references
-        module.finetune.attach(captioner, keep_reference=compared or blueprint.needs_reference)
+        module.finetune.attach(learner, keep_reference=compared or blueprint.needs_reference)
     if processes.cast_to is not None:
-        captioner.policy.to(processes.cast_to)
-    return captioner.policy, captioner.reference_policy
+        learner.network.to(processes.cast_to)
+    return learner.network, next(iter(learner.roots()[1:]), None)
 
 
 def _sizes(module: Any, data: Any, blueprint: Blueprint) -> Sizes:

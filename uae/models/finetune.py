@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from uae.learner import FrozenAdapter, FrozenCopy, Learner, WithoutAdapter
 
 LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids; Emu3's is named text_model
     r".*\b(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
@@ -20,15 +18,14 @@ IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
 
 
 class Finetune:
-    """Decides which parameters of a captioner train and where its reference comes from."""
+    """Decides which parameters of a network train, and how it gets back to where it started."""
 
-    def attach(self, captioner: Any, keep_reference: bool) -> None:
-        """Freeze and unfreeze ``captioner.policy`` in place.
+    def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
+        """Freeze and unfreeze ``learner.network`` in place, and set ``learner.start``.
 
         Args:
-            captioner: An `uae.models.captioners.captioner.HFCaptioner` (or anything with ``policy``, ``reference_policy`` and
-                ``starting_adapter``).
-            keep_reference: Whether ``captioner.reference()`` will be needed (a KL coefficient above 0).
+            learner: The network, with the weights it starts from.
+            keep_reference: Whether ``learner.reference()`` will be needed (a KL coefficient above 0).
         """
         raise NotImplementedError
 
@@ -56,26 +53,26 @@ class LoRA(Finetune):
     ) -> None:
         self.rank, self.alpha, self.target_modules, self.adapter = rank, alpha, target_modules, adapter
 
-    def attach(self, captioner: Any, keep_reference: bool) -> None:
+    def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Wrap the model in a PeftModel. Dropout is 0: with it the policy ratio would not be one."""
         import peft
 
-        model = captioner.policy.model.requires_grad_(False)
+        network = learner.network
+        model = network.model.requires_grad_(False)
         if self.adapter is None:
-            head = getattr(captioner.policy, "image_head", None)  # its weight is read, past any adapter
+            aside = network.never_adapted()
             config = peft.LoraConfig(
                 r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, lora_dropout=0.0,
-                exclude_modules=[name for name, module in model.named_modules() if module is head] or None,
+                exclude_modules=[name for name, module in model.named_modules() if module in aside] or None,
             )  # fmt: skip
-            captioner.policy.model = peft.get_peft_model(model, config)
-            captioner.starting_adapter = ""
+            network.model, learner.start = peft.get_peft_model(model, config), WithoutAdapter()
             return
         wrapped = peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
         if keep_reference:
             wrapped.load_adapter(self.adapter, adapter_name="reference", is_trainable=False)
             wrapped.set_adapter("default")
-            captioner.starting_adapter = "reference"
-        captioner.policy.model = wrapped
+            learner.start = FrozenAdapter("reference")
+        network.model = wrapped
 
 
 class Full(Finetune):
@@ -89,29 +86,16 @@ class Full(Finetune):
     def __init__(self, trainable: str = IMAGE_TOWER_ASIDE) -> None:
         self.trainable = trainable
 
-    def attach(self, captioner: Any, keep_reference: bool) -> None:
+    def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Unfreeze what matches and keep a copy of the start if asked."""
-        policy: nn.Module = captioner.policy
+        network = learner.network
         if keep_reference:
-            captioner.reference_policy = copy.deepcopy(policy).requires_grad_(False).eval()
-        names = [name for name, _ in policy.model.named_parameters() if re.search(self.trainable, name)]
+            learner.start = FrozenCopy(copy.deepcopy(network).requires_grad_(False).eval())
+        names = [name for name, _ in network.model.named_parameters() if re.search(self.trainable, name)]
         if not names:
-            raise ValueError(f"finetune.trainable={self.trainable!r} matches no parameter of the policy")
-        for name, parameter in policy.model.named_parameters():
+            raise ValueError(
+                f"model.init_args.finetune.init_args.trainable={self.trainable!r} matches no parameter of the network; allowed: "
+                "a regular expression that is found in the name of one"
+            )
+        for name, parameter in network.model.named_parameters():
             parameter.requires_grad_(name in names)
-
-
-@contextmanager
-def switched_to(adapter: str, model: Any) -> Iterator[None]:
-    """Inside, a PeftModel works with another adapter than "default", or with none ("")."""
-    trains = [parameter.requires_grad for parameter in model.parameters()]
-    if adapter:
-        model.set_adapter(adapter)
-    try:
-        with nullcontext() if adapter else model.disable_adapter():
-            yield
-    finally:
-        if adapter:
-            model.set_adapter("default")
-        for parameter, trained in zip(model.parameters(), trains, strict=True):  # PEFT switches these as well
-            parameter.requires_grad_(trained)

@@ -92,7 +92,7 @@ class _Queries:
 
         frozen, placement = self.condition_weights == "start", self.rendering.placement
         captioner = load_captioner(self.captioner, self.reading, COMPLETELY)
-        conditioner, trained = self.conditioner(captioner, captioner.reference if frozen else nullcontext)
+        conditioner, trained = self.conditioner(captioner, captioner.learner.reference if frozen else nullcontext)
         conditioner.requires_grad_(False).eval().to(torch_dtype(placement))
         pipe = load_pipeline(self.pipeline, placement, text_encoder=None, tokenizer=None)
         if trained:

@@ -134,7 +134,7 @@ class UAE:
             template=chat_template(captioner.processor, role="generate"),
             max_tokens=self.condition_tokens,
             pooled=pooled_P,
-            weights=captioner.reference if self.condition_weights == "start" else nullcontext,
+            weights=captioner.learner.reference if self.condition_weights == "start" else nullcontext,
         )
         if self.condition_on == "text":
             return reads, reads

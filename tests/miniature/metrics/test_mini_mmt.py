@@ -120,7 +120,7 @@ def test_likelihood_is_the_mean_log_probability_of_each_option_by_itself():
     asked = questions("small_object_presence", 4)
     images = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     scores = likelihood(captioner)(images, [one.options for one in asked])
-    words, model = captioner.processor.tokenizer, captioner.policy.base
+    words, model = captioner.processor.tokenizer, captioner.learner.network.base
     for b, one in enumerate(asked):
         for k, text in enumerate(one.options):
             context = captioner.prepare(images[b : b + 1])
@@ -131,7 +131,7 @@ def test_likelihood_is_the_mean_log_probability_of_each_option_by_itself():
             kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, caption.shape[1]))
             out = model(**inputs | {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds})
             logits = out.logits[0, -caption.shape[1] - 1 : -1].float()
-            logits[:, captioner.policy.banned_ids] = -torch.inf
+            logits[:, captioner.learner.network.banned_ids] = -torch.inf
             expected = logits.log_softmax(-1).gather(1, caption[0][:, None]).mean()
             assert scores[b, k].item() == pytest.approx(expected.item(), abs=1e-4)
 

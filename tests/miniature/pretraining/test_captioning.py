@@ -20,7 +20,8 @@ def test_the_caption_loss_is_nats_per_word_whatever_the_padding(batch, monkeypat
         rows = [torch.tensor(words(text)["input_ids"] + [words.eos_token_id]) for text in texts]
         tokens_NT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)  # anything
         mask_NT = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
-        rollout = Rollout(tokens_NT, mask_NT, mask_NT, texts, captioner.prepare(batch["image"]), 1)
+        context = captioner.prepare(batch["image"])
+        rollout = Rollout(mask_RS=mask_NT, logp_RS=mask_NT, tokens_NT=tokens_NT, texts=texts, context=context, group=1)
         expected = -plain_logprobs(captioner, rollout).sum() / sum(len(text.split()) + 1 for text in texts)
     torch.testing.assert_close(terms["caption"], expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(terms["loss"], terms["caption"] + terms["reading"])

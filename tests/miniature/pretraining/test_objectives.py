@@ -58,7 +58,7 @@ def outputs(name, objective, folder, batch):
         if folder:
             model, words = load_captioner(folder / "captioner"), load_processor(folder / "captioner")
             captioner = HFCaptioner(model, words, INSTRUCTION)
-        return captioner.sample(captioner.prepare(images), 2, Sampling(1.0, 8), range(24)).logp_NT
+        return captioner.sample(captioner.prepare(images), 2, Sampling(1.0, 8), range(24)).logp_RS
     if name == "contrastive":
         loaded = OpenCLIPEncoder(f"local-dir:{folder / 'clip'}", None) if folder else None
         return loaded.load("cpu").embed(images) if folder else objective.clip.encode_image((images - 0.5) / 0.5)

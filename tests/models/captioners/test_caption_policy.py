@@ -22,7 +22,7 @@ def plain_states(captioner, context, image, tokens):
     for name, x in more.items():
         if name in inputs:
             inputs[name] = torch.cat([inputs[name][0][real], x])[None]
-    return captioner.policy.base.model(**inputs, use_cache=False).last_hidden_state[0, -len(tokens) :]
+    return captioner.learner.network.base.model(**inputs, use_cache=False).last_hidden_state[0, -len(tokens) :]
 
 
 # ----------------------------------------------------------------------------------------------------------- context
@@ -32,9 +32,9 @@ def test_a_context_holds_its_source_images(captioner, images):
     context = captioner.prepare(images)
     assert [torch.equal(a, b) for a, b in zip(context.images, images, strict=True)] == [True, True]
     assert [x.shape[2] for x in context.index([1, 0, 1]).images] == [40, 24, 40]
-    assert [x.shape[2] for x in context.repeat(2).images] == [24, 24, 40, 40]
+    assert [x.shape[2] for x in context.index([0, 0, 1, 1]).images] == [24, 24, 40, 40]
     rollout = captioner.sample(context, 2, Sampling(1.0, 2), range(4))
-    assert torch.equal(rollout.select([1]).context.images[0], images[1])
+    assert torch.equal(rollout.of([1], rollout.group).context.images[0], images[1])
 
 
 def test_tiles_belong_to_their_image(created, images):
@@ -71,23 +71,23 @@ def test_a_pile_that_cannot_be_divided_is_refused(created, images):
 def test_the_question_may_come_first(created, images, family):
     """Both orders are policies of their own: a ratio of one each, other log-probs than the other's."""
     before = created(family)
-    behind = HFCaptioner(before.policy.model, before.processor, "describe", image_first=False)
+    behind = HFCaptioner(before.learner.network.model, before.processor, "describe", image_first=False)
     behind.end_ids = before.end_ids
     image, question = "<|image_pad|>", "describe"
     assert before.prompt(question).index(image) < before.prompt(question).index(question)
     assert behind.prompt(question).index(image) > behind.prompt(question).index(question)
     rollout = behind.sample(behind.prepare(images), 3, Sampling(0.7, 6), range(6))
-    torch.testing.assert_close(behind.logprobs(rollout), rollout.logp_NT, **TOLERANCE)
-    torch.testing.assert_close(families.plain_logprobs(behind, rollout), rollout.logp_NT, **TOLERANCE)
+    torch.testing.assert_close(behind.logprobs(rollout), rollout.logp_RS, **TOLERANCE)
+    torch.testing.assert_close(families.plain_logprobs(behind, rollout), rollout.logp_RS, **TOLERANCE)
     other = before.logprobs(replace(rollout, context=before.prepare(images)))
-    assert (other - rollout.logp_NT).abs().max() > 1e-2
+    assert (other - rollout.logp_RS).abs().max() > 1e-2
 
 
 def test_a_template_that_puts_images_first_is_no_silent_contradiction(fresh):
     image, text = "{% for x in part %}<|image_pad|>{% endfor %}", "describe"
     fresh.processor.chat_template = f"{{% set part = [1] %}}user {image} {text} assistant"
-    assert HFCaptioner(fresh.policy.model, fresh.processor, text).prompt(text) == "user <|image_pad|> describe assistant"
-    behind = HFCaptioner(fresh.policy.model, fresh.processor, text, image_first=False)
+    assert HFCaptioner(fresh.learner.network.model, fresh.processor, text).prompt(text) == "user <|image_pad|> describe assistant"
+    behind = HFCaptioner(fresh.learner.network.model, fresh.processor, text, image_first=False)
     with pytest.raises(ValueError, match=r"image_first=False.*reading.image_first to True"):
         behind.prompt(text)
 
@@ -97,7 +97,7 @@ def test_a_template_that_puts_images_first_is_no_silent_contradiction(fresh):
 
 @torch.no_grad()
 def test_hidden_states_at_caption_tokens(captioner, rollout):
-    hidden_NTD = captioner.policy.hidden(rollout.context, rollout.tokens_NT, rollout.group)
+    hidden_NTD = captioner.learner.network.hidden(rollout.context, rollout.tokens_NT, rollout.group)
     assert hidden_NTD.shape[:2] == rollout.tokens_NT.shape
     for n, tokens in enumerate(rollout.tokens_NT):
         plain_TD = plain_states(captioner, rollout.context, n // rollout.group, tokens)
@@ -108,10 +108,10 @@ def test_hidden_states_have_a_gradient(fresh, images):
     rollout = fresh.sample(fresh.prepare(images), 2, Sampling(1.0, 4), range(4))
     norms = []
     for checkpointing in (False, True):
-        fresh.policy.zero_grad()
-        fresh.policy.gradient_checkpointing = checkpointing
-        fresh.policy.hidden(rollout.context, rollout.tokens_NT, 2).square().sum().backward()
-        norms.append([p.grad.norm() for p in fresh.policy.parameters() if p.grad is not None])
+        fresh.learner.network.zero_grad()
+        fresh.learner.network.gradient_checkpointing = checkpointing
+        fresh.learner.network.hidden(rollout.context, rollout.tokens_NT, 2).square().sum().backward()
+        norms.append([p.grad.norm() for p in fresh.learner.network.parameters() if p.grad is not None])
     assert len(norms[0]) > 20
     torch.testing.assert_close(norms[0], norms[1])
 
@@ -119,13 +119,13 @@ def test_hidden_states_have_a_gradient(fresh, images):
 def test_every_caption_takes_as_many_passes_as_any_other(fresh, images):
     """A sharded policy gathers and reduces at every pass, so ranks whose captions end at once must not take fewer."""
     passes = {}
-    heads = [module for name, module in fresh.policy.named_modules() if name.endswith("layers.0")]
+    heads = [module for name, module in fresh.learner.network.named_modules() if name.endswith("layers.0")]
     for length in (1, 4):
         seen = passes[length] = []
         hooks = [head.register_forward_hook(lambda *_, seen=seen: seen.append("forward")) for head in heads]
         hooks += [head.register_full_backward_hook(lambda *_, seen=seen: seen.append("backward")) for head in heads]
         rollout = fresh.sample(fresh.prepare(images), 2, Sampling(1.0, 4), range(4))
-        rollout = replace(rollout, tokens_NT=rollout.tokens_NT[:, :length], mask_NT=rollout.mask_NT[:, :length])
+        rollout = replace(rollout, tokens_NT=rollout.tokens_NT[:, :length], mask_RS=rollout.mask_RS[:, :length])
         seen.clear()
         fresh.logprobs(rollout).sum().backward()
         for hook in hooks:
@@ -142,10 +142,10 @@ def test_captions_of_one_and_two_tokens(captioner, images, length):
     assert rollout.tokens_NT.shape[1] == length
     gradients = []
     for logp_NT in (captioner.logprobs(rollout), families.plain_logprobs(captioner, rollout)):
-        torch.testing.assert_close(logp_NT, rollout.logp_NT, **TOLERANCE)
-        captioner.policy.zero_grad()
+        torch.testing.assert_close(logp_NT, rollout.logp_RS, **TOLERANCE)
+        captioner.learner.network.zero_grad()
         (logp_NT * torch.arange(1.0, 7)[:, None]).sum().backward()
-        gradients.append(captioner.policy.base.get_input_embeddings().weight.grad)
+        gradients.append(captioner.learner.network.base.get_input_embeddings().weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-4 * float(gradients[1].abs().max()))
 
 
@@ -161,10 +161,10 @@ def test_the_language_model_reads_text(captioner):
     """As the whole model does without an image, after the final norm; from token ids or from embeddings."""
     ids = torch.tensor([[families.IDS[word] for word in ("red", "ring", "on", "navy")]])
     states = read(captioner, ids)
-    whole = captioner.policy.base(input_ids=ids, output_hidden_states=True)
+    whole = captioner.learner.network.base(input_ids=ids, output_hidden_states=True)
     torch.testing.assert_close(states, whole.hidden_states[-1], **TOLERANCE)
-    torch.testing.assert_close(captioner.policy.base.get_output_embeddings()(states), whole.logits, **TOLERANCE)
-    embeds = captioner.policy.base.get_input_embeddings()(ids)
+    torch.testing.assert_close(captioner.learner.network.base.get_output_embeddings()(states), whole.logits, **TOLERANCE)
+    embeds = captioner.learner.network.base.get_input_embeddings()(ids)
     again = captioner.language_model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids)).last_hidden_state
     torch.testing.assert_close(again, states, **TOLERANCE)
 
@@ -176,13 +176,13 @@ def test_the_language_model_is_the_one_in_force(created, family, finetune):
     ids = torch.tensor([[families.IDS[word] for word in ("red", "ring", "on", "navy")]])
     with torch.no_grad():
         start = read(captioner, ids)
-    finetune.attach(captioner, keep_reference=True)
+    finetune.attach(captioner.learner, keep_reference=True)
     with torch.no_grad():
-        for name, parameter in captioner.policy.named_parameters():
+        for name, parameter in captioner.learner.network.named_parameters():
             if parameter.requires_grad and ("lora_B" in name or "norm" in name):
                 parameter += 0.3
         moved = read(captioner, ids)
-        with captioner.reference():
+        with captioner.learner.reference():
             assert torch.equal(read(captioner, ids), start)
         assert torch.equal(read(captioner, ids), moved)
     assert (moved - start).abs().max() > 1e-2

@@ -14,7 +14,7 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
 def gradients(captioner, logp_NT, weights_NT):
-    parameters = [p for p in captioner.policy.parameters() if p.requires_grad]
+    parameters = [p for p in captioner.learner.network.parameters() if p.requires_grad]
     return torch.autograd.grad((logp_NT * weights_NT).sum(), parameters, allow_unused=True, retain_graph=True)
 
 
@@ -23,7 +23,7 @@ def weights_of(rollout):
 
 
 def test_the_fixture_holds_the_hard_cases(captioner, rollout):
-    lengths = rollout.mask_NT.sum(1)
+    lengths = rollout.mask_RS.sum(1)
     assert rollout.tokens_NT.shape == (12, 8)
     assert 1 <= lengths.min() < 4  # ends early ...
     assert lengths.max() == 8  # ... and never
@@ -40,14 +40,14 @@ def test_the_fixture_holds_the_hard_cases(captioner, rollout):
 @torch.no_grad()
 def test_ratio_is_one(captioner, rollout):
     logp_NT = captioner.logprobs(rollout)
-    torch.testing.assert_close(logp_NT, rollout.logp_NT, **TOLERANCE)
+    torch.testing.assert_close(logp_NT, rollout.logp_RS, **TOLERANCE)
     assert logp_NT.dtype == torch.float32
-    assert ((rollout.logp_NT < 0) == rollout.mask_NT.bool()).all()
+    assert ((rollout.logp_RS < 0) == rollout.mask_RS.bool()).all()
 
 
 def test_logprobs_and_gradients_equal_one_plain_forward_per_caption(captioner, rollout):
     captioner = copy.deepcopy(captioner)
-    captioner.policy.double()  # so that only the computation can differ, not its rounding
+    captioner.learner.network.double()  # so that only the computation can differ, not its rounding
     context = rollout.context
     rows = {name: x.double() if x.is_floating_point() else x for name, x in context.rows.items()}
     rollout = replace(rollout, context=VLMContext(rows, tuple(x.double() for x in context.patches)))
@@ -61,7 +61,7 @@ def test_logprobs_and_gradients_equal_one_plain_forward_per_caption(captioner, r
         if a is not None:
             largest = float(b.abs().max())
             torch.testing.assert_close(a, b, atol=1e-5 + 1e-4 * largest if hybrid else 1e-7 + 1e-6 * largest, rtol=0)
-    image_tower = [p for name, p in captioner.policy.named_parameters() if "vis" in name and p.ndim > 1]
+    image_tower = [p for name, p in captioner.learner.network.named_parameters() if "vis" in name and p.ndim > 1]
     assert gradients(captioner, ours_NT, weights_of(rollout))  # the prompt is part of the graph, up to the image:
     assert sum(
         p.abs().sum() > 0 for p in torch.autograd.grad(ours_NT.sum(), image_tower, allow_unused=True) if p is not None
@@ -69,15 +69,22 @@ def test_logprobs_and_gradients_equal_one_plain_forward_per_caption(captioner, r
 
 
 @torch.no_grad()
+def test_the_samplers_entropy_is_that_of_the_whole_distribution(captioner, rollout):
+    _, expected_NT = plain_logprobs_and_entropies(captioner, rollout)
+    torch.testing.assert_close(rollout.entropy_RS, expected_NT, atol=1e-4, rtol=0)
+    assert rollout.entropy_RS.max() > 1  # not degenerate
+
+
+@torch.no_grad()
 def test_greedy_equals_generate(captioner, images):
     context = captioner.prepare(images)
     ours = captioner.sample(context, 3, Sampling(0.0, 8), range(6))
     inputs = context.inputs()
-    theirs = captioner.policy.model.generate(
+    theirs = captioner.learner.network.model.generate(
         **inputs,
         do_sample=False,
         max_new_tokens=8,
-        suppress_tokens=captioner.policy.banned_ids.tolist(),
+        suppress_tokens=captioner.learner.network.banned_ids.tolist(),
         eos_token_id=captioner.end_ids,
         pad_token_id=captioner.pad_id,
     )[:, inputs["input_ids"].shape[1] :]
@@ -98,7 +105,7 @@ def test_left_padding_changes_nothing(captioner, images):
     padded = captioner.sample(VLMContext(rows, plain.patches), 6, Sampling(0.7, 8), range(6))
     alone = captioner.sample(plain, 6, Sampling(0.7, 8), range(6))
     assert torch.equal(padded.tokens_NT, alone.tokens_NT)
-    torch.testing.assert_close(padded.logp_NT, alone.logp_NT, **TOLERANCE)
+    torch.testing.assert_close(padded.logp_RS, alone.logp_RS, **TOLERANCE)
     torch.testing.assert_close(captioner.logprobs(padded), plain_logprobs(captioner, padded), **TOLERANCE)
 
 
@@ -107,16 +114,16 @@ def test_batch_composition_and_micro_batches_change_nothing(captioner, images, r
     whole_NT = captioner.logprobs(rollout)
     context = captioner.prepare(images)
     for image in range(2):
-        part = rollout.select([image])
+        part = rollout.of([image], rollout.group)
         rows = slice(6 * image, 6 * image + 6)
         torch.testing.assert_close(captioner.logprobs(part), whole_NT[rows], **TOLERANCE)
         alone = captioner.sample(context.index([image]), 6, Sampling(0.7, 8), range(12)[rows])
         length = alone.tokens_NT.shape[1]
         assert torch.equal(alone.tokens_NT, rollout.tokens_NT[rows, :length])
         assert alone.texts == rollout.texts[rows]
-    one_by_one = replace(rollout, context=context.repeat(6), group=1)
+    one_by_one = replace(rollout, context=context.index([0] * 6 + [1] * 6), group=1)
     torch.testing.assert_close(captioner.logprobs(one_by_one), whole_NT, **TOLERANCE)
-    swapped = rollout.select([1, 0])
+    swapped = rollout.of([1, 0], rollout.group)
     torch.testing.assert_close(captioner.logprobs(swapped), whole_NT[[*range(6, 12), *range(6)]], **TOLERANCE)
 
 
@@ -139,11 +146,11 @@ def test_samples_follow_the_policy(captioner, images):
     """Chi-square of 4000 first tokens against probabilities from a plain forward pass."""
     context, count = captioner.prepare(images[1:]), 4000
     drawn_N = captioner.sample(context, count, Sampling(0.7, 1), range(count)).tokens_NT[:, 0]
-    logits_V = captioner.policy.model(**context.inputs()).logits[0, -1].double() / 0.7
-    logits_V[captioner.policy.banned_ids] = -torch.inf
+    logits_V = captioner.learner.network.model(**context.inputs()).logits[0, -1].double() / 0.7
+    logits_V[captioner.learner.network.banned_ids] = -torch.inf
     expected_V = logits_V.softmax(-1) * count
     observed_V = torch.bincount(drawn_N, minlength=len(expected_V))
-    assert observed_V[captioner.policy.banned_ids].sum() == 0
+    assert observed_V[captioner.learner.network.banned_ids].sum() == 0
     common = expected_V >= 5
     assert common.sum() > 4
     pairs = [
@@ -170,34 +177,35 @@ def test_every_row_has_its_own_seed(captioner, images):
 @torch.no_grad()
 def test_banned_words_are_never_said(captioner, images):
     hot = captioner.sample(captioner.prepare(images), 200, Sampling(100.0, 4), range(400))
-    said = hot.tokens_NT[hot.mask_NT.bool()]
-    assert not torch.isin(said, captioner.policy.banned_ids).any()
-    allowed = len(IDS) - len(captioner.policy.banned_ids)
+    said = hot.tokens_NT[hot.mask_RS.bool()]
+    assert not torch.isin(said, captioner.learner.network.banned_ids).any()
+    allowed = len(IDS) - len(captioner.learner.network.banned_ids)
     assert len(said.unique()) == allowed  # everything else is, at that temperature
-    for banned in captioner.policy.banned_ids.tolist():
+    for banned in captioner.learner.network.banned_ids.tolist():
         tokens_NT = torch.tensor([[IDS["red"], banned]])
-        forced = Rollout(tokens_NT, torch.ones(1, 2), torch.zeros(1, 2), [""], hot.context.index([0]), 1)
+        given = {"mask_RS": torch.ones(1, 2), "logp_RS": torch.zeros(1, 2), "tokens_NT": tokens_NT}
+        forced = Rollout(**given, texts=[""], context=hot.context.index([0]), group=1)
         logp_NT = captioner.logprobs(forced)
         assert logp_NT[0, 0] > -torch.inf
         assert logp_NT[0, 1] == -torch.inf
 
 
 def test_vision_placeholders_and_padding_are_banned(captioner):
-    assert {IDS["<|image_pad|>"], IDS["<|endoftext|>"]} <= set(captioner.policy.banned_ids.tolist())
-    model = captioner.policy.model
+    assert {IDS["<|image_pad|>"], IDS["<|endoftext|>"]} <= set(captioner.learner.network.banned_ids.tolist())
+    model = captioner.learner.network.model
     more = HFCaptioner(model, captioner.processor, "describe", extra_banned_ids=[IDS["user"]])
-    assert set(more.policy.banned_ids.tolist()) - set(captioner.policy.banned_ids.tolist()) == {IDS["user"]}
+    assert set(more.learner.network.banned_ids.tolist()) - set(captioner.learner.network.banned_ids.tolist()) == {IDS["user"]}
 
 
 def test_padding_behind_a_caption_has_a_finite_gradient(fresh, images):
     rollout = fresh.sample(fresh.prepare(images), 6, Sampling(0.7, 8), range(12))
-    assert (rollout.mask_NT == 0).any()
+    assert (rollout.mask_RS == 0).any()
     fresh.logprobs(rollout).sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in fresh.policy.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in fresh.learner.network.parameters())
 
 
 def test_tokens_behind_the_end_do_not_matter(captioner, rollout):
-    tokens_NT = rollout.tokens_NT.masked_fill(rollout.mask_NT == 0, IDS["cyan"])
+    tokens_NT = rollout.tokens_NT.masked_fill(rollout.mask_RS == 0, IDS["cyan"])
     with torch.no_grad():
         other_NT = captioner.logprobs(replace(rollout, tokens_NT=tokens_NT))
         assert torch.equal(other_NT, captioner.logprobs(rollout))
@@ -205,7 +213,7 @@ def test_tokens_behind_the_end_do_not_matter(captioner, rollout):
 
 def test_a_caption_ends_with_its_first_end_token(captioner, rollout):
     words = captioner.processor.tokenizer
-    for tokens, mask, text in zip(rollout.tokens_NT.tolist(), rollout.mask_NT.tolist(), rollout.texts, strict=True):
+    for tokens, mask, text in zip(rollout.tokens_NT.tolist(), rollout.mask_RS.tolist(), rollout.texts, strict=True):
         ends = [t for t, token in enumerate(tokens) if token in captioner.end_ids]
         length = ends[0] + 1 if ends else len(tokens)
         assert mask == [1.0] * length + [0.0] * (len(tokens) - length)
@@ -218,18 +226,18 @@ def test_shipped_generation_settings_change_nothing(fresh, images):
     context, sampling = fresh.prepare(images), Sampling(1.0, 8)
     before = fresh.sample(context, 4, sampling, range(8))
     shipped = {"do_sample": True, "top_k": 1, "top_p": 0.001, "temperature": 0.1, "repetition_penalty": 5.0}
-    fresh.policy.model.generation_config.update(**shipped)
-    captioner = HFCaptioner(fresh.policy.model, fresh.processor, "describe")
+    fresh.learner.network.model.generation_config.update(**shipped)
+    captioner = HFCaptioner(fresh.learner.network.model, fresh.processor, "describe")
     captioner.end_ids = fresh.end_ids
     after = captioner.sample(context, 4, sampling, range(8))
     assert torch.equal(before.tokens_NT, after.tokens_NT)
-    assert torch.equal(before.logp_NT, after.logp_NT)
+    assert torch.equal(before.logp_RS, after.logp_RS)
     assert torch.equal(fresh.logprobs(before), captioner.logprobs(after))
 
 
 def test_all_shipped_end_tokens_end_a_caption(fresh):
-    fresh.policy.model.generation_config.eos_token_id = [IDS["and"], IDS["on"]]
-    captioner = HFCaptioner(fresh.policy.model, fresh.processor, "describe")
+    fresh.learner.network.model.generation_config.eos_token_id = [IDS["and"], IDS["on"]]
+    captioner = HFCaptioner(fresh.learner.network.model, fresh.processor, "describe")
     assert captioner.end_ids == sorted([IDS["and"], IDS["on"], IDS["<|im_end|>"]])
 
 
@@ -251,12 +259,12 @@ def test_sampling_refuses_what_the_log_probs_cannot_follow(setting, message):
 def test_a_processor_without_a_chat_template_is_refused(fresh):
     fresh.processor.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
-        HFCaptioner(fresh.policy.model, fresh.processor, "describe")
+        HFCaptioner(fresh.learner.network.model, fresh.processor, "describe")
 
 
 def test_dropout_of_a_checkpoint_is_off_even_in_training(created, images):
     for family in ("qwen2_5_vl", "llava"):
-        model = copy.deepcopy(created(family).policy.model)
+        model = copy.deepcopy(created(family).learner.network.model)
         for module in model.modules():
             for name in ("attention_dropout", "dropout", "p"):
                 if isinstance(getattr(module, name, None), float):
@@ -264,7 +272,7 @@ def test_dropout_of_a_checkpoint_is_off_even_in_training(created, images):
         captioner = HFCaptioner(model.train(), created(family).processor, "describe")
         rollout = captioner.sample(captioner.prepare(images), 2, Sampling(1.0, 4), range(4))
         with torch.no_grad():
-            torch.testing.assert_close(captioner.logprobs(rollout), rollout.logp_NT, **TOLERANCE)
+            torch.testing.assert_close(captioner.logprobs(rollout), rollout.logp_RS, **TOLERANCE)
 
 
 def test_images_are_rounded_to_eight_bits_and_clamped(captioner, images):

@@ -47,11 +47,11 @@ def caches(monkeypatch):
 
 def gradients(captioner, rollout):
     """Log-probs and their gradients by name."""
-    captioner.policy.zero_grad()
+    captioner.learner.network.zero_grad()
     logp_NT = captioner.logprobs(rollout)
     generator = torch.Generator().manual_seed(0)
     (logp_NT * torch.randn(logp_NT.shape, generator=generator)).sum().backward()
-    return logp_NT.detach(), {n: p.grad for n, p in captioner.policy.named_parameters() if p.grad is not None}
+    return logp_NT.detach(), {n: p.grad for n, p in captioner.learner.network.named_parameters() if p.grad is not None}
 
 
 def bytes_kept(captioner, rollout, caches):
@@ -67,7 +67,7 @@ def bytes_kept(captioner, rollout, caches):
         logp_NT = captioner.logprobs(rollout)
     kept += [x for cache in caches for layer in cache.layers for x in (layer.keys, layer.values)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-    for parameter in captioner.policy.parameters():
+    for parameter in captioner.learner.network.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
     del logp_NT
     return sum(storages.values())
@@ -78,16 +78,16 @@ def bytes_kept(captioner, rollout, caches):
 def test_checkpointing_changes_no_number_and_keeps_less(deep, caches, family, finetune):
     captioner, rollout = deep(family)
     captioner = copy.deepcopy(captioner)
-    finetune.attach(captioner, keep_reference=False)
-    for name, parameter in captioner.policy.named_parameters():
+    finetune.attach(captioner.learner, keep_reference=False)
+    for name, parameter in captioner.learner.network.named_parameters():
         if "lora_B" in name:  # 0 at the start, which would hide the gradient of A
             torch.nn.init.normal_(parameter, 0, 0.1)
     plain_NT, plain = gradients(captioner, rollout)
     before = bytes_kept(captioner, rollout, caches)
     assert not caches
-    captioner.policy.gradient_checkpointing = True
+    captioner.learner.network.gradient_checkpointing = True
     for train in (False, True):
-        captioner.policy.train(train)
+        captioner.learner.network.train(train)
         logp_NT, recomputed = gradients(captioner, rollout)
         assert torch.equal(logp_NT, plain_NT)
         assert recomputed.keys() == plain.keys()
@@ -101,7 +101,7 @@ def test_checkpointing_changes_no_number_and_keeps_less(deep, caches, family, fi
 def test_layers_run_again_only_where_there_is_a_gradient(deep, caches):
     captioner, rollout = deep("qwen2_5_vl")
     captioner = copy.deepcopy(captioner)
-    captioner.policy.gradient_checkpointing = True
+    captioner.learner.network.gradient_checkpointing = True
     calls = Counter()
     for layer in captioner.language_model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, _: calls.update([module]))
@@ -120,7 +120,7 @@ def test_the_cache_survives_recomputing_and_nothing_survives_the_graph(deep, cac
     """Without the garbage collector: on a GPU, a cycle would be memory that is missing for a while."""
     captioner, rollout = deep("qwen2_5_vl")
     captioner = copy.deepcopy(captioner)
-    captioner.policy.gradient_checkpointing = True
+    captioner.learner.network.gradient_checkpointing = True
     gc.collect()
     gc.disable()
     try:
@@ -139,13 +139,13 @@ def test_the_cache_survives_recomputing_and_nothing_survives_the_graph(deep, cac
 def test_the_model_is_left_as_it_was(deep):
     captioner, rollout = deep("llava")
     captioner = copy.deepcopy(captioner)
-    captioner.policy.gradient_checkpointing = True
+    captioner.learner.network.gradient_checkpointing = True
     layer = captioner.language_model.layers[1]
     layer.forward = own = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)  # some libraries do so
     captioner.logprobs(rollout)
     with pytest.raises(IndexError):  # an error inside, too
-        captioner.policy(rollout.context, rollout.tokens_NT + 10**6, 3, 1.0)
-    wrapped = [module for module in captioner.policy.modules() if "forward" in module.__dict__]
+        captioner.learner.network(rollout.context, rollout.tokens_NT + 10**6, 3, 1.0)
+    wrapped = [module for module in captioner.learner.network.modules() if "forward" in module.__dict__]
     assert wrapped == [layer]
     assert layer.forward is own
 
@@ -154,7 +154,7 @@ def test_the_librarys_own_checkpointing_is_refused(deep):
     """It drops the cache, in training mode only; log-probs would silently belong to captions without a prompt."""
     captioner, rollout = deep("qwen2_5_vl")
     captioner = copy.deepcopy(captioner)
-    captioner.policy.model.gradient_checkpointing_enable()
+    captioner.learner.network.model.gradient_checkpointing_enable()
     for act in (captioner.logprobs, lambda x: captioner.sample(x.context, 2, Sampling(), range(4))):
         with pytest.raises(RuntimeError, match="set reading.gradient_checkpointing of the system to true"):
             act(rollout)
@@ -173,10 +173,10 @@ def test_checkpointing_a_sharded_policy(deep, mesh, finetune):
     """Layers are gathered again for the second computation, and gradients reduced after it."""
     captioner, rollout = deep("qwen2_5_vl")
     captioner = copy.deepcopy(captioner)
-    finetune.attach(captioner, keep_reference=False)
+    finetune.attach(captioner.learner, keep_reference=False)
     plain_NT, plain = gradients(captioner, rollout)
-    captioner.policy.gradient_checkpointing = True
-    shard(captioner.policy, mesh)
+    captioner.learner.network.gradient_checkpointing = True
+    shard(captioner.learner.network, mesh)
     logp_NT, sharded = gradients(captioner, rollout)
     torch.testing.assert_close(logp_NT, plain_NT, atol=1e-6, rtol=0)
     assert sharded.keys() == plain.keys()

@@ -28,7 +28,7 @@ def folders(created, tmp_path_factory):
         path = root / family
         if not path.exists():
             captioner = created(family)
-            captioner.policy.model.save_pretrained(path)
+            captioner.learner.network.model.save_pretrained(path)
             captioner.processor.save_pretrained(path)
         return path
 
@@ -54,34 +54,34 @@ def test_a_checkpoint_is_the_captioner_that_was_saved(created, folders, images, 
     if family == "qwen3_5":  # its model type makes the library read whole words as byte pairs
         loaded.processor = saved.processor
     assert loaded.prompt("describe") == saved.prompt("describe")
-    assert torch.equal(loaded.policy.banned_ids, saved.policy.banned_ids)
+    assert torch.equal(loaded.learner.network.banned_ids, saved.learner.network.banned_ids)
     rollout = loaded.sample(loaded.prepare(images), 6, Sampling(0.7, 8), range(12))
     expected = saved.sample(saved.prepare(images), 6, Sampling(0.7, 8), range(12))
     assert rollout.texts == expected.texts
-    assert torch.equal(rollout.logp_NT, expected.logp_NT)
+    assert torch.equal(rollout.logp_RS, expected.logp_RS)
     assert torch.equal(loaded.logprobs(rollout), saved.logprobs(expected))
-    torch.testing.assert_close(loaded.logprobs(rollout), rollout.logp_NT, **TOLERANCE)  # two sizes, early and late ends
-    torch.testing.assert_close(families.plain_logprobs(loaded, rollout), rollout.logp_NT, **TOLERANCE)
+    torch.testing.assert_close(loaded.logprobs(rollout), rollout.logp_RS, **TOLERANCE)  # two sizes, early and late ends
+    torch.testing.assert_close(families.plain_logprobs(loaded, rollout), rollout.logp_RS, **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", families.FULL_ATTENTION)
 def test_a_checkpoint_trains_in_bfloat16_with_all_settings(folders, images, family):
     loaded = load(folders(family), Reading(gradient_checkpointing=True, attention="eager", image_first=False))
-    model = loaded.policy.model
+    model = loaded.learner.network.model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
     assert not model.training
-    assert loaded.policy.gradient_checkpointing
-    LoRA(rank=2).attach(loaded, keep_reference=True)
+    assert loaded.learner.network.gradient_checkpointing
+    LoRA(rank=2).attach(loaded.learner, keep_reference=True)
     rollout = loaded.sample(loaded.prepare(images), 3, Sampling(1.0, 6), range(6))
     with torch.no_grad():
         old_NT = loaded.logprobs(rollout)
-        with loaded.reference():
+        with loaded.learner.reference():
             assert torch.equal(loaded.logprobs(rollout), old_NT)
     new_NT = loaded.logprobs(rollout)
     assert torch.equal(new_NT.detach(), old_NT)
     new_NT.sum().backward()
-    trained = [p for p in loaded.policy.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    trained = [p for p in loaded.learner.network.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert len(trained) == 2 * 7  # B of every map; A once B has moved
 
 
@@ -98,7 +98,7 @@ def test_a_reading_wins_over_the_system(folders):
 def test_a_checkpoint_below_the_mirror(folders, monkeypatch):
     path = folders("llava")
     monkeypatch.setenv("UAE_CHECKPOINTS", str(path.parent.parent))
-    assert load(f"{path.parent.name}/llava").policy.base.config.model_type == "llava"
+    assert load(f"{path.parent.name}/llava").learner.network.base.config.model_type == "llava"
 
 
 def test_model_and_processor_in_two_folders(folder, folders, tmp_path):
@@ -111,7 +111,7 @@ def test_model_and_processor_in_two_folders(folder, folders, tmp_path):
         (folder / file).rename(tmp_path / "model" / file)
     parts, whole = load(tmp_path / "model", processor_name=str(folder)), load(folders("qwen2_5_vl"))
     assert parts.prompt("describe") == whole.prompt("describe")
-    mine, theirs = parts.policy.state_dict(), whole.policy.state_dict()
+    mine, theirs = parts.learner.network.state_dict(), whole.learner.network.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -224,10 +224,10 @@ def test_an_unknown_attention(folder):
 
 def test_a_memory_that_cannot_be_continued(created):
     captioner = created("qwen3_5")
-    model, words = captioner.policy.model, captioner.processor
+    model, words = captioner.learner.network.model, captioner.processor
     with pytest.raises(ValueError, match=r"reading.gradient_checkpointing=true, but Qwen3_5.*linear attention"):
         assemble_captioner(model, words, Reading(gradient_checkpointing=True), "describe")
-    model = copy.deepcopy(created("llava").policy.model)
+    model = copy.deepcopy(created("llava").learner.network.model)
     model.config.text_config.layer_types = ["sliding_attention", "full_attention"]
     model.config.text_config.sliding_window = 8
     with pytest.raises(ValueError, match=r"DynamicSlidingWindowLayer.*system.init_args.captioner to another model"):

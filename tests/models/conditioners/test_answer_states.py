@@ -14,7 +14,7 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 def projector(captioner):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return mlp_projector(captioner.policy.base.config.get_text_config().hidden_size, 32, 16)
+        return mlp_projector(captioner.learner.network.base.config.get_text_config().hidden_size, 32, 16)
 
 
 def plain_states(captioner, rollout, n):
@@ -23,7 +23,7 @@ def plain_states(captioner, rollout, n):
     hook = captioner.language_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
     families.plain_logprobs(captioner, row_of(rollout, n))
     hook.remove()
-    return seen[-1][0, -int(rollout.mask_NT[n].sum()) :]
+    return seen[-1][0, -int(rollout.mask_RS[n].sum()) :]
 
 
 def row_of(rollout, n):
@@ -31,14 +31,14 @@ def row_of(rollout, n):
     at = [n]
     return replace(
         rollout,
-        tokens_NT=rollout.tokens_NT[at], mask_NT=rollout.mask_NT[at], logp_NT=rollout.logp_NT[at],
+        tokens_NT=rollout.tokens_NT[at], mask_RS=rollout.mask_RS[at], logp_RS=rollout.logp_RS[at],
         texts=[rollout.texts[n]], context=rollout.context.index([n // rollout.group]), group=1,
     )  # fmt: skip
 
 
 def test_states_at_the_captions_tokens_behind_image_and_question(captioner, rollout, projector):
     condition = AnswerStateConditioner(captioner, projector).encode(rollout.texts, rollout)
-    lengths = rollout.mask_NT.sum(1).long().tolist()
+    lengths = rollout.mask_RS.sum(1).long().tolist()
     assert len(set(lengths)) > 1
     assert condition.mask_NL.tolist() == [[1] * n + [0] * (max(lengths) - n) for n in lengths]
     for row, length in enumerate(lengths):
@@ -69,13 +69,13 @@ def test_gradient_and_what_is_saved(captioner, rollout, projector):
     assert condition.pooled_NP.tolist() == [[1] * 3] * 12
     conditioner.encode(rollout.texts, rollout).embeds_NLD.square().sum().backward()
     assert projector[0].weight.grad.abs().sum() > 0
-    captioner.policy.zero_grad(set_to_none=True)
+    captioner.learner.network.zero_grad(set_to_none=True)
 
 
 def test_long_captions_are_cut_and_counted(captioner, rollout, projector):
     conditioner = AnswerStateConditioner(captioner, projector, max_tokens=3)
     whole = AnswerStateConditioner(captioner, projector).encode(rollout.texts, rollout)
-    long = int((rollout.mask_NT.sum(1) > 3).sum())
+    long = int((rollout.mask_RS.sum(1) > 3).sum())
     with pytest.warns(UserWarning, match=rf"{long} of 12 captions .* max_tokens=3"):
         condition = conditioner.encode(rollout.texts, rollout)
     assert conditioner.truncated == long > 0

@@ -168,32 +168,32 @@ def check_rows(condition, model, projector, tolerance=1e-5):
 
 def learned(captioner):
     """An adapter that has learned something."""
-    LoRA(rank=2).attach(captioner, keep_reference=True)
+    LoRA(rank=2).attach(captioner.learner, keep_reference=True)
     with torch.no_grad():
-        for name, weight in captioner.policy.named_parameters():
+        for name, weight in captioner.learner.network.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))  # as large on every machine
 
 
 def test_a_borrowed_decoder_conditions_as_the_model_itself(fresh, projector):
-    check_rows(borrowing(fresh, projector).encode(TEXTS), fresh.policy.model, projector)
+    check_rows(borrowing(fresh, projector).encode(TEXTS), fresh.learner.network.model, projector)
 
 
 def test_a_borrowed_decoder_follows_the_adapter(fresh, projector):
     before = borrowing(fresh, projector).encode(TEXTS).embeds_NLD
     conditioner = borrowing(fresh, projector)
-    starting = borrowing(fresh, projector, weights=fresh.reference)
+    starting = borrowing(fresh, projector, weights=fresh.learner.reference)
     learned(fresh)
     live = conditioner.encode(TEXTS)
     assert (live.embeds_NLD - before).abs().max() > 1e-2
-    check_rows(live, fresh.policy.model, projector, tolerance=1e-4)  # the adapter makes states large
+    check_rows(live, fresh.learner.network.model, projector, tolerance=1e-4)  # the adapter makes states large
     torch.testing.assert_close(starting.encode(TEXTS).embeds_NLD, before, **CLOSE)
     assert torch.equal(conditioner.encode(TEXTS).embeds_NLD, live.embeds_NLD)  # the adapter is back
 
 
 def test_a_borrowed_decoder_follows_full_finetuning(fresh, projector):
-    Full().attach(fresh, keep_reference=True)
-    conditioner, starting = borrowing(fresh, projector), borrowing(fresh, projector, weights=fresh.reference)
+    Full().attach(fresh.learner, keep_reference=True)
+    conditioner, starting = borrowing(fresh, projector), borrowing(fresh, projector, weights=fresh.learner.reference)
     before = conditioner.encode(TEXTS).embeds_NLD
     with torch.no_grad():
         fresh.language_model.norm.weight.mul_(1.5)
@@ -206,7 +206,7 @@ def test_a_borrowed_decoder_is_no_part_of_the_conditioner(fresh, projector):
     assert set(conditioner.state_dict()) == {"projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias"}
     assert len(list(conditioner.parameters())) == 4
     conditioner.requires_grad_(False).train().to(torch.float64)
-    policy = fresh.policy.model
+    policy = fresh.learner.network.model
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
     assert not policy.training
     assert conditioner.encode(TEXTS).embeds_NLD.dtype == torch.float64
@@ -223,7 +223,7 @@ def test_gradient_passes_only_where_it_is_enabled(fresh, projector):
 
 def test_the_projector_has_a_precision_of_its_own(fresh, projector):
     exact = borrowing(fresh, projector).encode(TEXTS).embeds_NLD
-    fresh.policy.to(torch.bfloat16)
+    fresh.learner.network.to(torch.bfloat16)
     condition = borrowing(fresh, projector, pooled=torch.ones(3, dtype=torch.float64)).encode(TEXTS)
     assert condition.embeds_NLD.dtype == condition.pooled_NP.dtype == torch.float32
     assert 0 < (condition.embeds_NLD - exact).abs().max() < 0.1 * exact.abs().max()

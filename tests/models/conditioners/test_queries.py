@@ -44,7 +44,7 @@ def test_rows_equal_one_caption_at_a_time(fresh, openuni):
     assert condition.mask_NL.tolist() == [[1] * QUERIES] * 3
     assert condition.pooled_NP is None
     for row, text in enumerate(TEXTS):
-        expected = plain(fresh.policy.base, openuni, TEMPLATE.replace("{caption}", text))
+        expected = plain(fresh.learner.network.base, openuni, TEMPLATE.replace("{caption}", text))
         torch.testing.assert_close(condition.embeds_NLD[row], expected, **CLOSE)
     spread = (condition.embeds_NLD - condition.embeds_NLD[:1])[1:].abs().amax((1, 2))
     assert (spread > 0.1).all()  # captions matter
@@ -53,7 +53,7 @@ def test_rows_equal_one_caption_at_a_time(fresh, openuni):
 def test_the_prompt_without_a_caption(fresh, openuni):
     condition = openuni.encode_unconditional()
     assert len(condition) == 1
-    torch.testing.assert_close(condition.embeds_NLD[0], plain(fresh.policy.base, openuni, NOTHING), **CLOSE)
+    torch.testing.assert_close(condition.embeds_NLD[0], plain(fresh.learner.network.base, openuni, NOTHING), **CLOSE)
     openuni.unconditional = None
     torch.testing.assert_close(openuni.encode_unconditional().embeds_NLD, openuni.encode([""]).embeds_NLD, **CLOSE)
 
@@ -79,7 +79,7 @@ def test_metaquery_reads_as_the_published_code_does(fresh):
         torch.manual_seed(0)
         connector = metaquery_connector(WIDTH, OUT, layers=2)
         rows = torch.randn(QUERIES + 2, WIDTH)  # <begin_of_img>, <end_of_img>, the queries
-    model = copy.deepcopy(fresh.policy.base)
+    model = copy.deepcopy(fresh.learner.network.base)
     model.resize_token_embeddings(len(VOCABULARY) + len(rows), mean_resizing=False)
     model.get_input_embeddings().weight.data[len(VOCABULARY) :] = rows
     begin, end, *images = range(len(VOCABULARY), len(VOCABULARY) + len(rows))
@@ -103,14 +103,14 @@ def test_long_captions_are_cut_and_counted(fresh, openuni):
     with pytest.warns(UserWarning, match="1 of 3 captions .* max_tokens=9"):
         condition = openuni.encode(TEXTS)
     assert openuni.truncated == 1
-    expected = plain(fresh.policy.base, openuni, TEMPLATE.replace("{caption}", "a tiny blue ring"))
+    expected = plain(fresh.learner.network.base, openuni, TEMPLATE.replace("{caption}", "a tiny blue ring"))
     torch.testing.assert_close(condition.embeds_NLD[1], expected, **CLOSE)
 
 
 def test_the_gradient_reaches_queries_connector_and_projector(fresh, openuni):
     with torch.no_grad():
         assert not openuni.encode(TEXTS).embeds_NLD.requires_grad
-    fresh.policy.requires_grad_(False)
+    fresh.learner.network.requires_grad_(False)
     openuni.encode(TEXTS).embeds_NLD.square().sum().backward()
     without = [name for name, p in openuni.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert without == []
@@ -119,15 +119,15 @@ def test_the_gradient_reaches_queries_connector_and_projector(fresh, openuni):
 
 def test_precisions_are_their_own_and_weights_may_be_the_start(fresh, openuni):
     exact = openuni.encode(TEXTS).embeds_NLD
-    LoRA(rank=2).attach(fresh, keep_reference=True)
+    LoRA(rank=2).attach(fresh.learner, keep_reference=True)
     with torch.no_grad():
-        for name, weight in fresh.policy.named_parameters():
+        for name, weight in fresh.learner.network.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.3)
     assert (openuni.encode(TEXTS).embeds_NLD - exact).abs().max() > 1e-2
-    openuni.weights = fresh.reference
+    openuni.weights = fresh.learner.reference
     torch.testing.assert_close(openuni.encode(TEXTS).embeds_NLD, exact, **CLOSE)
-    fresh.policy.to(torch.bfloat16)
+    fresh.learner.network.to(torch.bfloat16)
     low = openuni.encode(TEXTS).embeds_NLD
     assert low.dtype == torch.float32
     assert 0 < (low - exact).abs().max() < 0.1 * exact.abs().max()

@@ -26,18 +26,18 @@ def create(name, guidance=1.0, placement=FLOAT32, pipe=None, negative=True, **se
 def test_the_ratio_is_one(name, guidance, variant):
     policy, condition = create(name, guidance, noise=variant[0], noise_level=variant[1]), ragged(name)
     trajectory = policy.sample(condition, SEEDS)
-    assert trajectory.logp_NS.shape == (4, 3)
-    torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_NS, **CLOSE)
+    assert trajectory.logp_RS.shape == (4, 3)
+    torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_RS, **CLOSE)
     later = create(name, guidance, noise=variant[0], noise_level=variant[1], window=1, start=2)
     drawn = later.sample(condition, SEEDS)
-    torch.testing.assert_close(later.logprobs(drawn), drawn.logp_NS, **CLOSE)
+    torch.testing.assert_close(later.logprobs(drawn), drawn.logp_RS, **CLOSE)
     one = later.sample(condition.index([2]), SEEDS[2:3])
-    torch.testing.assert_close(one.actions_NS, drawn.actions_NS[2:3], **CLOSE)
-    LoRA(2).attach(policy, keep_reference=False)
+    torch.testing.assert_close(one.actions_RS, drawn.actions_RS[2:3], **CLOSE)
+    LoRA(2).attach(policy.learner, keep_reference=False)
     logp_NS = policy.logprobs(trajectory)
-    torch.testing.assert_close(logp_NS.detach(), trajectory.logp_NS, **CLOSE)
+    torch.testing.assert_close(logp_NS.detach(), trajectory.logp_RS, **CLOSE)
     logp_NS.sum().backward()
-    grads = [p.grad for n, p in policy.policy.named_parameters() if "lora_B" in n and p.grad is not None]
+    grads = [p.grad for n, p in policy.learner.network.named_parameters() if "lora_B" in n and p.grad is not None]
     assert sum(bool(grad.abs().max() > 0) for grad in grads) >= 4
 
 
@@ -62,7 +62,7 @@ def test_captions_as_text(name, guidance):
     """Read by the pipeline's own encoders, with its own negative; OmniGen's time runs the other way."""
     policy, condition = create(name, guidance, negative=False), TextCondition(TEXTS)
     trajectory = policy.sample(condition, SEEDS)
-    torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_NS, **CLOSE)
+    torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_RS, **CLOSE)
     images = policy.pixels(trajectory)
     assert images.shape == (4, 3, SIDE, SIDE)
     still = create(name, guidance, negative=False, noise_level=1e-7)
@@ -75,7 +75,7 @@ def test_captions_as_text(name, guidance):
 def test_half_precision_latents_are_scored_as_the_pipeline_rounds_them(name):
     policy, condition = create(name, placement=Placement("bfloat16")), ragged(name)
     trajectory = policy.sample(condition, SEEDS)
-    assert trajectory.actions_NS.dtype == (torch.float32 if name == "sana" else torch.bfloat16)
-    assert trajectory.logp_NS.dtype == torch.float32
-    torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_NS, **CLOSE)
+    assert trajectory.actions_RS.dtype == (torch.float32 if name == "sana" else torch.bfloat16)
+    assert trajectory.logp_RS.dtype == torch.float32
+    torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_RS, **CLOSE)
     assert policy.pixels(trajectory).dtype == torch.float32

@@ -18,6 +18,7 @@ from tests.models.flow.flow_cases import (
     tiny_renderer,
     unpadded,
 )
+from uae.learner import FrozenCopy
 from uae.models.conditioners.states import EmbeddingCondition
 from uae.models.flow.policy import Exploration, FlowPolicy
 
@@ -43,7 +44,7 @@ def policy(create):
 
 def velocities(policy, condition, row, guidance):
     """The plain velocity of one row."""
-    transformer, negative = plain_transformer(policy.policy.base), None
+    transformer, negative = plain_transformer(policy.learner.network.base), None
     if guidance > 1:
         negative = unpadded(policy.renderer.negative, 0)
     return lambda x, sigma: plain_velocity(transformer, x, sigma, unpadded(condition, row), negative, guidance)
@@ -59,13 +60,13 @@ def test_a_trajectory_is_the_sde_of_its_own_condition_and_noise(create, conditio
     trajectory = policy.sample(condition, SEEDS)
     steps = range(start, start + (window or STEPS - 1))
     logp_NS = policy.logprobs(trajectory)
-    assert trajectory.logp_NS.shape == trajectory.mask_NS.shape == logp_NS.shape == (4, len(steps))
+    assert trajectory.logp_RS.shape == trajectory.mask_RS.shape == logp_NS.shape == (4, len(steps))
     for row, seed in enumerate(SEEDS):
         xs, logp = plain_trajectory(velocities(policy, condition, row, guidance), seed, steps, NOISE)
         torch.testing.assert_close(trajectory.start_N[row], xs[start][0], **LATENTS)
-        torch.testing.assert_close(trajectory.actions_NS[row], torch.cat([xs[i + 1] for i in steps]), **LATENTS)
+        torch.testing.assert_close(trajectory.actions_RS[row], torch.cat([xs[i + 1] for i in steps]), **LATENTS)
         torch.testing.assert_close(trajectory.final_N[row], xs[-1][0], **LATENTS)
-        torch.testing.assert_close(trajectory.logp_NS[row], logp, **CLOSE)
+        torch.testing.assert_close(trajectory.logp_RS[row], logp, **CLOSE)
         torch.testing.assert_close(logp_NS[row], logp, **CLOSE)
 
 
@@ -73,23 +74,23 @@ def test_a_trajectory_is_the_sde_of_its_own_condition_and_noise(create, conditio
 def test_the_ratio_is_one(create, condition, guidance):
     policy = create(guidance)
     trajectory = policy.sample(condition, SEEDS)
-    policy.policy.requires_grad_(True)
+    policy.learner.network.requires_grad_(True)
     logp_NS = policy.logprobs(trajectory)
     assert logp_NS.requires_grad
-    torch.testing.assert_close(logp_NS.detach(), trajectory.logp_NS, **CLOSE)
+    torch.testing.assert_close(logp_NS.detach(), trajectory.logp_RS, **CLOSE)
     with torch.no_grad():
-        torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_NS, **CLOSE)
-    assert trajectory.mask_NS.eq(1).all()
-    assert not trajectory.logp_NS.requires_grad
+        torch.testing.assert_close(policy.logprobs(trajectory), trajectory.logp_RS, **CLOSE)
+    assert trajectory.mask_RS.eq(1).all()
+    assert not trajectory.logp_RS.requires_grad
     part = trajectory.select([2, 0])
     assert len(part) == 2
-    torch.testing.assert_close(policy.logprobs(part).detach(), trajectory.logp_NS[[2, 0]], **CLOSE)
+    torch.testing.assert_close(policy.logprobs(part).detach(), trajectory.logp_RS[[2, 0]], **CLOSE)
 
 
 def test_masked_steps_have_no_log_prob(policy, condition):
     trajectory = policy.sample(condition, SEEDS)
-    masked = replace(trajectory, mask_NS=torch.tensor([[1.0, 0, 1, 0]] * 4))
-    expected = trajectory.logp_NS * masked.mask_NS
+    masked = replace(trajectory, mask_RS=torch.tensor([[1.0, 0, 1, 0]] * 4))
+    expected = trajectory.logp_RS * masked.mask_RS
     torch.testing.assert_close(policy.logprobs(masked).detach(), expected, **CLOSE)
     assert policy.logprobs(masked)[:, 1].eq(0).all()
 
@@ -97,16 +98,16 @@ def test_masked_steps_have_no_log_prob(policy, condition):
 def test_log_probs_of_other_weights(policy, condition):
     """After an update the action stays, the velocity moves."""
     trajectory = policy.sample(condition, SEEDS)
-    for weight in policy.policy.parameters():
+    for weight in policy.learner.network.parameters():
         weight.data.mul_(1.1)
     logp_NS = policy.logprobs(trajectory)
-    assert (logp_NS - trajectory.logp_NS).abs().min() > 1e-4
+    assert (logp_NS - trajectory.logp_RS).abs().min() > 1e-4
     for row in range(4):
         velocity = velocities(policy, condition, row, 1.0)
         x = trajectory.start_N[row][None]
         for i in range(STEPS - 1):
             law = plain_gaussian(x, velocity(x, SIGMAS[i]), SIGMAS[i], SIGMAS[i + 1], NOISE)
-            x = trajectory.actions_NS[row, i][None]
+            x = trajectory.actions_RS[row, i][None]
             torch.testing.assert_close(logp_NS[row, i].detach(), law.log_prob(x).mean().detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -117,14 +118,14 @@ def test_random_windows_belong_to_rows(create, condition):
     drawn = policy.sample(decoded := condition.index([0] * 40), range(40)).first_N
     assert sorted(drawn.unique().tolist()) == [0, 1, 2]  # never the last of the five steps
     assert len(decoded) == 40
-    torch.testing.assert_close(policy.logprobs(trajectory).detach(), trajectory.logp_NS, **CLOSE)
+    torch.testing.assert_close(policy.logprobs(trajectory).detach(), trajectory.logp_RS, **CLOSE)
     for row, seed in enumerate(SEEDS):
         first = int(trajectory.first_N[row])
         velocity = velocities(policy, condition, row, 1.0)
         xs, logp = plain_trajectory(velocity, seed, range(first, first + 2), NOISE)
         torch.testing.assert_close(trajectory.start_N[row], xs[first][0], **LATENTS)
         torch.testing.assert_close(trajectory.final_N[row], xs[-1][0], **LATENTS)
-        torch.testing.assert_close(trajectory.logp_NS[row], logp, **CLOSE)
+        torch.testing.assert_close(trajectory.logp_RS[row], logp, **CLOSE)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -137,26 +138,26 @@ def test_rows_do_not_depend_on_their_batch(create, condition, guidance):
     parts.append((turned, policy.sample(condition.index(turned), [SEEDS[row] for row in turned])))
     for rows, part in parts:
         assert part.first_N.equal(together.first_N[rows])
-        for name in ("actions_NS", "logp_NS", "start_N"):
+        for name in ("actions_RS", "logp_RS", "entropy_RS", "start_N"):
             torch.testing.assert_close(getattr(part, name), getattr(together, name)[rows], atol=3e-5, rtol=0)
         torch.testing.assert_close(part.final_N, together.final_N[rows], **LATENTS)
-        torch.testing.assert_close(policy.logprobs(part).detach(), together.logp_NS[rows], **CLOSE)
+        torch.testing.assert_close(policy.logprobs(part).detach(), together.logp_RS[rows], **CLOSE)
 
 
 def test_equal_seeds_draw_equally_and_others_do_not(policy, condition):
     same = policy.sample(condition.index([1, 1, 1]), [7, 7, 8])
-    torch.testing.assert_close(same.actions_NS[0], same.actions_NS[1], **CLOSE)
-    assert (same.actions_NS[0] - same.actions_NS[2]).abs().mean() > 0.1
+    torch.testing.assert_close(same.actions_RS[0], same.actions_RS[1], **CLOSE)
+    assert (same.actions_RS[0] - same.actions_RS[2]).abs().mean() > 0.1
 
 
 def test_conditional_updates(create, condition):
     """Drawn with guidance, scored without: of the same actions, log-probs are those of guidance 1."""
     policy, guided = create(4.0, guidance_in_update="conditional"), create(4.0)
     trajectory, expected = policy.sample(condition, SEEDS), guided.sample(condition, SEEDS)
-    torch.testing.assert_close(trajectory.actions_NS, expected.actions_NS, **CLOSE)
-    torch.testing.assert_close(policy.logprobs(trajectory).detach(), trajectory.logp_NS, **CLOSE)
-    torch.testing.assert_close(trajectory.logp_NS, create(1.0).logprobs(expected).detach(), **CLOSE)
-    assert (trajectory.logp_NS - expected.logp_NS).abs().max() > 1e-2
+    torch.testing.assert_close(trajectory.actions_RS, expected.actions_RS, **CLOSE)
+    torch.testing.assert_close(policy.logprobs(trajectory).detach(), trajectory.logp_RS, **CLOSE)
+    torch.testing.assert_close(trajectory.logp_RS, create(1.0).logprobs(expected).detach(), **CLOSE)
+    assert (trajectory.logp_RS - expected.logp_RS).abs().max() > 1e-2
 
 
 # --------------------------------------------------------------------------------------------------------- the images
@@ -188,10 +189,10 @@ def test_without_noise_it_is_the_renderer(decoder, create, condition):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_the_gradient_is_the_slope(create, condition, guidance):
     policy = create(guidance)
-    policy.policy.double()
+    policy.learner.network.double()
     trajectory = policy.sample(condition, SEEDS)
-    assert trajectory.actions_NS.dtype == torch.float64
-    weights = [weight.requires_grad_() for weight in policy.policy.parameters()]
+    assert trajectory.actions_RS.dtype == torch.float64
+    weights = [weight.requires_grad_() for weight in policy.learner.network.parameters()]
     g = torch.Generator().manual_seed(0)
     directions = [torch.randn(weight.shape, generator=g, dtype=torch.float64) * weight.std() for weight in weights]
     factor_NS = torch.randn(4, STEPS - 1, generator=g, dtype=torch.float64)
@@ -223,14 +224,14 @@ def test_the_gradient_reaches_the_condition_only_if_asked(policy, condition):
 
 def test_checkpointing_changes_no_gradient(policy, condition):
     trajectory = policy.sample(condition, SEEDS)
-    policy.policy.requires_grad_(True)
+    policy.learner.network.requires_grad_(True)
     gradients = []
     for on in (False, True, False):
-        policy.policy.gradient_checkpointing = on
-        assert policy.policy.gradient_checkpointing is on
-        policy.policy.zero_grad()
+        policy.learner.network.gradient_checkpointing = on
+        assert policy.learner.network.gradient_checkpointing is on
+        policy.learner.network.zero_grad()
         policy.logprobs(trajectory).sum().backward()
-        gradients.append(policy.policy.base.proj_out.weight.grad.clone())
+        gradients.append(policy.learner.network.base.proj_out.weight.grad.clone())
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], atol=1e-6, rtol=1e-5)
 
@@ -271,11 +272,11 @@ def test_what_trains_is_where_the_trainer_is(decoder, placement):
 def test_one_seed_per_condition_and_a_reference_if_asked(policy, condition):
     with pytest.raises(ValueError, match="4 conditions but 3 seeds"):
         policy.sample(condition, SEEDS[:3])
-    with pytest.raises(RuntimeError, match="no reference was kept"), policy.reference():
+    with pytest.raises(RuntimeError, match="were not kept"), policy.learner.reference():
         pass
 
 
 def test_moving_moves_everything(policy):
-    policy.reference_policy = copy.deepcopy(policy.policy)
+    policy.learner.start = FrozenCopy(copy.deepcopy(policy.learner.network))
     assert policy.to("cpu") is policy
     assert policy.modules() == [policy.renderer.pipe.vae]

@@ -60,14 +60,14 @@ def prompts(processor, text):
 def test_ratio_of_images_is_one(assemble, sampling):
     umm = assemble(sampling)
     drawn = umm.renderer.sample(umm.conditioner.encode(CAPTIONS), [3, 4])
-    assert drawn.actions_NS.shape == (2, 6)
-    torch.testing.assert_close(umm.renderer.logprobs(drawn).detach(), drawn.logp_NS, **EXACT)
+    assert drawn.actions_RS.shape == (2, 6)
+    torch.testing.assert_close(umm.renderer.logprobs(drawn).detach(), drawn.logp_RS, **EXACT)
 
 
 def test_ratio_of_images_is_one_in_single_precision(assemble):
     umm = assemble(dtype=torch.float32)
     drawn = umm.renderer.sample(umm.conditioner.encode(CAPTIONS), [3, 4])
-    torch.testing.assert_close(umm.renderer.logprobs(drawn).detach(), drawn.logp_NS, atol=2e-5, rtol=0)
+    torch.testing.assert_close(umm.renderer.logprobs(drawn).detach(), drawn.logp_RS, atol=2e-5, rtol=0)
 
 
 def test_prompts_are_the_processors_own(assemble, made):
@@ -92,7 +92,7 @@ def test_greedy_images_are_those_of_generate(assemble, made, guidance):
     words = processor.tokenizer
     closing = words.convert_tokens_to_ids([words.eof_token, words.eoi_token, words.eos_token])
     line_end, visual = words.convert_tokens_to_ids("<|extra_200|>"), model.vocabulary_mapping.image_tokens
-    for caption, tokens_S, image in zip(CAPTIONS, drawn.actions_NS, images, strict=True):
+    for caption, tokens_S, image in zip(CAPTIONS, drawn.actions_RS, images, strict=True):
         given, negative = prompts(processor, caption), prompts(processor, NEGATIVE)
         length = given["input_ids"].shape[1]
 
@@ -121,7 +121,7 @@ def test_logprobs_are_of_the_one_head_among_visual_tokens(assemble, made):
     drawn = umm.renderer.sample(umm.conditioner.encode(CAPTIONS), [3, 4])
     line_end, (first, codes) = processor.tokenizer.convert_tokens_to_ids("<|extra_200|>"), visual_range(model)
     for n, caption in enumerate(CAPTIONS):
-        rows = (drawn.actions_NS[n].view(3, 2) + first).tolist()
+        rows = (drawn.actions_RS[n].view(3, 2) + first).tolist()
         said = torch.tensor([token for row in rows for token in (*row, line_end)])
         logits = []
         for text in (caption, NEGATIVE):
@@ -129,20 +129,20 @@ def test_logprobs_are_of_the_one_head_among_visual_tokens(assemble, made):
             every = model(torch.cat([ids, said])[None]).logits[0, len(ids) - 1 : -1]
             logits.append(every.view(3, 3, -1)[:, :2].flatten(0, 1)[:, first : first + codes])
         c, u = logits
-        expected = ((u + 5.0 * (c - u)) / 0.7).log_softmax(-1).gather(1, drawn.actions_NS[n][:, None])[:, 0]
-        torch.testing.assert_close(drawn.logp_NS[n], expected, **EXACT)
+        expected = ((u + 5.0 * (c - u)) / 0.7).log_softmax(-1).gather(1, drawn.actions_RS[n][:, None])[:, 0]
+        torch.testing.assert_close(drawn.logp_RS[n], expected, **EXACT)
 
 
 def test_an_image_depends_on_its_caption_and_seed_only(assemble):
     together = assemble(rows=16)
     condition = together.conditioner.encode([*CAPTIONS, CAPTIONS[0]])
     drawn = together.renderer.sample(condition, [3, 4, 5])
-    assert not torch.equal(drawn.actions_NS[0], drawn.actions_NS[2])
+    assert not torch.equal(drawn.actions_RS[0], drawn.actions_RS[2])
     alone = assemble(rows=1)
     for n, (caption, seed) in enumerate(zip([*CAPTIONS, CAPTIONS[0]], [3, 4, 5], strict=True)):
         one = alone.renderer.sample(alone.conditioner.encode([caption]), [seed])
-        assert torch.equal(one.actions_NS[0], drawn.actions_NS[n])
-    assert torch.equal(alone.renderer.sample(condition, [3, 4, 5]).actions_NS, drawn.actions_NS)
+        assert torch.equal(one.actions_RS[0], drawn.actions_RS[n])
+    assert torch.equal(alone.renderer.sample(condition, [3, 4, 5]).actions_RS, drawn.actions_RS)
 
 
 # ---------------------------------------------------------------------------------------------------------- captions
@@ -175,8 +175,8 @@ def test_ratio_of_captions_is_one(assemble):
     rollout = captioner.sample(captioner.prepare(pictures()), 3, Sampling(max_tokens=20), range(6))
     logp_NT = captioner.logprobs(rollout)
     assert logp_NT.requires_grad
-    torch.testing.assert_close(logp_NT.detach().float(), rollout.logp_NT.float(), atol=1e-5, rtol=0)
-    ended = rollout.mask_NT.sum(1) < 20
+    torch.testing.assert_close(logp_NT.detach().float(), rollout.logp_RS.float(), atol=1e-5, rtol=0)
+    ended = rollout.mask_RS.sum(1) < 20
     assert ended.any()
     assert len(set(rollout.texts)) > 3
 
@@ -184,13 +184,13 @@ def test_ratio_of_captions_is_one(assemble):
 def test_a_prompt_is_run_once_and_exactly(assemble, made):
     """Captions behind the shared prompt, against whole passes without any cache."""
     umm = assemble()
-    captioner, model = umm.captioner, umm.captioner.policy.base
+    captioner, model = umm.captioner, umm.captioner.learner.network.base
     rollout = captioner.sample(captioner.prepare(pictures()), 2, Sampling(max_tokens=8), range(4))
     ours = captioner.logprobs(rollout)
-    banned = captioner.policy.banned_ids
+    banned = captioner.learner.network.banned_ids
     for n in range(4):
         ids = rollout.context.rows["input_ids"][n // 2][rollout.context.rows["attention_mask"][n // 2].bool()]
-        tokens = rollout.tokens_NT[n][rollout.mask_NT[n].bool()]
+        tokens = rollout.tokens_NT[n][rollout.mask_RS[n].bool()]
         logits = model(torch.cat([ids, tokens])[None]).logits[0, len(ids) - 1 : -1].index_fill(1, banned, -torch.inf)
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(ours[n, : len(tokens)], expected, atol=1e-8, rtol=0)
@@ -204,7 +204,7 @@ def test_captions_hold_no_picture(assemble, made, monkeypatch, special):
     if not special:
         monkeypatch.setattr(type(words), "added_tokens_decoder", property(lambda self: marks))
     captioner = assemble().captioner
-    banned = set(words.convert_ids_to_tokens(captioner.policy.banned_ids.tolist()))
+    banned = set(words.convert_ids_to_tokens(captioner.learner.network.banned_ids.tolist()))
     assert {f"<|visual token {code:06d}|>" for code in range(CODES)} <= banned
     assert {
         "<image>",
@@ -223,15 +223,15 @@ def test_captions_hold_no_picture(assemble, made, monkeypatch, special):
 
 
 def vq_state(umm):
-    return {name: value.clone() for name, value in umm.captioner.policy.vqmodel.state_dict().items()}
+    return {name: value.clone() for name, value in umm.captioner.learner.network.vqmodel.state_dict().items()}
 
 
 @pytest.mark.parametrize("finetune", [LoRA(4, 8), Full()], ids=["lora", "full"])
 def test_gradients_reach_the_language_model_and_not_the_vq_model(assemble, finetune):
     umm = assemble(dtype=torch.float32)
-    policy, before, condition = umm.captioner.policy, vq_state(umm), umm.conditioner.encode(CAPTIONS)
-    finetune.attach(umm.captioner, keep_reference=True)
-    assert umm.renderer.policy is policy
+    policy, before, condition = umm.captioner.learner.network, vq_state(umm), umm.conditioner.encode(CAPTIONS)
+    finetune.attach(umm.captioner.learner, keep_reference=True)
+    assert umm.renderer.learner.network is policy
     policy.train()
     assert not any(part.training for part in policy.vqmodel.modules())
     drawn = umm.renderer.sample(condition, [3, 4])
@@ -247,7 +247,7 @@ def test_gradients_reach_the_language_model_and_not_the_vq_model(assemble, finet
     torch.optim.SGD(trained.values(), lr=0.1).step()
     assert all(torch.equal(value, before[name]) for name, value in vq_state(umm).items())
     assert (umm.renderer.logprobs(drawn) - start).abs().max() > 1e-3
-    with umm.renderer.reference(), torch.no_grad():
+    with umm.renderer.learner.reference(), torch.no_grad():
         torch.testing.assert_close(umm.renderer.logprobs(drawn), start, atol=1e-5, rtol=0)
 
 
@@ -255,11 +255,11 @@ def test_checkpointing_changes_no_gradient(made):
     grads = []
     for recompute in (False, True):
         captioner = HFCaptioner(copy.deepcopy(made[0]).double(), made[1], "Describe.")
-        captioner.policy.gradient_checkpointing = recompute
+        captioner.learner.network.gradient_checkpointing = recompute
         umm = unify(captioner, HEIGHT, WIDTH, TokenSampling(5.0), negative=NEGATIVE)
         drawn = umm.renderer.sample(umm.conditioner.encode(CAPTIONS), [3, 4])
         umm.renderer.logprobs(drawn).sum().backward()
-        grads.append({name: p.grad for name, p in umm.captioner.policy.named_parameters()})
+        grads.append({name: p.grad for name, p in umm.captioner.learner.network.named_parameters()})
     assert all(torch.allclose(value, grads[1][name], atol=1e-9) for name, value in grads[0].items())
 
 

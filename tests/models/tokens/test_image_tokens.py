@@ -2,13 +2,13 @@
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from uae.grpo import GRPOLoss
+from uae.learner import Learner
 from uae.models.captioners.fixed_cache import FixedLayer
 from uae.models.tokens.policy import ImageTokenPolicy, TokenCondition, TokenPolicy, TokenSampling
 from uae.types import Trajectory
@@ -40,9 +40,8 @@ class Toy(TokenPolicy):
         super().__init__(model.to(dtype).eval(), [PAD], checkpointing)
         self.tokens = tokens
 
-    @property
     def image_head(self):
-        return self.model.head
+        return self.model.head.weight, self.model.head.bias
 
     def embed_image(self, tokens_NS):
         return self.model.codes(tokens_NS)
@@ -51,11 +50,11 @@ class Toy(TokenPolicy):
         return hidden_NSD.tanh()
 
     def pixels(self, tokens_NS):
-        return tokens_NS.float()[:, None, None].expand(-1, 3, 2, -1) / self.image_head.out_features
+        return tokens_NS.float()[:, None, None].expand(-1, 3, 2, -1) / len(self.image_head()[0])
 
 
 def renderer(sampling, rows=16, **settings):
-    return ImageTokenPolicy(SimpleNamespace(policy=Toy(**settings)), sampling, rows)
+    return ImageTokenPolicy(Learner(Toy(**settings)), sampling, rows)
 
 
 def condition(prompts=PROMPTS, left=0, right=0):
@@ -87,7 +86,8 @@ def plain_logprobs(policy, prompt, tokens, sampling, detach=False):
 
 def fixed(tokens, prompts=PROMPTS, **padding):
     tokens = torch.tensor(tokens)
-    return Trajectory(condition(prompts, **padding), tokens, torch.ones(tokens.shape), torch.zeros(tokens.shape))
+    given = {"mask_RS": torch.ones(tokens.shape), "logp_RS": torch.zeros(tokens.shape)}
+    return Trajectory(**given, condition=condition(prompts, **padding), actions_RS=tokens)
 
 
 def gradient(policy, value):
@@ -106,17 +106,17 @@ def test_ratio_is_one(sampling):
     policy = renderer(sampling, tokens=5)
     drawn = policy.sample(condition(), [3, 4])
     logp_NS = policy.logprobs(drawn)
-    torch.testing.assert_close(logp_NS.detach(), drawn.logp_NS, **CLOSE)
+    torch.testing.assert_close(logp_NS.detach(), drawn.logp_RS, **CLOSE)
     assert sampling.exact
     assert logp_NS.requires_grad
-    assert logp_NS.dtype == drawn.logp_NS.dtype == torch.float32
+    assert logp_NS.dtype == drawn.logp_RS.dtype == torch.float32
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
 def test_logprobs_equal_plain_passes(sampling):
     policy, tokens = renderer(sampling, tokens=3, dtype=torch.float64), [[1, 3, 2], [0, 2, 2]]
     ours = policy.logprobs(fixed(tokens))
-    plain = [plain_logprobs(policy.policy, *row, sampling) for row in zip(PROMPTS, tokens, strict=True)]
+    plain = [plain_logprobs(policy.learner.network, *row, sampling) for row in zip(PROMPTS, tokens, strict=True)]
     torch.testing.assert_close(ours, torch.stack(plain), **EXACT)
 
 
@@ -128,17 +128,17 @@ def test_conditional_logprobs_are_not_the_samplers():
         drawn = policy.sample(condition(), [3, 4])
         without = TokenSampling(1.0, 0.7)
         plain = [
-            plain_logprobs(policy.policy, *row, without) for row in zip(PROMPTS, drawn.actions_NS.tolist(), strict=True)
+            plain_logprobs(policy.learner.network, *row, without) for row in zip(PROMPTS, drawn.actions_RS.tolist(), strict=True)
         ]
         torch.testing.assert_close(policy.logprobs(drawn), torch.stack(plain), **CLOSE)
-        assert ((policy.logprobs(drawn) - drawn.logp_NS).abs().max() < 1e-5) == exact
+        assert ((policy.logprobs(drawn) - drawn.logp_RS).abs().max() < 1e-5) == exact
 
 
 @pytest.mark.parametrize("padding", [{"left": 3}, {"right": 2}, {"left": 1, "right": 4}])
 def test_padding_changes_nothing(padding):
     policy = renderer(TokenSampling(5.0, 0.7), tokens=4)
     plain, padded = (policy.sample(condition(**more), [3, 4]) for more in ({}, padding))
-    assert torch.equal(plain.actions_NS, padded.actions_NS)
+    assert torch.equal(plain.actions_RS, padded.actions_RS)
     torch.testing.assert_close(policy.logprobs(padded), policy.logprobs(plain), **CLOSE)
 
 
@@ -148,26 +148,26 @@ def test_a_row_depends_on_its_prompt_and_seed_only():
     for rows in (1, 3):
         policy = renderer(TokenSampling(5.0), rows=rows, tokens=6)
         parts = policy.sample(condition(prompts), [3, 4, 5, 4])
-        assert torch.equal(parts.actions_NS, together.actions_NS)
+        assert torch.equal(parts.actions_RS, together.actions_RS)
     alone = policy.sample(condition(prompts[2:3]), [5])
-    assert torch.equal(alone.actions_NS, together.actions_NS[2:3])
-    assert torch.equal(together.actions_NS[1], together.actions_NS[3])
-    assert not torch.equal(together.actions_NS[0], together.actions_NS[2])
+    assert torch.equal(alone.actions_RS, together.actions_RS[2:3])
+    assert torch.equal(together.actions_RS[1], together.actions_RS[3])
+    assert not torch.equal(together.actions_RS[0], together.actions_RS[2])
     with pytest.raises(ValueError, match="4 conditions but 1 seeds"):
         policy.sample(condition(prompts), [1])
 
 
 def test_masked_actions_have_logprob_zero():
     policy = renderer(TokenSampling(5.0), tokens=3)
-    masked = replace(fixed([[1, 3, 2], [0, 2, 2]]), mask_NS=torch.tensor([[1.0, 0, 1], [1, 1, 0]]))
-    assert ((policy.logprobs(masked) == 0) == (masked.mask_NS == 0)).all()
+    masked = replace(fixed([[1, 3, 2], [0, 2, 2]]), mask_RS=torch.tensor([[1.0, 0, 1], [1, 1, 0]]))
+    assert ((policy.logprobs(masked) == 0) == (masked.mask_RS == 0)).all()
 
 
 def test_checkpointing_changes_no_gradient():
     grads = []
     for checkpointing in (False, True):
         policy = renderer(TokenSampling(5.0), tokens=3, dtype=torch.float64, checkpointing=checkpointing)
-        grads.append(gradient(policy.policy, policy.logprobs(fixed([[1, 3, 2], [0, 2, 2]])).sum()))
+        grads.append(gradient(policy.learner.network, policy.logprobs(fixed([[1, 3, 2], [0, 2, 2]])).sum()))
     torch.testing.assert_close(*grads, **EXACT)
 
 
@@ -183,7 +183,7 @@ def test_checkpointing_changes_no_gradient():
 def test_no_pass_more_than_needed(sampling, sampler, scored):
     """Rows per pass of the decoder: the prompt and S - 1 steps in the sampler; one pass, or one per kind, for log-probs."""
     policy, seen = renderer(sampling, tokens=3), []
-    decoder = policy.policy.model.model
+    decoder = policy.learner.network.model.model
     decoder.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True
     )
@@ -223,8 +223,8 @@ def expected_reward(policy, sampling, rewards, detach=False):
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_samples_follow_the_policy(guidance):
     policy, count = renderer(TokenSampling(guidance, 0.7), rows=2000), 2000
-    drawn = policy.sample(condition([PROMPTS[1]] * count), range(count)).actions_NS
-    _, probability = expected_reward(policy.policy, policy.sampling, torch.zeros(16))
+    drawn = policy.sample(condition([PROMPTS[1]] * count), range(count)).actions_RS
+    _, probability = expected_reward(policy.learner.network, policy.sampling, torch.zeros(16))
     observed, expected = torch.bincount(drawn @ torch.tensor([4, 1]), minlength=16), probability * count
     common = expected >= 5
     assert common.sum() >= 3
@@ -248,29 +248,29 @@ def test_the_policy_gradient_is_that_of_the_expected_reward(tokens, guidance, mo
     policy = renderer(TokenSampling(guidance, 0.7, mode), tokens=tokens, dtype=torch.float64)
     every = outcomes(4, tokens)
     rewards = torch.randn(len(every), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    value, probability = expected_reward(policy.policy, policy.sampling, rewards)
-    truth = gradient(policy.policy, value)
+    value, probability = expected_reward(policy.learner.network, policy.sampling, rewards)
+    truth = gradient(policy.learner.network, value)
     logp = policy.logprobs(fixed(every, [PROMPTS[1]] * len(every)))
     weights = rewards * probability * logp.numel()  # the loss is a mean over rows, of means over tokens
     loss = GRPOLoss()(logp, logp.detach(), weights, torch.ones_like(logp)).loss
-    ours = -gradient(policy.policy, loss)
+    ours = -gradient(policy.learner.network, loss)
     off = float((ours - truth).norm() / truth.norm())
     assert off < 1e-8 if exact else off > 0.05
     if mode == "guided_detach_uncond":  # exact but for what reaches the states behind u
-        held, _ = expected_reward(policy.policy, policy.sampling, rewards, detach=True)
-        torch.testing.assert_close(ours, gradient(policy.policy, held), atol=1e-8, rtol=0)
+        held, _ = expected_reward(policy.learner.network, policy.sampling, rewards, detach=True)
+        torch.testing.assert_close(ours, gradient(policy.learner.network, held), atol=1e-8, rtol=0)
 
 
 def test_clipping_acts_once_the_policy_has_moved():
     policy, loss = renderer(TokenSampling(5.0), tokens=4), GRPOLoss()
     drawn = policy.sample(condition([PROMPTS[0]] * 8), range(8))
     old, advantage = policy.logprobs(drawn).detach(), torch.arange(8.0) - 3.5
-    terms = loss(policy.logprobs(drawn), old, advantage, drawn.mask_NS)
+    terms = loss(policy.logprobs(drawn), old, advantage, drawn.mask_RS)
     assert terms.clip_fraction == 0
     assert terms.ratio_max == pytest.approx(1, abs=1e-5)
     terms.loss.backward()
-    torch.optim.SGD(policy.policy.parameters(), lr=0.3).step()
-    moved = loss(policy.logprobs(drawn), old, advantage, drawn.mask_NS)
+    torch.optim.SGD(policy.learner.network.parameters(), lr=0.3).step()
+    moved = loss(policy.logprobs(drawn), old, advantage, drawn.mask_RS)
     assert moved.ratio_max > 1.2
     assert 0 < moved.clip_fraction < 1
 
@@ -303,9 +303,9 @@ def test_settings_without_a_meaning_are_refused(setting, message):
 def test_greedy_is_the_most_likely_token_at_every_step():
     policy = renderer(TokenSampling(5.0, 0.0), tokens=3)
     drawn = policy.sample(condition(), [3, 4])
-    assert torch.equal(drawn.actions_NS, policy.sample(condition(), [5, 6]).actions_NS)
-    for prompt, tokens in zip(PROMPTS, drawn.actions_NS.tolist(), strict=True):
+    assert torch.equal(drawn.actions_RS, policy.sample(condition(), [5, 6]).actions_RS)
+    for prompt, tokens in zip(PROMPTS, drawn.actions_RS.tolist(), strict=True):
         for step in range(3):
             every = [[*tokens[:step], code] for code in range(4)]
-            logp = [plain_logprobs(policy.policy, prompt, one, TokenSampling(5.0))[-1] for one in every]
+            logp = [plain_logprobs(policy.learner.network, prompt, one, TokenSampling(5.0))[-1] for one in every]
             assert tokens[step] == int(torch.stack(logp).argmax())

@@ -21,6 +21,7 @@ from tests.models.captioners.test_captioner import (  # noqa: F401 (collected he
     test_tokens_behind_the_end_do_not_matter,
 )
 from tests.models.families import IDS
+from uae.learner import WithoutAdapter
 from uae.miniature import tiny
 from uae.models.finetune import Full, LoRA
 from uae.models.tokens.janus import JanusPolicy, TokenConditioner, unify
@@ -94,21 +95,21 @@ def condition(umm):
 
 
 def trainable(umm):
-    return {name for name, p in umm.captioner.policy.model.named_parameters() if p.requires_grad}
+    return {name for name, p in umm.captioner.learner.network.model.named_parameters() if p.requires_grad}
 
 
 # ----------------------------------------------------------------------------------------------------------- captions
 
 
 def test_the_fixture_holds_the_hard_cases(captioner, rollout):
-    lengths = rollout.mask_NT.sum(1)
+    lengths = rollout.mask_RS.sum(1)
     assert lengths.min() < 4
     assert lengths.max() == 8
     assert len(set(rollout.texts)) > 6
 
 
 def test_what_belongs_to_images_is_never_said(captioner):
-    assert {IDS[IMAGE], IDS[BOI], IDS[EOI], IDS[PAD]} <= set(captioner.policy.banned_ids.tolist())
+    assert {IDS[IMAGE], IDS[BOI], IDS[EOI], IDS[PAD]} <= set(captioner.learner.network.banned_ids.tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -147,16 +148,16 @@ def test_image_ratio_is_one(umm, guidance, mode):
     umm.renderer.sampling = TokenSampling(guidance, 1.0, mode)
     drawn = umm.renderer.sample(condition(umm), [1, 2])
     logp_NS = umm.renderer.logprobs(drawn)
-    torch.testing.assert_close(logp_NS.detach(), drawn.logp_NS, **CLOSE)
+    torch.testing.assert_close(logp_NS.detach(), drawn.logp_RS, **CLOSE)
     assert logp_NS.shape == (2, 4)
 
 
 @torch.no_grad()
 def test_image_logprobs_equal_the_librarys_own_parts(made):
     """One prompt at a time through generation_embeddings, aligner, language model and head."""
-    model, drawn = made.captioner.policy.model, made.renderer.sample(condition(made), [1, 2])
+    model, drawn = made.captioner.learner.network.model, made.renderer.sample(condition(made), [1, 2])
     for n, logp_S in enumerate(made.renderer.logprobs(drawn)):
-        at, tokens_S = drawn.condition.mask_NL[n].bool(), drawn.actions_NS[n]
+        at, tokens_S = drawn.condition.mask_NL[n].bool(), drawn.actions_RS[n]
         logits = []
         for ids_NL in (drawn.condition.ids_NL, drawn.condition.uncond_ids_NL):
             said = model.prepare_embeddings_for_image_generation(tokens_S[None, :-1])
@@ -173,8 +174,8 @@ def test_pixels_are_the_decoded_tokens(made):
     drawn = made.renderer.sample(condition(made), [1, 2])
     images = made.renderer.pixels(drawn)
     assert images.shape == (2, 3, 16, 16)
-    vq = made.captioner.policy.model.model.vqmodel
-    for tokens, image in zip(drawn.actions_NS, images, strict=True):
+    vq = made.captioner.learner.network.model.model.vqmodel
+    for tokens, image in zip(drawn.actions_RS, images, strict=True):
         torch.testing.assert_close(image, ((vq.decode(tokens[None])[0] + 1) / 2).clamp(0, 1), **CLOSE)
     assert torch.equal(made.renderer.render(condition(made), [1, 2]), images)
     assert not torch.equal(images[0], images[1])
@@ -186,7 +187,7 @@ def test_pixels_are_the_decoded_tokens(made):
 def step(umm, size=1e-2):
     """An update from images."""
     drawn = umm.renderer.sample(condition(umm), [1, 2])
-    parameters = [p for p in umm.renderer.policy.parameters() if p.requires_grad]
+    parameters = [p for p in umm.renderer.learner.network.parameters() if p.requires_grad]
     umm.renderer.logprobs(drawn).sum().backward()
     torch.optim.AdamW(parameters, lr=size, weight_decay=0.1).step()
 
@@ -195,8 +196,8 @@ def step(umm, size=1e-2):
 @pytest.mark.parametrize("attached", ["captioner", "renderer"])
 def test_captioner_and_renderer_are_one_policy(umm, images, finetune, attached):
     """Whichever the finetuning is attached to; an update from images moves captions, and the reference neither."""
-    finetune.attach(getattr(umm, attached), keep_reference=True)
-    assert umm.captioner.policy is umm.renderer.policy
+    finetune.attach(getattr(umm, attached).learner, keep_reference=True)
+    assert umm.captioner.learner.network is umm.renderer.learner.network
     rollout = umm.captioner.sample(umm.captioner.prepare(images), 2, Sampling(1.0, 6), range(4))
     drawn = umm.renderer.sample(condition(umm), [1, 2])
 
@@ -209,8 +210,8 @@ def test_captioner_and_renderer_are_one_policy(umm, images, finetune, attached):
         step(umm)
     moved = both()
     for role in (umm.captioner, umm.renderer):
-        with role.reference():
-            assert umm.captioner.policy is umm.renderer.policy
+        with role.learner.reference():
+            assert umm.captioner.learner.network is umm.renderer.learner.network
             assert all(torch.equal(a, b) for a, b in zip(both(), start, strict=True))
     for now, before, after in zip(both(), start, moved, strict=True):
         assert torch.equal(now, after)
@@ -220,12 +221,12 @@ def test_captioner_and_renderer_are_one_policy(umm, images, finetune, attached):
 @torch.no_grad()
 def test_the_reference_embeds_with_its_own_tables(umm):
     """Fed the policy's embeddings, as in T2I-R1, it would move with them."""
-    Full().attach(umm.captioner, keep_reference=True)
+    Full().attach(umm.captioner.learner, keep_reference=True)
     drawn = umm.renderer.sample(condition(umm), [1, 2])
-    start, model = umm.renderer.logprobs(drawn), umm.captioner.policy.model
+    start, model = umm.renderer.logprobs(drawn), umm.captioner.learner.network.model
     for table in (model.get_input_embeddings(), model.model.generation_embeddings):
         table.weight.add_(torch.randn_like(table.weight) * 0.3)
-        with umm.renderer.reference():
+        with umm.renderer.learner.reference():
             assert torch.equal(umm.renderer.logprobs(drawn), start)
         moved = umm.renderer.logprobs(drawn)
         assert (moved - start).abs().max() > 1e-3
@@ -233,13 +234,13 @@ def test_the_reference_embeds_with_its_own_tables(umm):
 
 def test_gradients_reach_what_makes_each_stream(umm, images):
     """Names without number: what an update from captions, and one from images, can move in a full finetuning."""
-    Full(".").attach(umm.captioner, keep_reference=False)
+    Full(".").attach(umm.captioner.learner, keep_reference=False)
     rollout = umm.captioner.sample(umm.captioner.prepare(images), 2, Sampling(1.0, 6), range(4))
     drawn, reached = umm.renderer.sample(condition(umm), [1, 2]), []
     for logp in (umm.captioner.logprobs(rollout), umm.renderer.logprobs(drawn)):
-        umm.captioner.policy.zero_grad()
+        umm.captioner.learner.network.zero_grad()
         logp.sum().backward()
-        named = umm.captioner.policy.model.named_parameters()
+        named = umm.captioner.learner.network.model.named_parameters()
         names = {name for name, p in named if p.grad is not None and p.grad.any()}
         reached.append({re.match(r"lm_head|model\.\w+", name)[0].removeprefix("model.") for name in names})
     assert reached[0] == {"vision_model", "aligner", "language_model", "lm_head"}
@@ -248,12 +249,12 @@ def test_gradients_reach_what_makes_each_stream(umm, images):
 
 @pytest.mark.parametrize("finetune", [LoRA(rank=2), LoRA(rank=2, target_modules="all-linear"), Full(), Full(".")])
 def test_the_image_tokenizer_never_trains(umm, finetune):
-    vq = umm.captioner.policy.model.model.vqmodel
+    vq = umm.captioner.learner.network.model.model.vqmodel
     before = copy.deepcopy(vq.state_dict())
-    finetune.attach(umm.renderer, keep_reference=True)
-    umm.captioner.policy.train()
+    finetune.attach(umm.renderer.learner, keep_reference=True)
+    umm.captioner.learner.network.train()
     assert not any(module.training for module in vq.modules())
-    assert not any("vqmodel" in name for name, _ in umm.captioner.policy.named_parameters())
+    assert not any("vqmodel" in name for name, _ in umm.captioner.learner.network.named_parameters())
     for _ in range(2):
         step(umm)
     assert len(before) > 40
@@ -261,11 +262,12 @@ def test_the_image_tokenizer_never_trains(umm, finetune):
 
 
 def test_lora_trains_the_language_model_only(umm):
-    LoRA(rank=2).attach(umm.renderer, keep_reference=True)
+    LoRA(rank=2).attach(umm.renderer.learner, keep_reference=True)
     assert {"language_model" in name and "lora_" in name for name in trainable(umm)} == {True}
-    assert umm.renderer.starting_adapter == umm.captioner.starting_adapter == ""
+    assert umm.renderer.learner is umm.captioner.learner
+    assert umm.captioner.learner.start == WithoutAdapter()
     step(umm)
-    reached = {n for n, p in umm.renderer.policy.model.named_parameters() if p.grad is not None and p.grad.any()}
+    reached = {n for n, p in umm.renderer.learner.network.model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached == {name for name in trainable(umm) if "lora_B" in name}  # A waits for B, which starts at 0
 
 
@@ -276,11 +278,11 @@ def test_what_trains_is_what_the_loss_of_the_stage_reaches(umm, images, finetune
     umm = prepare(umm, train, ["caption", "image"], finetune, None)
     rollout = umm.captioner.sample(umm.captioner.prepare(images), 2, Sampling(1.0, 6), range(4))
     drawn = umm.renderer.sample(condition(umm), [1, 2])
-    with umm.captioner.reference():
+    with umm.captioner.learner.reference():
         umm.captioner.logprobs(rollout)
     losses = {"captions": umm.captioner.logprobs(rollout).sum(), "images": umm.renderer.logprobs(drawn).sum()}
     sum(losses[half] for half in losses if train in (half, "both")).backward()
-    named = dict(umm.captioner.policy.named_parameters())
+    named = dict(umm.captioner.learner.network.named_parameters())
     assert {n for n, p in named.items() if p.requires_grad} == {n for n, p in named.items() if p.grad is not None}
     assert any("language_model" in name for name in trainable(umm))
 
@@ -289,14 +291,14 @@ def test_the_state_dict_is_complete_and_a_copy_keeps_it(umm):
     """Exports hold the image tokenizer by the library's names."""
     with torch.random.fork_rng():
         plain = janus()[0]
-    state = umm.captioner.policy.model.state_dict()
+    state = umm.captioner.learner.network.model.state_dict()
     assert state.keys() == plain.state_dict().keys()
     plain.load_state_dict(state)
     tokens = torch.tensor([[1, 5, 7, 11]])
     expected = JanusPolicy(plain.eval()).pixels(tokens)
-    assert torch.equal(umm.renderer.policy.pixels(tokens), expected)
+    assert torch.equal(umm.renderer.learner.network.pixels(tokens), expected)
 
 
 def test_a_captioner_that_draws_nothing_is_refused(created):
     with pytest.raises(TypeError, match="CaptionPolicy draws no images"):
-        ImageTokenPolicy(created("qwen2_5_vl"))
+        ImageTokenPolicy(created("qwen2_5_vl").learner)

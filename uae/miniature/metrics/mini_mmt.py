@@ -145,7 +145,9 @@ def likelihood(captioner: Captioner) -> Scorer:
         tokens_NT = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=inner.device)
         mask_NT = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows], device=inner.device)
         context = captioner.prepare(images_BCHW)
-        rollout = Rollout(tokens_NT, mask_NT, torch.zeros_like(mask_NT), texts, context, LETTERS)
+        rollout = Rollout(
+            mask_RS=mask_NT, logp_RS=torch.zeros_like(mask_NT), tokens_NT=tokens_NT, texts=texts, context=context, group=LETTERS
+        )
         logp_NT = captioner.logprobs(rollout)
         return (logp_NT.sum(1) / mask_NT.sum(1)).view(-1, LETTERS).cpu()
 

@@ -52,7 +52,7 @@ class CaptionObjective(Objective):
         else:
             model = load_captioner((WEIGHTS if self.start == "package" else Path(self.start)) / "captioner")
         captioner = HFCaptioner(model, processor(), INSTRUCTION)
-        self.policy = captioner.policy
+        self.policy = captioner.learner.network
         self.reader = nn.Linear(self.policy.base.config.text_config.hidden_size, KINDS)
         self.frozen = (captioner,)
 

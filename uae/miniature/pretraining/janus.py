@@ -55,7 +55,7 @@ class JanusObjective(CaptionObjective):
         """The Janus that the autoencoder was trained in."""
         model, processor = load(WEIGHTS if self.start == "package" else Path(str(self.start)))
         umm = assemble(model, processor, TokenSampling(guidance=1.0))
-        self.policy = umm.captioner.policy
+        self.policy = umm.captioner.learner.network
         self.reader = nn.Linear(model.config.text_config.hidden_size, KINDS)
         self.frozen, self.conditioner, self.renderer = (umm.captioner,), umm.conditioner, umm.renderer
 

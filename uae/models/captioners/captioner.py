@@ -5,16 +5,15 @@ How to load one from a checkpoint is in `uae.models.captioners.loading`, its tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uae.models.captioners.draws import draw, uniforms
+from uae.learner import Learner
+from uae.models.captioners.draws import draw, entropy, uniforms
 from uae.models.captioners.policy import CaptionPolicy, VLMContext
-from uae.models.finetune import switched_to
 from uae.types import Rollout, Sampling
 
 SPECIAL_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -56,19 +55,13 @@ class HFCaptioner:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
         pad = [self.pad_id] if self.pad_id not in self.end_ids else []
         banned = sorted({i for i in [*ids, *extra_banned_ids, *pad] if i is not None})
-        for module in model.modules():  # a policy with dropout has no ratio of one
-            for name in ("p", "dropout", "attention_dropout"):  # nn.Dropout's name, and those of attention
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
-        self.policy = CaptionPolicy(model, banned)
-        self.reference_policy: CaptionPolicy | None = None  # a frozen copy, where the finetuning needs one
-        self.starting_adapter: str | None = None  # name of the adapter the run started from; "" is none at all
+        self.learner = Learner(CaptionPolicy(model, banned))
         self._prompts: dict[str, str] = {}
 
     @property
     def device(self) -> torch.device:
-        """Where the policy is."""
-        return self.policy.banned_ids.device
+        """The device that the policy is on."""
+        return self.learner.network.banned_ids.device
 
     @property
     def language_model(self) -> nn.Module:
@@ -77,13 +70,12 @@ class HFCaptioner:
         Its ``last_hidden_state`` is after the final norm. It counts positions from the first token, so padding goes to
         the right, or ``position_ids`` along.
         """
-        return self.policy.base.get_decoder()
+        decoder: nn.Module = self.learner.network.base.get_decoder()
+        return decoder
 
-    def to(self, device: Any) -> HFCaptioner:
-        """Move the policy (and the frozen copy, if any)."""
-        self.policy.to(device)
-        if self.reference_policy is not None:
-            self.reference_policy.to(device)
+    def to(self, device: torch.device | str) -> HFCaptioner:
+        """Move the policy, and the frozen copy of its start, if there is one."""
+        self.learner.to(device)
         return self
 
     def prompt(self, instruction: str) -> str:
@@ -116,7 +108,7 @@ class HFCaptioner:
         if "image_grid_thw" in rows:
             patches = rows.pop("pixel_values").split(rows["image_grid_thw"].prod(1).tolist())
         elif len(rows["pixel_values"]) != len(images):  # tiles, all of which take equally many tokens
-            tokens_B = (rows["input_ids"] == self.policy.base.config.image_token_id).sum(1)
+            tokens_B = (rows["input_ids"] == self.learner.network.base.config.image_token_id).sum(1)
             tiles_B = tokens_B * len(rows["pixel_values"]) // tokens_B.sum()
             if tiles_B.sum() != len(rows["pixel_values"]):
                 raise ValueError(
@@ -127,55 +119,50 @@ class HFCaptioner:
         return VLMContext(rows, patches, tuple(images_BCHW))
 
     @torch.no_grad()
-    def sample(self, context: VLMContext, group: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout:
+    def sample(
+        self, context: VLMContext, group: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Rollout[VLMContext]:
         """``group`` captions for every image; row n depends on its image and on ``seeds[n]`` only.
 
         Tokens come from the inverse of the cumulative distribution at one uniform number per row and step, so a sample
         does not depend on its batch.
         """
-        temperature, device = sampling.policy_temperature, self.device
-        prefix = self.policy.prefill(context).expand(group)
+        policy, temperature, device = self.learner.network, sampling.policy_temperature, self.device
+        prefix = policy.prefill(context).expand(group)
         hidden_ND, done_N = prefix.hidden_ND, torch.zeros(len(prefix.hidden_ND), dtype=torch.bool, device=device)
         uniform_NT = uniforms(seeds, sampling.max_tokens).to(device)
         ends = torch.tensor(self.end_ids, device=device)
-        tokens, logps, masks = [], [], []
+        tokens, logps, entropies, masks = [], [], [], []
         for step in range(sampling.max_tokens):
-            logp_NV = self.policy.logits(hidden_ND, temperature).log_softmax(-1)
+            logp_NV = policy.logits(hidden_ND, temperature).log_softmax(-1)
             token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NT[:, step])
             token_N = token_N.masked_fill(done_N, self.pad_id)
             tokens.append(token_N)
             masks.append((~done_N).float())
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0].masked_fill(done_N, 0.0))
+            entropies.append(entropy(logp_NV).masked_fill(done_N, 0.0))
             done_N = done_N | torch.isin(token_N, ends)
             if done_N.all() or step + 1 == sampling.max_tokens:
                 break
-            hidden_ND = self.policy.advance(prefix, token_N[:, None])[:, -1]
-        tokens_NT, mask_NT, logp_NT = (torch.stack(x, dim=1) for x in (tokens, masks, logps))
-        return Rollout(tokens_NT, mask_NT, logp_NT, self.decode(tokens_NT, mask_NT), context, group, temperature)
+            hidden_ND = policy.advance(prefix, token_N[:, None])[:, -1]
+        tokens_NT, mask_NT = torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+        return Rollout(
+            mask_RS=mask_NT,
+            logp_RS=torch.stack(logps, dim=1),
+            entropy_RS=torch.stack(entropies, dim=1),
+            tokens_NT=tokens_NT,
+            texts=self.decode(tokens_NT, mask_NT),
+            context=context,
+            group=group,
+            temperature=temperature,
+        )
 
     def decode(self, tokens_NT: Tensor, mask_NT: Tensor) -> list[str]:
         """Captions as plain text, without special tokens."""
         rows = [tokens[mask.bool()] for tokens, mask in zip(tokens_NT, mask_NT, strict=True)]
         return [text.strip() for text in self.processor.batch_decode(rows, skip_special_tokens=True)]
 
-    def logprobs(self, rollout: Rollout) -> Tensor:
+    def logprobs(self, rollout: Rollout[VLMContext]) -> Tensor:
         """Teacher-forced log-probs ``[N, T]`` under the current weights, with gradient; 0 where masked."""
-        logp_NT = self.policy(rollout.context, rollout.tokens_NT, rollout.group, rollout.temperature)
-        return logp_NT.masked_fill(rollout.mask_NT == 0, 0.0)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the captioner computes with the weights the run started from."""
-        if self.reference_policy is not None:
-            self.policy, self.reference_policy = self.reference_policy, self.policy
-            try:
-                yield
-            finally:
-                self.policy, self.reference_policy = self.reference_policy, self.policy
-        elif self.starting_adapter is not None:
-            with switched_to(self.starting_adapter, self.policy.model):
-                yield
-        else:
-            raise RuntimeError(
-                "no reference was kept: attach the finetuning with keep_reference=True (model.loss.beta > 0)"
-            )
+        logp_NT: Tensor = self.learner.network(rollout.context, rollout.tokens_NT, rollout.group, rollout.temperature)
+        return logp_NT.masked_fill(rollout.mask_RS == 0, 0.0)

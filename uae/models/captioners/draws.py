@@ -20,3 +20,8 @@ def draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:
     cumulative_NV = logp_NV.double().exp().cumsum(-1)
     target_N1 = (uniform_N * cumulative_NV[:, -1])[:, None]
     return torch.searchsorted(cumulative_NV, target_N1, right=True)[:, 0].clamp(max=logp_NV.shape[1] - 1)
+
+
+def entropy(logp_NV: Tensor) -> Tensor:
+    """Entropies ``[N]`` in nats of distributions given by their log-probs; what has probability 0 adds nothing."""
+    return torch.special.entr(logp_NV.exp()).sum(-1)

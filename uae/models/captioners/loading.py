@@ -113,7 +113,7 @@ def assemble_captioner(
         reading.instruction if reading.instruction is not None else instruction,
         image_first=reading.image_first if reading.image_first is not None else image_first,
     )
-    captioner.policy.gradient_checkpointing = reading.gradient_checkpointing
+    captioner.learner.network.gradient_checkpointing = reading.gradient_checkpointing
     return captioner
 
 

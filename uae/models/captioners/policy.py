@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uae.grpo import token_logprobs
+from uae.learner import Network
 from uae.models.captioners.caches import expand, prompt_cache, recomputing
 
 
@@ -41,10 +42,6 @@ class VLMContext:
         rows = {key: value[list(images)] for key, value in self.rows.items()}
         return VLMContext(rows, *(tuple(x[i] for i in images) if x else () for x in (self.patches, self.images)))
 
-    def repeat(self, group: int) -> VLMContext:
-        """Every image ``group`` times in a row."""
-        return self.index([image for image in range(len(self)) for _ in range(group)])
-
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
         return {**self.rows, "pixel_values": torch.cat(self.patches)} if self.patches else dict(self.rows)
@@ -65,11 +62,8 @@ class Prefix:
         return Prefix(expand(self.cache, len(self.hidden_ND), group), *rows)
 
 
-class CaptionPolicy(nn.Module):
+class CaptionPolicy(Network):
     """A vision-language model and the tokens it never says.
-
-    It is the root that a distributed strategy shards, so everything that needs the model's own parameters (embeddings,
-    final norm, output head) happens inside its ``forward``.
 
     Args:
         model: A ``...ForConditionalGeneration``, or a PeftModel around one.
@@ -78,15 +72,12 @@ class CaptionPolicy(nn.Module):
             a third more computation for a fraction of the memory. Changes no number.
     """
 
-    def __init__(self, model: nn.Module, banned_ids: Sequence[int] = (), gradient_checkpointing: bool = False) -> None:
-        super().__init__()
-        self.model, self.gradient_checkpointing = model, gradient_checkpointing
-        self.register_buffer("banned_ids", torch.tensor(list(banned_ids), dtype=torch.long), persistent=False)
+    banned_ids: Tensor
 
-    @property
-    def base(self) -> Any:
-        """The Hugging Face model, whether or not an adapter wraps it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+    def __init__(self, model: nn.Module, banned_ids: Sequence[int] = (), gradient_checkpointing: bool = False) -> None:
+        super().__init__(model)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.register_buffer("banned_ids", torch.tensor(list(banned_ids), dtype=torch.long), persistent=False)
 
     def forward(self, context: VLMContext, tokens_NT: Tensor, group: int, temperature: float) -> Tensor:
         """Teacher-forced log-probs ``[N, T]``, float32, with gradient.

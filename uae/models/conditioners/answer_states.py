@@ -37,7 +37,7 @@ class AnswerStateConditioner(nn.Module):
         self.captioner, self.projector, self.max_tokens = captioner, projector, max_tokens
         keep_pooled(self, pooled)
 
-    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
+    def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
         """The rollout's N captions to embeddings, right-padded. ``texts`` are not read: the rollout has their tokens.
 
         Raises:
@@ -50,10 +50,10 @@ class AnswerStateConditioner(nn.Module):
             )
         if list(texts) != rollout.texts:
             raise ValueError("answer states are of the rollout's own captions, but other texts were given with it")
-        cut = int((rollout.mask_NT.sum(1) > self.max_tokens).sum())
+        cut = int((rollout.mask_RS.sum(1) > self.max_tokens).sum())
         if cut:
             self.truncated += cut
             warn_truncated(cut, len(texts), self.max_tokens)
-        length = min(self.max_tokens, int(rollout.mask_NT.sum(1).max()))
-        hidden_NTD = self.captioner.policy.hidden(rollout.context, rollout.tokens_NT[:, :length], rollout.group)
-        return projected(self.projector, hidden_NTD, rollout.mask_NT[:, :length].long(), self.pooled)
+        length = min(self.max_tokens, int(rollout.mask_RS.sum(1).max()))
+        hidden_NTD = self.captioner.learner.network.hidden(rollout.context, rollout.tokens_NT[:, :length], rollout.group)
+        return projected(self.projector, hidden_NTD, rollout.mask_RS[:, :length].long(), self.pooled)

@@ -38,7 +38,7 @@ class QueryConditioner(LanguageReader):
             template around the empty caption (MetaQuery).
         max_tokens: Longest prompt, template included and queries not. A longer caption is cut, counted and warned of.
         lead: Queries at the start that are read and not returned (MetaQuery: 1, its ``<begin_of_img>``).
-        weights: Context manager entered around the language model, such as ``captioner.reference``.
+        weights: Context manager entered around the language model, such as ``captioner.learner.reference``.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class SourceImageConditioner(nn.Module):
         self.tower.eval()
         return self
 
-    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
+    def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
         """The image of every caption, N rows. No pooled vector, nothing is padding.
 
         Raises:
@@ -50,7 +50,7 @@ class SourceImageConditioner(nn.Module):
             )
         if len(texts) != len(rollout):
             raise ValueError(f"{len(texts)} captions, but the rollout has {len(rollout)}")
-        features_BLD = self._features(rollout.context.images)  # type: ignore[attr-defined]
+        features_BLD = self._features(rollout.context.images)
         condition = projected(self.projector, features_BLD, features_BLD.new_ones(features_BLD.shape[:2]).long(), "none")
         return condition.index([image for image in range(len(condition)) for _ in range(rollout.group)])
 

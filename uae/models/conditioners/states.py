@@ -89,7 +89,7 @@ class LanguageReader(nn.Module):
         language_model: A decoder-only Hugging Face model. A module is owned: it is moved, trained and saved along. A
             function that returns one borrows it: it is asked at every call, so it may hand out the policy in force, and
             what it returns is never moved, trained or saved from here.
-        weights: Context manager that is entered around every call, such as ``captioner.reference``.
+        weights: Context manager that is entered around every call, such as ``captioner.learner.reference``.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class HiddenStateConditioner(LanguageReader):
         template: Text around the caption; must contain one "{caption}". See `uae.models.conditioners.prompts.chat_template`.
         max_tokens: Longest prompt, template included. A longer caption is cut, counted in ``truncated`` and warned of.
         pooled: "mean" of the projected embeddings, "none", or one vector ``[P]`` or ``[1, P]`` that serves every caption.
-        weights: Context manager entered around the language model, such as ``captioner.reference`` for the weights the
+        weights: Context manager entered around the language model, such as ``captioner.learner.reference`` for the weights the
             run started from.
     """
 

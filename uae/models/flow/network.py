@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from uae.learner import Network
 
 
-class FlowNetwork(nn.Module):
+class FlowNetwork(Network):
     """Stands where a pipeline expects its transformer, with everything that it may ask of one.
-
-    It is the root that a distributed strategy shards: whoever calls the pipeline goes through its ``forward``.
 
     Args:
         model: A denoiser of diffusers, or a PeftModel around one.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        for module in model.modules():  # a policy with dropout has no ratio of one
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-
-    @property
-    def base(self) -> Any:
-        """The denoiser, whether or not an adapter wraps it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def gradient_checkpointing(self) -> bool:

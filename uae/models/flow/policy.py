@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from uae.learner import Learner
 from uae.models.conditioners.states import EmbeddingCondition
-from uae.models.finetune import switched_to
 from uae.models.flow import sde
 from uae.models.flow.network import FlowNetwork
 from uae.models.flow.steps import Drawn, Replayed
@@ -54,9 +53,9 @@ class Exploration:
         return sde.FlowSDE(self.noise_level) if self.noise == "flow" else sde.DanceSDE(self.noise_level)
 
 
-@dataclass(frozen=True)
-class FlowTrajectory(Trajectory):
-    """Trained steps of N rows: ``actions_NS`` ``[N, S, ...]`` are the latents *after* each of them.
+@dataclass(frozen=True, kw_only=True)
+class FlowTrajectory(Trajectory[Condition]):
+    """Trained steps of N rows: ``actions_RS`` ``[N, S, ...]`` are the latents *after* each of them.
 
     The condition is detached: for a gradient to it, replace it by one that has a graph.
     """
@@ -65,12 +64,10 @@ class FlowTrajectory(Trajectory):
     final_N: Tensor  # [N, ...] latents after the last step of all
     first_N: Tensor  # int64, number of the first trained step
 
-    def select(self, rows: Sequence[int]) -> FlowTrajectory:
-        """The trajectories of some of its rows."""
-        at = list(rows)
-        names = ("actions_NS", "mask_NS", "logp_NS", "start_N", "final_N", "first_N")
-        parts = {name: getattr(self, name)[at] for name in names}
-        return replace(self, condition=self.condition.index(at), **parts)
+    def select(self, rows: list[int]) -> FlowTrajectory:
+        """The trajectories of some rows, in the order given."""
+        chosen: FlowTrajectory = super().select(rows)
+        return replace(chosen, start_N=self.start_N[rows], final_N=self.final_N[rows], first_N=self.first_N[rows])
 
 
 class FlowPolicy:
@@ -79,7 +76,7 @@ class FlowPolicy:
     Log-probs are in nats per latent dimension, see `uae.models.flow.sde.log_prob`: clip ranges are 1e-5 to 1e-4.
 
     Args:
-        renderer: Of a flow-matching pipeline with a transformer, which becomes ``policy.model``. Weights are trained in
+        renderer: Of a flow-matching pipeline with a transformer, which becomes ``learner.network.model``. Weights are trained in
             the dtype they were loaded in.
         exploration: See there.
     """
@@ -90,20 +87,21 @@ class FlowPolicy:
         self.renderer, self.exploration = renderer, exploration
         steps = renderer.rendering.steps - 1
         self.window = steps if exploration.window is None else exploration.window
-        self.policy = FlowNetwork(renderer.pipe.transformer)
-        self.reference_policy: nn.Module | None = None  # a frozen copy, where the finetuning needs one
-        self.starting_adapter: str | None = None  # name of the adapter the run started from; "" is none at all
-        renderer.pipe.transformer = self.policy
+        self.learner = Learner(FlowNetwork(renderer.pipe.transformer), self._install)
+        self._install(self.learner.network)
+
+    def _install(self, network: FlowNetwork) -> None:
+        """Let the pipeline draw with this network."""
+        self.renderer.pipe.transformer = network
 
     def modules(self) -> list[nn.Module]:
         """The frozen networks that draw, but for the policy: the autoencoder."""
-        return [module for module in self.renderer.modules() if module is not self.policy]
+        return [module for module in self.renderer.modules() if module is not self.learner.network]
 
-    def to(self, device: Any) -> FlowPolicy:
-        """Move the policy, its frozen copy and the autoencoder."""
+    def to(self, device: torch.device | str) -> FlowPolicy:
+        """Move the network, the frozen copy of its start, if there is one, and the autoencoder."""
         self.renderer.to(device)
-        if self.reference_policy is not None:
-            self.reference_policy.to(device)
+        self.learner.to(device)
         return self
 
     def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
@@ -124,54 +122,62 @@ class FlowPolicy:
             return Call(generators, during=partial(stepping, advance=draws[-1]), output_type="latent")
 
         parts = self.renderer.calls(condition, start)
-        actions_NS, logp_NS, start_N = (
-            _in_order([(rows, getattr(draw, name)()) for (rows, _), draw in zip(parts, draws, strict=True)])
-            for name in ("actions", "logprobs", "starts")
+        drawn = [(rows, draw) for (rows, _), draw in zip(parts, draws, strict=True)]
+        logp_NS = _in_order([(rows, draw.logprobs()) for rows, draw in drawn])
+        taken = FlowTrajectory(
+            mask_RS=torch.ones_like(logp_NS),
+            logp_RS=logp_NS,
+            entropy_RS=_in_order([(rows, draw.entropies()) for rows, draw in drawn]),
+            condition=condition,
+            actions_RS=_in_order([(rows, draw.actions()) for rows, draw in drawn]),
+            start_N=_in_order([(rows, draw.starts()) for rows, draw in drawn]),
+            final_N=_in_order(parts),
+            first_N=first_N,
         )
-        mask_NS = torch.ones_like(logp_NS)
-        taken = FlowTrajectory(condition, actions_NS, mask_NS, logp_NS, start_N, _in_order(parts), first_N)
-        return taken if self._updating is self.renderer else replace(taken, logp_NS=self.logprobs(taken))
+        return taken if self._updating is self.renderer else replace(taken, logp_RS=self.logprobs(taken))
 
     def logprobs(self, trajectory: FlowTrajectory) -> Tensor:
         """Log-probs ``[N, S]`` of the trained steps under the current weights, in nats per latent dimension.
 
-        All steps are in one graph; ``policy.gradient_checkpointing`` bounds its memory, fewer steps
+        All steps are in one graph; ``learner.network.gradient_checkpointing`` bounds its memory, fewer steps
         (`Exploration.window`) and fewer rows too.
         """
         mean_NS, std_NS = self.moments(trajectory)
-        logp = sde.log_prob(trajectory.actions_NS.flatten(0, 1), mean_NS.flatten(0, 1), std_NS.flatten())
-        return logp.view_as(std_NS).masked_fill(trajectory.mask_NS == 0, 0.0)
+        logp = sde.log_prob(trajectory.actions_RS.flatten(0, 1), mean_NS.flatten(0, 1), std_NS.flatten())
+        return logp.view_as(std_NS).masked_fill(trajectory.mask_RS == 0, 0.0)
 
     def divergence(self, trajectory: FlowTrajectory) -> Tensor:
         """Exact KL divergence ``[N, S]`` from the reference, at each trained step, in nats per latent dimension."""
-        with torch.no_grad(), self.reference():
+        with torch.no_grad(), self.learner.reference():
             reference_NS, _ = self.moments(trajectory)
         mean_NS, std_NS = self.moments(trajectory)
         divergence = sde.divergence(mean_NS.flatten(0, 1), reference_NS.flatten(0, 1), std_NS.flatten())
-        return divergence.view_as(std_NS).masked_fill(trajectory.mask_NS == 0, 0.0)
+        return divergence.view_as(std_NS).masked_fill(trajectory.mask_RS == 0, 0.0)
 
     def moments(self, trajectory: FlowTrajectory) -> tuple[Tensor, Tensor]:
         """Means ``[N, S, ...]`` and standard deviations ``[N, S]`` of the trained steps under the current weights."""
-        means: list[tuple[list[int], Tensor]] = []
-        stds: list[tuple[list[int], Tensor]] = []
+        moments = []
         for first in trajectory.first_N.unique().tolist():  # a call goes through the same steps in all its rows
-            group = (trajectory.first_N == first).nonzero()[:, 0].tolist()
-            part, replays = trajectory.select(group), []
+            rows = (trajectory.first_N == first).nonzero()[:, 0].tolist()
+            moments += [
+                ([rows[n] for n in part], mean, std) for part, mean, std in self._replay(trajectory.select(rows), first)
+            ]
+        return _in_order([(rows, mean) for rows, mean, _ in moments]), _in_order([(rows, std) for rows, _, std in moments])
 
-            def start(
-                rows: list[int], part: FlowTrajectory = part, first: int = first, replays: list[Replayed] = replays
-            ) -> Call:
-                replays.append(Replayed(self.exploration.sde, part.actions_NS[rows], first))
-                during = partial(stepping, advance=replays[-1], first=first, stop=first + part.actions_NS.shape[1])
-                return Call(None, part.start_N[rows], during, output_type="latent")
+    def _replay(self, trajectory: FlowTrajectory, first: int) -> list[tuple[list[int], Tensor, Tensor]]:
+        """Rows, means and standard deviations per micro-batch of trajectories whose first trained step is the same."""
+        replays: list[Replayed] = []
 
-            for (rows, _), replay in zip(
-                self._updating.calls(part.condition, start, torch.is_grad_enabled()), replays, strict=True
-            ):
-                rows = [group[row] for row in rows]
-                means.append((rows, torch.stack(replay.means, dim=1)))
-                stds.append((rows, torch.tensor(replay.stds).to(replay.means[0]).expand(len(rows), -1)))
-        return _in_order(means), _in_order(stds)
+        def start(rows: list[int]) -> Call:
+            replays.append(Replayed(self.exploration.sde, trajectory.actions_RS[rows], first))
+            during = partial(stepping, advance=replays[-1], first=first, stop=first + trajectory.actions_RS.shape[1])
+            return Call(None, trajectory.start_N[rows], during, output_type="latent")
+
+        parts = self._updating.calls(trajectory.condition, start, torch.is_grad_enabled())
+        return [
+            (rows, torch.stack(replay.means, dim=1), torch.tensor(replay.stds).to(replay.means[0]).expand(len(rows), -1))
+            for (rows, _), replay in zip(parts, replays, strict=True)
+        ]
 
     @torch.no_grad()
     def pixels(self, trajectory: FlowTrajectory) -> Tensor:
@@ -182,27 +188,6 @@ class FlowPolicy:
             return Call(None, trajectory.final_N[rows], during)
 
         return _in_order(self._unguided.calls(trajectory.condition, start)).float().to(self.renderer.home)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the policy computes with the weights the run started from."""
-        if self.reference_policy is not None:
-            self._swap()
-            try:
-                yield
-            finally:
-                self._swap()
-        elif self.starting_adapter is not None:
-            with switched_to(self.starting_adapter, self.policy.model):
-                yield
-        else:
-            raise RuntimeError(
-                "no reference was kept: attach the finetuning with keep_reference=True (model.loss.beta > 0)"
-            )
-
-    def _swap(self) -> None:
-        self.policy, self.reference_policy = self.reference_policy, self.policy
-        self.renderer.pipe.transformer = self.policy
 
     @property
     def _unguided(self) -> DiffusersRenderer:

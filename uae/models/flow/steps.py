@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class Drawn:
     def __init__(self, variant: SDE, generators: list[torch.Generator], first: list[int], window: int) -> None:
         self.variant, self.generators, self.first, self.window = variant, generators, first, window
         self.rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in first]  # latents after, log-prob
+        self.stds: list[list[float]] = [[] for _ in first]
         self.before: list[Tensor] = [torch.empty(0)] * len(first)
 
     def __call__(self, number: int, t: float, t_next: float, x: Tensor, velocity: Tensor) -> Tensor:
@@ -37,6 +40,7 @@ class Drawn:
             if number == self.first[row]:
                 self.before[row] = x[row]
             self.rows[row].append((after[row], own))
+            self.stds[row].append(std)
         return after
 
     def actions(self) -> Tensor:
@@ -46,6 +50,10 @@ class Drawn:
     def logprobs(self) -> Tensor:
         """``[N, S]``, in nats per latent dimension."""
         return torch.stack([torch.stack([own for _, own in row]) for row in self.rows])
+
+    def entropies(self) -> Tensor:
+        """``[N, S]``, in nats per latent dimension: those of normal distributions."""
+        return 0.5 * math.log(2 * math.pi * math.e) + torch.tensor(self.stds).log()
 
     def starts(self) -> Tensor:
         """Latents ``[N, ...]`` before the first random step."""

@@ -10,15 +10,15 @@ their fixed place, probability one, and no log-prob.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uae.learner import Learner
 from uae.models.captioners.captioner import HFCaptioner
-from uae.models.captioners.draws import draw
+from uae.models.captioners.draws import draw, entropy
 from uae.models.captioners.fixed_cache import fixed_cache
 from uae.models.captioners.policy import VLMContext
 from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_ids
@@ -56,8 +56,8 @@ def unify(
         negative: What guidance leads away from.
     """
     reader = Emu3Captioner(captioner, height, width)
-    conditioner = Emu3Conditioner(reader.processor.tokenizer, reader.policy.grid, template, negative)
-    return UMM(reader, conditioner, ImageTokenPolicy(reader, sampling, rows))
+    conditioner = Emu3Conditioner(reader.processor.tokenizer, reader.learner.network.grid, template, negative)
+    return UMM(reader, conditioner, ImageTokenPolicy(reader.learner, sampling, rows))
 
 
 class Emu3Policy(TokenPolicy):
@@ -99,11 +99,14 @@ class Emu3Policy(TokenPolicy):
         """The picture tokenizer."""
         return self.base.model.vqmodel
 
-    @property
-    def image_head(self) -> Any:
-        """The rows of the output head that are visual tokens."""
+    def image_head(self) -> tuple[Tensor, None]:
+        """The rows of the output head that are visual tokens; they have no bias."""
         weight = self.base.get_output_embeddings().weight
-        return SimpleNamespace(weight=weight[self.first : self.first + self.codes], bias=None)
+        return weight[self.first : self.first + self.codes], None
+
+    def never_adapted(self) -> list[nn.Module]:
+        """The output head: its weight is read past any adapter."""
+        return [self.base.get_output_embeddings()]
 
     def embed_image(self, tokens_NS: Tensor) -> Tensor:
         """From the one table; behind every W tokens an end of line, so ``[N, S + S // W, D]``."""
@@ -146,7 +149,9 @@ class Emu3Policy(TokenPolicy):
         return (ids_NL != self.pad_id).long()
 
     @torch.no_grad()
-    def draw(self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `TokenPolicy.draw`. A row's last token is fed together with the end of line."""
         guided, uniform_NS = sampling.guidance != 1, uniform_NS.to(self.banned_ids.device)
         ids_ML, uncond_NL, _ = left_padded(condition, self.banned_ids.device)
@@ -155,7 +160,8 @@ class Emu3Policy(TokenPolicy):
         mask_ML = self._mask(ids_ML)
         mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens + H - 2)], dim=1)
         position_MP, cache = positions(mask_MP), fixed_cache(self.base, mask_MP.shape[1])
-        embeds_MPD, tokens, logps, end = self.base.get_input_embeddings()(ids_ML), [], [], 0
+        embeds_MPD, end = self.base.get_input_embeddings()(ids_ML), 0
+        tokens, logps, entropies = [], [], []
         for step in range(self.tokens):
             start, end = end, end + embeds_MPD.shape[1]
             hidden_MPD = self._run(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], cache)
@@ -165,9 +171,10 @@ class Emu3Policy(TokenPolicy):
             token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, step])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
+            entropies.append(entropy(logp_NV))
             row_NS = torch.stack(tokens[step - step % W :], dim=1)
             embeds_MPD = self.embed_image(row_NS)[:, step % W :].repeat(copies, 1, 1)
-        return torch.stack(tokens, dim=1), torch.stack(logps, dim=1)
+        return torch.stack(tokens, dim=1), torch.stack(logps, dim=1), torch.stack(entropies, dim=1)
 
     def train(self, mode: bool = True) -> Emu3Policy:
         """The VQ model stays in eval mode."""
@@ -187,20 +194,19 @@ class Emu3Captioner(HFCaptioner):
         height, width: Of drawn images, in pixels.
     """
 
-    policy: Emu3Policy
+    learner: Learner[Emu3Policy]
 
     def __init__(self, captioner: HFCaptioner, height: int, width: int) -> None:
-        model, processor = captioner.policy.model, captioner.processor
+        model, processor = captioner.learner.network.model, captioner.processor
         images, (first, codes) = processor.image_processor, visual_range(model)
         marks = {i for i, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
         pictures = {model.vocabulary_mapping.eol_token_id, *range(first, first + codes)}
         banned = sorted((marks | pictures) - set(captioner.end_ids))
         super().__init__(model, processor, captioner.instruction, banned, captioner.image_first)
-        recompute = captioner.policy.gradient_checkpointing
+        banned, recompute = self.learner.network.banned_ids.tolist(), captioner.learner.network.gradient_checkpointing
         moments = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
-        self.policy = Emu3Policy(
-            model, self.policy.banned_ids.tolist(), recompute, (height, width), moments, self.pad_id
-        ).to(captioner.device)
+        policy = Emu3Policy(model, banned, recompute, (height, width), moments, self.pad_id)
+        self.learner = Learner(policy.to(captioner.device))
 
     def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> VLMContext:
         """See `HFCaptioner.prepare`. Emu3's processor takes arrays, and pads images to the largest: the padding is cut off."""
@@ -210,7 +216,7 @@ class Emu3Captioner(HFCaptioner):
         given = given.to(self.device)
         ids_BL, sizes = given["input_ids"], given["image_sizes"].tolist()
         for ids_L, pixels_CHW, (height, width) in zip(ids_BL, given["pixel_values"], sizes, strict=True):
-            ids_L[ids_L == self.processor.image_token_id] = self.policy.written(pixels_CHW[:, :height, :width])
+            ids_L[ids_L == self.processor.image_token_id] = self.learner.network.written(pixels_CHW[:, :height, :width])
         rows = {"input_ids": ids_BL, "attention_mask": given["attention_mask"]}
         return VLMContext(rows, images=tuple(images_BCHW))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uae.learner import Learner
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_ids
 from uae.models.conditioners.states import right_padded
@@ -41,10 +42,11 @@ def unify(
     """
     tokenizer = captioner.processor.tokenizer
     marks = tokenizer.convert_tokens_to_ids([tokenizer.image_token, tokenizer.boi_token, tokenizer.eoi_token])
-    banned = sorted({*captioner.policy.banned_ids.tolist(), *marks})
-    recompute = captioner.policy.gradient_checkpointing
-    captioner.policy = JanusPolicy(captioner.policy.model, banned, recompute).to(captioner.device)
-    return UMM(captioner, TokenConditioner(tokenizer, template), ImageTokenPolicy(captioner, sampling, rows))
+    banned = sorted({*captioner.learner.network.banned_ids.tolist(), *marks})
+    policy = captioner.learner.network
+    learner = Learner(JanusPolicy(policy.model, banned, policy.gradient_checkpointing).to(captioner.device))
+    captioner.learner = learner
+    return UMM(captioner, TokenConditioner(tokenizer, template), ImageTokenPolicy(learner, sampling, rows))
 
 
 class JanusPolicy(TokenPolicy):
@@ -58,7 +60,7 @@ class JanusPolicy(TokenPolicy):
         banned_ids, gradient_checkpointing: See `uae.models.captioners.policy.CaptionPolicy`.
     """
 
-    only = MappingProxyType(
+    used_only_for = MappingProxyType(
         {
             "captions": r"\b(vision_model|aligner|lm_head)\.",
             "images": r"\bgeneration_(embeddings|aligner|head)\.",
@@ -75,10 +77,14 @@ class JanusPolicy(TokenPolicy):
         """S: 576 for images of 384 x 384."""
         return self.base.config.vq_config.num_patches**2
 
-    @property
-    def image_head(self) -> nn.Linear:
-        """The last map to the image vocabulary."""
-        return self.base.model.generation_head.vision_head
+    def image_head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the generation head's last map."""
+        head = self.base.model.generation_head.vision_head
+        return head.weight, head.bias
+
+    def never_adapted(self) -> list[nn.Module]:
+        """The generation head's last map: its weight is read past any adapter."""
+        return [self.base.model.generation_head.vision_head]
 
     def embed_image(self, tokens_NS: Tensor) -> Tensor:
         """From the generation's own table, through its aligner."""

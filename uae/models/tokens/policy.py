@@ -11,19 +11,18 @@ the states before it: one product with the vocabulary instead of two, and no rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from uae.grpo import token_logprobs
+from uae.learner import Learner
 from uae.models.captioners.caches import recomputing
-from uae.models.captioners.captioner import HFCaptioner
-from uae.models.captioners.draws import draw, uniforms
+from uae.models.captioners.draws import draw, entropy, uniforms
 from uae.models.captioners.fixed_cache import fixed_cache
 from uae.models.captioners.policy import CaptionPolicy
 from uae.types import Trajectory
@@ -106,15 +105,17 @@ class TokenPolicy(CaptionPolicy):
     """
 
     tokens: int  # S, image tokens of an image
-    image_head: nn.Linear  # the last map, [V, D]
-    only: Mapping[str, str] = MappingProxyType({})  # what "captions" or "images" alone use; searched in parameter names
+
+    def image_head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[V, D]`` and bias ``[V]`` of the last map, from states to the image vocabulary."""
+        raise NotImplementedError
 
     def embed_image(self, tokens_NS: Tensor) -> Tensor:
         """Input embeddings ``[N, S, D]`` of image tokens."""
         raise NotImplementedError
 
     def image_states(self, hidden_NSD: Tensor) -> Tensor:
-        """What `image_head` reads, from final hidden states."""
+        """What `image_head` maps to logits, from final hidden states."""
         raise NotImplementedError
 
     def pixels(self, tokens_NS: Tensor) -> Tensor:
@@ -140,18 +141,17 @@ class TokenPolicy(CaptionPolicy):
             with torch.no_grad():
                 u_NSD = self._states(uncond_NL, mask_NL, tokens_NS) if guided else None
             c_NSD = self._states(ids_NL, mask_NL, tokens_NS)
-        head = self.image_head
-        logp_NS, _ = token_logprobs(
-            mixed(c_NSD, u_NSD, sampling.guidance), head.weight, tokens_NS, sampling.policy_temperature, bias=head.bias
-        )
+        weight_VD, bias_V = self.image_head()
+        states_NSD = mixed(c_NSD, u_NSD, sampling.guidance)
+        logp_NS, _ = token_logprobs(states_NSD, weight_VD, tokens_NS, sampling.policy_temperature, bias=bias_V)
         return logp_NS
 
     def _states(self, ids_NL: Tensor, mask_NL: Tensor, tokens_NS: Tensor) -> Tensor:
-        """What `image_head` reads to predict every token, ``[N, S, D]``."""
+        """What `image_head` maps to predict every token, ``[N, S, D]``."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        before_NLD, said_NSD = self.base.get_input_embeddings()(ids_NL), self.embed_image(tokens_NS[:, :-1])
-        embeds_NPD = torch.cat([before_NLD, said_NSD.to(before_NLD.dtype)], dim=1)
-        mask_NP = torch.cat([mask_NL, mask_NL.new_ones(said_NSD.shape[:2])], dim=1)
+        before_NLD, given_NSD = self.base.get_input_embeddings()(ids_NL), self.embed_image(tokens_NS[:, :-1])
+        embeds_NPD = torch.cat([before_NLD, given_NSD.to(before_NLD.dtype)], dim=1)
+        mask_NP = torch.cat([mask_NL, mask_NL.new_ones(given_NSD.shape[:2])], dim=1)
         with recomputing(self.model) if recompute else nullcontext():
             hidden_NPD = self._run(embeds_NPD, mask_NP, positions(mask_NP))
         return self.image_states(hidden_NPD[:, ids_NL.shape[1] - 1 :])
@@ -168,8 +168,10 @@ class TokenPolicy(CaptionPolicy):
         ).last_hidden_state
 
     @torch.no_grad()
-    def draw(self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens and their log-probs, ``[N, S]`` each: token s of row n is where ``uniform_NS`` says.
+    def draw(
+        self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens, their log-probs and their entropies, ``[N, S]`` each: token s of row n is where ``uniform_NS`` says.
 
         Not a ``forward``: of a sharded policy only inside `uae.strategy.unsharded`.
         """
@@ -180,7 +182,8 @@ class TokenPolicy(CaptionPolicy):
         L, uniform_NS = ids_ML.shape[1], uniform_NS.to(device)
         mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens - 1)], dim=1)
         position_MP, cache = positions(mask_MP), fixed_cache(self.base, mask_MP.shape[1])
-        embeds_MPD, tokens, logps, start = self.base.get_input_embeddings()(ids_ML), [], [], 0
+        embeds_MPD, start = self.base.get_input_embeddings()(ids_ML), 0
+        tokens, logps, entropies = [], [], []
         for end in range(L, L + self.tokens):
             hidden_MPD = self._run(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], cache)
             c_ND, *u_ND = self.image_states(hidden_MPD[:, -1]).chunk(2 if guided else 1)
@@ -189,15 +192,17 @@ class TokenPolicy(CaptionPolicy):
             token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, end - L])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
+            entropies.append(entropy(logp_NV))
             embeds_MPD, start = self.embed_image(token_N.repeat(len(ids_ML) // len(token_N))[:, None]), end
-        return torch.stack(tokens, dim=1), torch.stack(logps, dim=1)
+        return torch.stack(tokens, dim=1), torch.stack(logps, dim=1), torch.stack(entropies, dim=1)
 
     def _image_logits(self, states_ND: Tensor) -> Tensor:
         """Logits ``[N, V]`` in at least float32, autocast or not."""
-        weight, bias = self.image_head.weight, self.image_head.bias
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(weight.device.type, enabled=False):
-            return nn.functional.linear(states_ND.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        weight_VD, bias_V = self.image_head()
+        dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+        with torch.autocast(weight_VD.device.type, enabled=False):
+            return nn.functional.linear(states_ND.to(dtype), weight_VD.to(dtype), bias_V)
 
 
 class ImageTokenPolicy:
@@ -206,81 +211,61 @@ class ImageTokenPolicy:
     Row n depends on condition n and seed n only.
 
     Args:
-        captioner: Whose ``policy`` is a `TokenPolicy`. Policy, reference and adapter are shared: what trains one trains
-            the other.
+        learner: The network that draws. Where it is the captioner's own learner, what trains one trains the other.
         sampling: How tokens are drawn, which is also what log-probs are of.
         rows: Images that are drawn together; bounds memory, changes nothing else.
     """
 
-    def __init__(self, captioner: HFCaptioner, sampling: TokenSampling = TokenSampling(), rows: int = 16) -> None:  # noqa: B008
-        if not isinstance(captioner.policy, TokenPolicy):
-            raise TypeError(f"{type(captioner.policy).__name__} draws no images; give a captioner with a TokenPolicy")
+    def __init__(
+        self,
+        learner: Learner[TokenPolicy],
+        sampling: TokenSampling = TokenSampling(),  # noqa: B008 (frozen)
+        rows: int = 16,
+    ) -> None:
+        if not isinstance(learner.network, TokenPolicy):
+            raise TypeError(f"{type(learner.network).__name__} draws no images; give the learner of a TokenPolicy")
         if rows < 1:
-            raise ValueError(f"rows={rows}; allowed: 1 or more; change system.init_args.rows")
-        self.captioner, self.sampling, self.rows = captioner, sampling, rows
+            raise ValueError(f"model.init_args.system.init_args.rows={rows}; allowed: 1 or more")
+        self.learner, self.sampling, self.rows = learner, sampling, rows
 
-    @property
-    def policy(self) -> TokenPolicy:
-        """The root in force, the captioner's."""
-        return self.captioner.policy
-
-    @property
-    def reference_policy(self) -> TokenPolicy | None:
-        """A frozen copy of the start, where the finetuning needs one."""
-        return self.captioner.reference_policy
-
-    @reference_policy.setter
-    def reference_policy(self, policy: TokenPolicy | None) -> None:
-        self.captioner.reference_policy = policy
-
-    @property
-    def starting_adapter(self) -> str | None:
-        """Name of the adapter the run started from; "" is none at all."""
-        return self.captioner.starting_adapter
-
-    @starting_adapter.setter
-    def starting_adapter(self, adapter: str | None) -> None:
-        self.captioner.starting_adapter = adapter
-
-    def to(self, device: Any) -> ImageTokenPolicy:
-        """Move the policy (and the frozen copy, if any)."""
-        self.captioner.to(device)
+    def to(self, device: torch.device | str) -> ImageTokenPolicy:
+        """Move the network, and the frozen copy of its start, if there is one."""
+        self.learner.to(device)
         return self
 
     def modules(self) -> list[nn.Module]:
-        """None: what turns tokens into pixels is part of the policy, without parameters."""
+        """None: what turns tokens into pixels is part of the network, without parameters."""
         return []
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside, captions and images are those of the weights the run started from, embeddings included."""
-        return self.captioner.reference()
-
     @torch.no_grad()
-    def sample(self, condition: TokenCondition, seeds: Sequence[int]) -> Trajectory:
-        """One image per row. ``logp_NS`` is what the sampler saw, whatever `TokenSampling.cfg_logprob` is."""
+    def sample(self, condition: TokenCondition, seeds: Sequence[int]) -> Trajectory[TokenCondition]:
+        """One image per row. ``logp_RS`` is what the sampler saw, whatever `TokenSampling.cfg_logprob` is."""
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
+        policy = self.learner.network
         drawn = [
-            self.policy.draw(
-                condition.index(part), self.sampling, uniforms([seeds[n] for n in part], self.policy.tokens)
-            )
+            policy.draw(condition.index(part), self.sampling, uniforms([seeds[n] for n in part], policy.tokens))
             for part in self._parts(len(seeds))
         ]
-        tokens_NS, logp_NS = (torch.cat(x) for x in zip(*drawn, strict=True))
-        return Trajectory(condition, tokens_NS, torch.ones_like(logp_NS), logp_NS)
+        tokens_NS, logp_NS, entropy_NS = (torch.cat(x) for x in zip(*drawn, strict=True))
+        return Trajectory(
+            mask_RS=torch.ones_like(logp_NS),
+            logp_RS=logp_NS,
+            entropy_RS=entropy_NS,
+            condition=condition,
+            actions_RS=tokens_NS,
+        )
 
-    def logprobs(self, trajectory: Trajectory) -> Tensor:
+    def logprobs(self, trajectory: Trajectory[TokenCondition]) -> Tensor:
         """Teacher-forced log-probs ``[N, S]`` under the current weights, with gradient; 0 where masked."""
-        logp_NS = self.policy(trajectory.condition, trajectory.actions_NS, self.sampling)
-        return logp_NS.masked_fill(trajectory.mask_NS == 0, 0.0)
+        logp_NS: Tensor = self.learner.network(trajectory.condition, trajectory.actions_RS, self.sampling)
+        return logp_NS.masked_fill(trajectory.mask_RS == 0, 0.0)
 
     @torch.no_grad()
-    def pixels(self, trajectory: Trajectory) -> Tensor:
+    def pixels(self, trajectory: Trajectory[TokenCondition]) -> Tensor:
         """The images ``[N, 3, H, W]``, float32 in [0, 1]."""
-        tokens_NS = trajectory.actions_NS
-        return torch.cat(
-            [self.policy.pixels(tokens_NS[part.start : part.stop]) for part in self._parts(len(tokens_NS))]
-        )
+        tokens_NS, policy = trajectory.actions_RS, self.learner.network
+        return torch.cat([policy.pixels(tokens_NS[part.start : part.stop]) for part in self._parts(len(tokens_NS))])
 
     def render(self, condition: TokenCondition, seeds: Sequence[int], grad: bool = False) -> Tensor:
         """Images ``[N, 3, H, W]`` in [0, 1], float32.
