@@ -9,7 +9,7 @@ import torch
 from uae import cli
 from uae.grpo import GRPOLoss
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ def test_the_gradient_is_that_of_reinforce():
 def test_a_run_trains_with_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["uae"])
-    files = [CONFIGS / "tiny.yaml", CONFIGS / "debug/fast.yaml", Path(__file__).parents[1] / "untrained.yaml"]
-    words = [word for file in files for word in ("--config", str(file))]
+    files = [ROOT / "configs/tiny.yaml", ROOT / "configs/debug/fast.yaml", ROOT / "tests/untrained.yaml"]
     loss = ["--model.init_args.loss.class_path=tests.grpo.test_toy_loss.WithoutRatio", "--trainer.max_steps=2"]
-    run = cli.main(["fit", *words, *loss])
+    run = cli.main(["fit", *(f"--config={file}" for file in files), *loss])
     assert type(run.model.loss).__name__ == "WithoutRatio"
     assert run.trainer.callback_metrics["policy/ratio_max"] == pytest.approx(1.0)

@@ -85,21 +85,22 @@ class GRPOLoss:
 
     def __post_init__(self) -> None:
         """Refuse values outside of their range."""
-        for key, name, allowed in (
+        for key, name, names in (
             ("kl", self.kl, KL), ("aggregation", self.aggregation, Aggregation), ("importance", self.importance, Importance),
         ):  # fmt: skip
-            if name not in get_args(allowed):
-                raise ValueError(f"loss.{key}={name!r}; allowed: {', '.join(get_args(allowed))}")
+            if name not in get_args(names):
+                raise ValueError(_refusal(f"{key}={name!r}", ", ".join(get_args(names))))
         for key, value in (("epsilon_low", self.epsilon_low), ("epsilon_high", self.epsilon_high), ("beta", self.beta)):
             if not value >= 0:
-                raise ValueError(f"loss.{key}={value}; allowed: 0 or more")
+                raise ValueError(_refusal(f"{key}={value}", "0 or more"))
         if self.delta is not None and not self.delta > 1:
-            raise ValueError(f"loss.delta={self.delta} caps the ratio at or below 1; allowed: more than 1, or null")
+            raise ValueError(_refusal(f"delta={self.delta}", "more than 1, or null for no limit of the ratio"))
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"loss.max_tokens={self.max_tokens}; allowed: 1 or more")
+            raise ValueError(_refusal(f"max_tokens={self.max_tokens}", "1 or more"))
         if self.aggregation == "dr_grpo" and self.max_tokens is None:
             raise ValueError(
-                "loss.aggregation=dr_grpo needs loss.max_tokens, the length it divides by: sampling.max_tokens"
+                "model.init_args.loss.aggregation=dr_grpo needs loss.max_tokens, the length it divides by: set "
+                "model.init_args.loss.max_tokens to model.init_args.sampling.max_tokens (image_loss has the same rules)"
             )
 
     @property
@@ -147,7 +148,7 @@ class GRPOLoss:
         if self.beta > 0:
             if ref_logp is None:
                 raise ValueError(
-                    f"loss.beta={self.beta} needs the reference's log-probs: pass ref_logp or set loss.beta=0"
+                    f"loss.beta={self.beta} needs the reference's log-probs: pass ref_logp or set model.init_args.loss.beta=0"
                 )
             kl = self.aggregate(self.divergence(_filled(ref_logp.detach(), valid_NT) - logp_NT), valid_NT, normalizer)
             loss = policy + self.beta * kl
@@ -200,6 +201,10 @@ class GRPOLoss:
 
 # jsonargparse takes no class_path of a subclass of a dataclass unless it is told to.
 set_parsing_settings(subclasses_enabled=[GRPOLoss])
+
+
+def _refusal(given: str, allowed: str) -> str:
+    return f"model.init_args.loss.{given}; allowed: {allowed} (image_loss has the same rules)"
 
 
 def _filled(values_NT: Tensor, valid_NT: Tensor) -> Tensor:
