@@ -28,7 +28,7 @@ def test_missing_and_empty_folders_name_the_key(tmp_path, key):
     stage = {"root": "train", "val_root": "val", "predict_root": "predict"}[key]
     for folder in (tmp_path / "absent", tmp_path):
         data = ImageFolderData(**{"root": str(tmp_path), key: str(folder)})
-        with pytest.raises(FileNotFoundError, match=rf"data\.{key}"):
+        with pytest.raises(FileNotFoundError, match=rf"data\.init_args\.{key}"):
             data.source(stage)
 
 
@@ -187,6 +187,6 @@ def test_roles_have_their_own_ids_which_other_files_do_not_change(folder):
 
 
 def test_an_empty_split_says_what_to_change(folder):
-    with pytest.raises(ValueError, match=r"data\.val_share=1e-09.*data\.val_root"):
+    with pytest.raises(ValueError, match=r"data\.init_args\.val_share=1e-09.*data\.init_args\.val_root"):
         module(folder, val_share=1e-9).val_dataloader()
     assert module(folder).val_dataloader() == []

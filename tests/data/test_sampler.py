@@ -15,7 +15,7 @@ COUNT, BATCH, WORLD = st.integers(1, 60), st.integers(1, 7), st.integers(1, 4)
 @given(count=COUNT, batch=BATCH, world=WORLD, seed=st.integers(0, 9))
 def test_train_ranks_are_disjoint_and_in_step(count, batch, world, seed):
     if count < batch * world:
-        with pytest.raises(ValueError, match="data.batch_size"):
+        with pytest.raises(ValueError, match=r"data\.init_args\.batch_size"):
             TrainBatches(count, batch, 0, world, seed)
         return
     ranks = [list(TrainBatches(count, batch, rank, world, seed)) for rank in range(world)]

@@ -187,7 +187,7 @@ def test_evaluation_takes_the_first_images_once_over_all_ranks(tmp_path, workers
 
 def test_fewer_evaluation_images_than_asked_for_come_again_with_their_ids(tmp_path):
     write_shards(tmp_path, shards=1, each=7)
-    with pytest.warns(UserWarning, match="7 images, fewer than data.eval_size=12"):
+    with pytest.warns(UserWarning, match="7 images, fewer than data.init_args.eval_size=12"):
         batches, _ = evaluated(tmp_path, eval_size=12)
     assert numbers(batches) == [*range(7), *range(5)]
     assert len({i for batch in batches for i in batch["id"].tolist()}) == 7
@@ -196,7 +196,7 @@ def test_fewer_evaluation_images_than_asked_for_come_again_with_their_ids(tmp_pa
 def test_lanes_that_do_not_divide_are_refused(tmp_path):
     write_shards(tmp_path)
     data = WebDatasetData(root=str(tmp_path), val_share=0, test_share=0, batch_size=8, lanes=3)
-    with pytest.raises(ValueError, match=r"data\.lanes=3 must divide the 8 images"):
+    with pytest.raises(ValueError, match=r"data\.init_args\.lanes=3 must divide the 8 images"):
         data.train_dataloader()
 
 
@@ -208,7 +208,7 @@ def test_shards_are_split_whole(tmp_path):
     assert len(train | val) == 40
     assert 3 < len(val) < 25
     assert data.source("test") is None
-    with pytest.raises(ValueError, match="40 shards .* val split .* set data.val_root"):
+    with pytest.raises(ValueError, match=r"40 shards .* val split.* set data\.init_args\.val_root"):
         WebDatasetData(root=str(tmp_path), val_share=1e-9).source("val")
 
 

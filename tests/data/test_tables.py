@@ -11,7 +11,7 @@ import pytest
 from tests.data.archives import numbers_of, picture
 from uae.data import TableData
 from uae.data.source import id_of
-from uae.data.tables import ParquetTable, content_of
+from uae.data.tables import Columns, ParquetTable, content_of
 from uae.files.pictures import UnreadableImageError
 
 PLAIN = {"image_size": 4, "batch_size": 4, "num_workers": 0, "val_share": 0.0, "test_share": 0.0}
@@ -75,7 +75,7 @@ def test_files_patterns_and_folders_are_the_same_rows(tables):
 
     assert rows(tables / "a.parquet") == rows(tables / "*.parquet") == rows(tables)[:19]
     for root in (tables / "x*.parquet", tables / "absent.parquet"):
-        with pytest.raises(FileNotFoundError, match="data.root"):
+        with pytest.raises(FileNotFoundError, match=r"data\.init_args\.root"):
             rows(root)
 
 
@@ -91,7 +91,7 @@ def test_splits_share_no_row_and_roots_of_their_own_have_their_own_ids(tables):
 
 
 def test_reading_forward_decodes_a_row_group_once(tables, monkeypatch):
-    table = ParquetTable(tables, ["a.parquet", "sub/b.parquet"], "image", None)
+    table = ParquetTable(tables, ["a.parquet", "sub/b.parquet"], Columns("image"))
     opened = []
     inner = ParquetTable._open
     monkeypatch.setattr(ParquetTable, "_open", lambda self, group: opened.append(group) or inner(self, group))
@@ -135,7 +135,7 @@ def test_broken_files_and_missing_columns_are_said_at_once(tables):
         data(tables).check_captions()
     data(tables, caption_column="text").check_captions()
     (tables / "c.parquet").write_bytes((tables / "a.parquet").read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"c\.parquet is no whole Parquet file .* data\.root"):
+    with pytest.raises(ValueError, match=r"c\.parquet is no whole Parquet file .* data\.init_args\.root"):
         data(tables).source("train")
 
 
@@ -207,7 +207,7 @@ def test_a_folder_of_parquet_files_is_streamed_like_a_pattern(tables, tmp_path):
     images = [item.content for shard in range(2) for item in folder.shards.items(shard)]
     assert images == [data(tables).source("train").item(row).content for row in range(40)]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"data\.root=.*empty' holds no Parquet file"):
+    with pytest.raises(FileNotFoundError, match=r"data\.init_args\.root=.*empty' holds no Parquet file"):
         data(tmp_path / "empty", streaming=True).source("train")
 
 

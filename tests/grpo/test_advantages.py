@@ -95,8 +95,8 @@ def test_integers_and_gradients():
 @pytest.mark.parametrize(
     ("shape", "arguments", "message"),
     [
-        ((4, 1), {}, r"\[4, 1\].*model\.group"),
-        ((4,), {}, r"\[4\].*model\.group"),
+        ((4, 1), {}, r"\[4, 1\].*model\.init_args\.group"),
+        ((4,), {}, r"\[4\].*model\.init_args\.group"),
         ((2, 2), {"scale": "global"}, "'global'; allowed: group, batch, none"),
         ((2, 2), {"std_correction": 2}, "std_correction=2"),
         ((2, 2), {"batch_std": 1.0}, "scale='batch' only"),

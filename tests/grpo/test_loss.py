@@ -228,3 +228,14 @@ def test_settings_come_from_yaml_and_are_frozen():
     assert loss == GRPOLoss(aggregation="dr_grpo", max_tokens=8, delta=3.0, kl="k1")
     with pytest.raises(FrozenInstanceError):
         loss.beta = 1.0
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "window"), [("grpo", "none"), ("dr_grpo", "none"), ("bnpo", "local"), ("dapo", "global")]
+)
+def test_a_loss_says_whose_window_it_divides_by(aggregation, window):
+    loss = GRPOLoss(aggregation=aggregation, max_tokens=5)
+    assert loss.window == window
+    logp, old, advantage, mask, _ = reference.random_case(6).tensors()
+    one, other = (loss(logp, old, advantage, mask, normalizer=count).loss for count in (50.0, 100.0))
+    assert_close(other, one if window == "none" else one / 2)

@@ -1,3 +1,4 @@
+import doctest
 import pickle
 from copy import deepcopy
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from tests.encoders import folders
+from uae.cli.command import Parser
 from uae.encoders import HFEncoder, LayoutEncoder
-from uae.metrics import UnifiedScore
+from uae.metrics import UnifiedScore, unified_score
 from uae.rewards import EncoderSimilarity
 
 torch.set_num_threads(1)
@@ -234,3 +236,31 @@ def test_configurable_from_yaml():
     metric = parser.instantiate(config).score
     assert metric.encoders["layout"].cells == 3
     assert metric.held_out == ("layout",)
+
+
+def test_the_example_of_the_documentation_runs():
+    result = doctest.testmod(unified_score)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+def test_the_pure_function_is_what_the_metric_computes():
+    reconstructions, sources = pairs(7)
+    metric = layouts(bootstrap=50, seed=3)
+    metric.update(reconstructions, sources, range(7))  # images are drawn again in the order of their ids
+    matched_EN, mismatched_EN = unified_score.matched_and_mismatched(metric.encoders.values(), reconstructions, sources)
+    columns = matched_EN.T.double().numpy(), mismatched_EN.mean(0).double().numpy(), np.zeros(7)
+    expected = unified_score.unified_score(*columns, ["coarse", "fine"], ["fine"], 50, 3)
+    assert metric.compute() == pytest.approx(expected, abs=1e-12)
+
+
+def test_numbers_that_make_no_sense_are_refused_on_the_command_line(capsys):
+    parser = Parser()
+    parser.add_argument("--score", type=UnifiedScore)
+    encoders = '{"layout": {"class_path": "uae.encoders.LayoutEncoder", "init_args": {"cells": CELLS}}}'
+    for bootstrap, cells, message in ((-1, 3, "score.init_args.bootstrap"), (0, 0, "encoders.init_args.cells")):
+        words = [f"--score.encoders={encoders.replace('CELLS', str(cells))}", f"--score.bootstrap={bootstrap}"]
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line

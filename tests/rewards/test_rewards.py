@@ -91,9 +91,21 @@ def test_weighted_sum_and_missing_parts(rollout):
     ("parts", "weights", "named"), [("ab", "bc", ["a", "c"]), ("a", "", ["a"]), ("", "c", ["c"]), ("", "", [])]
 )
 def test_parts_and_weights_must_match(parts, weights, named):
-    with pytest.raises(ValueError, match="reward.parts and reward.weights") as error:
+    with pytest.raises(ValueError, match=r"model\.init_args\.reward\.init_args\.parts and model\.init_args\.reward\.init_args\.weights") as error:
         WeightedReward({name: RandomReward() for name in parts}, dict.fromkeys(weights, 1.0))
     assert all(f"'{name}'" in str(error.value) for name in named)
+
+
+def test_a_reward_tells_the_encoders_it_looks_through():
+    class Two(RandomReward):
+        encoders = {"fine": LayoutEncoder(8), "coarse": LayoutEncoder(2)}
+
+    clip = LayoutEncoder()
+    parts = {"clip": EncoderSimilarity(clip), "noise": RandomReward(), "both": Two()}
+    assert parts["clip"].encoders == {"encoder": clip}
+    assert parts["noise"].encoders == {}
+    expected = {"clip": clip, "both/fine": Two.encoders["fine"], "both/coarse": Two.encoders["coarse"]}
+    assert WeightedReward(parts, dict.fromkeys(parts, 1.0)).encoders == expected
 
 
 def test_random_control_ignores_images_and_repeats_by_seed(rollout):

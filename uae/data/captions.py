@@ -1,4 +1,4 @@
-"""Captions beside images: ``<stem>.txt`` next to the file, or ``metadata.jsonl`` as Hugging Face's ``imagefolder``."""
+"""Captions of a folder of images: in ``<stem>.txt`` beside an image, or in ``metadata.jsonl`` as Hugging Face has them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ METADATA = "metadata.jsonl"
 
 
 class CaptionFiles:
-    """The captions of a folder of images, looked up by the images' relative names.
+    """The captions of a folder of images, looked up by the names of the images relative to the folder.
 
-    A text file beside an image goes before metadata; of several ``metadata.jsonl`` the one nearest to the image counts.
-    Its lines are ``{"file_name": ..., "text": ...}``, with names relative to its own folder; other keys are ignored.
+    A text file beside an image is preferred to metadata. Of several ``metadata.jsonl`` above an image, the nearest one that
+    has a caption for it counts. A line of such a file is ``{"file_name": ..., "text": ...}``: the name is relative to the
+    folder that the file is in, and other keys are ignored.
 
     Args:
-        root: The folder.
-        key: Of the configuration, for errors: the setting that names the folder.
+        root: The folder of images.
+        key: The setting of the configuration that names the folder, for errors.
     """
 
-    def __init__(self, root: str | Path, key: str = "data.root") -> None:
+    def __init__(self, root: str | Path, key: str = "data.init_args.root") -> None:
         self.root, self.key = Path(root).expanduser(), key
-        self._tables: dict[Path, dict[str, str]] = {}  # folder below root to the table in it
+        self._tables: dict[Path, dict[str, str]] = {}  # folder below root to what its own metadata say
 
     def __getitem__(self, name: str) -> str | None:
-        """The caption of an image, stripped; None if there is none. An empty caption is none."""
+        """The caption of an image without spaces around it, or None if there is none or it is empty.
+
+        Raises:
+            ValueError: A line of the metadata is no JSON object with a name and a text.
+        """
         beside = (self.root / name).with_suffix(".txt")
         if beside.is_file():
             return beside.read_text(encoding="utf-8-sig").strip() or None
@@ -36,7 +41,7 @@ class CaptionFiles:
         return None
 
     def _table(self, folder: Path) -> dict[str, str]:
-        """A folder's own table, read once; empty where there is none."""
+        """What the metadata in a folder say, read once; empty where there are none."""
         if folder not in self._tables:
             file = self.root / folder / METADATA
             self._tables[folder] = self._read(file) if file.is_file() else {}

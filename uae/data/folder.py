@@ -1,4 +1,4 @@
-"""A folder of images of any size and mode."""
+"""A folder of images."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from pathlib import Path
 
 from uae.data.captions import CaptionFiles
 from uae.data.source import Item, PictureSource
-from uae.files.pictures import SUFFIXES, Reading, read_picture
+from uae.files.pictures import SUFFIXES, Reading
 
-__all__ = ["FolderSource", "list_images", "read_picture"]
+__all__ = ["FolderSource", "list_images"]
 
 
 def list_images(root: str | Path, key: str) -> list[str]:
-    """Relative names of the images below a folder, sorted; hidden files are left out.
+    """The sorted names of all images in a folder and its subfolders, relative to it. Hidden files are left out.
+
+    Args:
+        root: The folder.
+        key: The setting of the configuration that names the folder, for errors.
 
     Raises:
-        FileNotFoundError: The folder is missing or holds no image; the message names the configuration ``key``.
+        FileNotFoundError: There is no such folder, or there is no image in it.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -32,11 +36,11 @@ class FolderSource(PictureSource):
 
     Args:
         root: The folder.
-        names: Relative names of its files.
-        reading: How they are read.
-        role: See `PictureSource`, like ``replace``.
-        replace: See `PictureSource`.
-        captions: Where images have theirs; None for none.
+        names: The names of the files, relative to the folder.
+        reading: How pictures are read.
+        role: The prefix of the names in ids, see `PictureSource`.
+        replace: Whether another image takes the place of an unreadable one, see `PictureSource`.
+        captions: The captions of the images; None if they have none.
     """
 
     def __init__(
@@ -52,11 +56,11 @@ class FolderSource(PictureSource):
         self.root, self.names, self.captions = root, names, captions
 
     def __len__(self) -> int:
-        """Number of files, unreadable ones included."""
+        """The number of files."""
         return len(self.names)
 
     def name(self, position: int) -> str:
-        """The relative name of a file."""
+        """The name of a file, relative to the folder."""
         return self.names[position]
 
     def item(self, position: int) -> Item:
@@ -65,9 +69,9 @@ class FolderSource(PictureSource):
         return Item(name, Path(self.root).expanduser() / name, self.caption(name))
 
     def caption(self, name: str) -> str | None:
-        """The caption of a file, or None."""
+        """The caption of a file, or None if it has none."""
         return None if self.captions is None else self.captions[name]
 
     def without_caption(self) -> list[str]:
-        """Names of the files that have none."""
+        """The names of the files that have no caption."""
         return [name for name in self.names if self.caption(name) is None]

@@ -1,105 +1,115 @@
-"""Data sets of Hugging Face ``datasets``, on disk or from the hub: by number, or streamed."""
+"""Data sets of Hugging Face ``datasets``, on the disk or on the hub: row by row, or streamed from front to back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from uae.data.source import Item
-from uae.data.tables import ROWS, Table, caption_of, content_of, list_tables, required
+from uae.data.source import Item, Items
+from uae.data.tables import ROWS, Columns, content_of, list_tables, required
 from uae.files.pictures import MAX_FILE_BYTES
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 OF_THE_HUB = re.compile(r"(\w+://[^:]*::)?hf://")
 
 
-class HuggingFaceTable(Table):
-    """A memory-mapped data set of Hugging Face ``datasets``.
+@dataclass
+class HuggingFaceTable(Items):
+    """A memory-mapped data set.
 
     Args:
-        dataset: ``datasets.Dataset``, images not decoded.
-        split: Goes into the names.
-        image_column: Column of the images.
-        caption_column: Column of the captions; None for none.
+        dataset: The data set. Its images must not be decoded.
+        split: The name of the split, which the names of the rows begin with.
+        columns: The columns to read.
     """
 
-    def __init__(self, dataset: Any, split: str, image_column: str, caption_column: str | None) -> None:
-        self.dataset, self.split = dataset, split
-        self.image_column, self.caption_column = image_column, caption_column
+    dataset: Dataset
+    split: str
+    columns: Columns
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return len(self.dataset)
 
-    def name(self, row: int) -> str:
-        """Split and number."""
-        return f"{self.split}/{row}"
+    def name(self, position: int) -> str:
+        """The split and the number of a row."""
+        return f"{self.split}/{position}"
 
-    def item(self, row: int) -> Item:
-        """A row's image and caption."""
-        return item_of(self.name(row), self.dataset[row], self.image_column, self.caption_column)
+    def item(self, position: int) -> Item:
+        """The image and the caption of a row."""
+        return item_of(self.name(position), self.dataset[position], self.columns)
 
 
+@dataclass
 class HuggingFaceShards:
-    """A data set of Hugging Face ``datasets`` that is streamed: its files are the shards.
+    """A streamed data set as `uae.data.streaming.Shards`: its files are the shards.
 
     Args:
-        dataset: ``datasets.IterableDataset``, images not decoded.
-        split: Goes into the names.
-        image_column: Column of the images.
-        caption_column: Column of the captions; None for none.
+        dataset: The data set. Its images must not be decoded.
+        split: The name of the split, which the names of the shards begin with.
+        columns: The columns to read.
     """
 
-    def __init__(self, dataset: Any, split: str, image_column: str, caption_column: str | None) -> None:
-        self.dataset, self.split = dataset, split
-        self.image_column, self.caption_column = image_column, caption_column
+    dataset: IterableDataset
+    split: str
+    columns: Columns
 
     def __len__(self) -> int:
-        """Number of files."""
+        """The number of files."""
         return self.dataset.num_shards
 
     def name(self, shard: int) -> str:
-        """Split and number."""
+        """The split and the number of a file."""
         return f"{self.split}-{shard:05}"
 
     def items(self, shard: int) -> Iterator[Item]:
-        """A file's images in order, with their captions."""
+        """The images of a file in order, with their captions."""
         rows = self.dataset.shard(num_shards=len(self), index=shard)
         number = 0
-        for batch in rows.iter(ROWS):  # iterating over rows would share them out among workers once more
+        for batch in rows.iter(ROWS):  # iterating over single rows would share them out among workers once more
             for values in zip(*batch.values(), strict=True):
-                row = dict(zip(batch, values, strict=True))
-                yield item_of(f"{self.name(shard)}/{number}", row, self.image_column, self.caption_column)
+                yield item_of(f"{self.name(shard)}/{number}", dict(zip(batch, values, strict=True)), self.columns)
                 number += 1
 
 
-def item_of(name: str, values: dict[str, Any], image_column: str, caption_column: str | None) -> Item:
-    """A row of ``datasets``. Files it names count only where the library itself has put them or finds them on its hub."""
+def item_of(name: str, row: Mapping[str, object], columns: Columns) -> Item:
+    """The image and the caption of a row.
+
+    A row may name a file instead of holding an image. Such a file is read only from the cache of ``datasets`` or from the
+    hub, so that a data set cannot show other files of this machine.
+    """
     import datasets
     import fsspec
 
-    caption = caption_of(values[caption_column]) if caption_column else None
-    value = values[image_column]
+    value = row[columns.image]
     path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else None
     if isinstance(path, str) and OF_THE_HUB.match(path):
         with fsspec.open(path, "rb") as file:
-            return Item(name, file.read(MAX_FILE_BYTES + 1), caption)
-    return Item(name, content_of(value, Path(datasets.config.HF_CACHE_HOME)), caption)
+            return Item(name, file.read(MAX_FILE_BYTES + 1), columns.caption_of(row))
+    return Item(name, content_of(value, Path(datasets.config.HF_CACHE_HOME)), columns.caption_of(row))
 
 
-def load(root: str, subset: str | None, streaming: bool, columns: list[str], key: str) -> tuple[Any, str]:
-    """A split of a data set on disk or on the hub, images not decoded, and the split's name.
+def open_dataset(
+    root: str, subset: str | None, streaming: bool, columns: Columns, key: str
+) -> HuggingFaceTable | HuggingFaceShards:
+    """Open one split of a data set without decoding its images.
 
     Args:
-        root: ``<name or folder>:<split>``, e.g. "org/name:train"; the split is "train" if none is named.
-        subset: Of the data set, where it has several.
-        streaming: Do not download it first.
-        columns: The image column first.
-        key: Of the configuration, for errors.
+        root: ``<name or folder>:<split>``, e.g. "org/name:train"; without a split it is "train". A folder or pattern of
+            Parquet files works, too.
+        subset: The name of the subset (``datasets`` calls it a configuration), for data sets that have several.
+        streaming: Whether to return shards, which are read from front to back and not downloaded first, instead of a table.
+        columns: The columns to read.
+        key: The setting of the configuration that is ``root``, for errors.
 
     Raises:
-        ValueError: It lacks a column.
+        ImportError: ``datasets`` is not installed.
+        ValueError: The data set lacks a column.
     """
     datasets = required("datasets")
     name, colon, split = root.rpartition(":") if "://" not in root else (root, "", "")
@@ -117,11 +127,15 @@ def load(root: str, subset: str | None, streaming: bool, columns: list[str], key
         found = datasets.load_dataset("parquet", data_files={split: name}, split=split, streaming=streaming)
     else:
         found = datasets.load_dataset(name, subset, split=split, streaming=streaming)
-    for column in columns if found.column_names else []:
+    for column in columns.names if found.column_names else []:
         if column not in found.column_names:
-            raise ValueError(f"{key}={root!r} has no column {column!r} but {', '.join(found.column_names)}: see image_column")
-    found = found.select_columns(columns)
+            given = "data.init_args.image_column and data.init_args.caption_column"
+            raise ValueError(
+                f"{key}={root!r} has no column {column!r} but {', '.join(found.column_names)}: correct {given}"
+            )
+    found = found.select_columns(columns.names)
     features = found.features or {}
-    if isinstance(features.get(columns[0]), datasets.Image):
-        found = found.cast_column(columns[0], datasets.Image(decode=False))
-    return found, re.sub(r"\W+", "-", split)
+    if isinstance(features.get(columns.image), datasets.Image):
+        found = found.cast_column(columns.image, datasets.Image(decode=False))
+    kind = HuggingFaceShards if streaming else HuggingFaceTable
+    return kind(found, re.sub(r"\W+", "-", split), columns)

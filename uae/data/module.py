@@ -1,8 +1,9 @@
-"""What all data modules share. All yield `uae.types.ImageBatch` and can be swapped."""
+"""The base class of all data modules. They all yield `uae.types.ImageBatch`, so one can take the place of another."""
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import ABC, abstractmethod
+from typing import Literal, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -14,14 +15,27 @@ from uae.types import ImageBatch
 Stage = Literal["train", "val", "test", "predict"]
 
 
-class ImageData(L.LightningDataModule):
-    """Loaders around four sources of images, the same for every data set.
+@runtime_checkable
+class RepeatsBatches(Protocol):
+    """A LightningModule that needs every training batch several times in a row, as `uae.module.UnifiedGRPO` does.
+
+    It collects experience from a batch once and updates on it in several steps.
+    """
+
+    @property
+    def batches_per_rollout(self) -> int:
+        """How many times in a row every training batch must come, 1 or more."""
+        ...
+
+
+class ImageData(L.LightningDataModule, ABC):
+    """The loaders of all stages. A subclass defines `source`: the images of a stage.
 
     Args:
         batch_size: Images per training batch and process.
         eval_batch_size: Images per validation, test or prediction batch and process, at most.
-        seed: Seed of the training order.
-        num_workers: Processes that read ahead; 0 reads in the training process.
+        seed: Seed of the order of training images.
+        num_workers: The number of processes that read ahead; 0 reads in the training process.
     """
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int, num_workers: int) -> None:
@@ -31,58 +45,66 @@ class ImageData(L.LightningDataModule):
         self.skipped = Skipped()  # unreadable images of this process, name to reason
         self._logged = 0
 
+    @abstractmethod
     def source(self, stage: Stage) -> ImageSource | None:
-        """The images of a stage, or None if there are none by configuration."""
-        raise NotImplementedError
+        """The images of a stage, or None if it has none."""
 
     def setup(self, stage: str) -> None:
-        """Unreadable images are named in a file of the log directory, ``skipped.rank<rank>.jsonl``."""
-        folder = self.trainer.log_dir if self.trainer else None  # asking for it is collective
+        """Name unreadable images in ``skipped.rank<rank>.jsonl`` in the log directory, if the run has one."""
+        if self.trainer is None:
+            return
+        folder = self.trainer.log_dir  # every process has to ask for it
         if folder:
             self.skipped.write_to(folder, self.trainer.global_rank)
 
     def teardown(self, stage: str) -> None:
-        """Say how many images were unreadable, on every rank that met some."""
+        """Print how many images were unreadable, on every process that met some."""
         if self.skipped:
             print(f"rank {self._rank()[0]}: {len(self.skipped)} unreadable images skipped, see {self.skipped.file}")
 
     def check_captions(self) -> None:
-        """For whoever learns from captions: raise unless every training and validation image has one.
+        """Check that every training and validation image has a caption, for supervised training.
 
         Raises:
-            ValueError: Some have none; with their number and examples.
+            ValueError: Some have none. The message has their number and a few names.
         """
 
-    def train_batches(self, source: ImageSource, rank: int, world_size: int, shuffle: bool) -> TrainBatches:
-        """Which images are in which training batch."""
-        return TrainBatches(len(source), self.batch_size, rank, world_size, self.seed, shuffle)
+    @property
+    def shuffles(self) -> bool:
+        """Whether every training epoch has its own order; not if ``trainer.overfit_batches`` repeats the same batches."""
+        # Lightning sets this attribute outside of the class, so its type does not tell.
+        return not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+
+    def train_batches(self, source: ImageSource, rank: int, world_size: int) -> TrainBatches:
+        """The positions of every training batch of one process."""
+        return TrainBatches(len(source), self.batch_size, rank, world_size, self.seed, self.shuffles)
 
     def train_dataloader(self) -> ImageLoader:
-        """Ranks take disjoint images; each batch comes ``batches_per_rollout`` times, an attribute of the module."""
+        """Training images. Processes take different ones, and a module that `RepeatsBatches` gets each batch repeatedly."""
         source = self.source("train")
         if source is None:
-            raise ValueError(f"{type(self).__name__} has no training images")
-        rank, world_size = self._rank()
-        shuffle = not (self.trainer and self.trainer.overfit_batches)
-        batches = self.train_batches(source, rank, world_size, shuffle)
+            raise ValueError(f"{type(self).__name__} has no training images: set data.class_path to a data module that has")
         module = self.trainer.lightning_module if self.trainer else None
-        repeats = getattr(module, "batches_per_rollout", 1)
-        return ImageLoader(source, batches, repeats, self.num_workers, self.skipped)
+        repeats = module.batches_per_rollout if isinstance(module, RepeatsBatches) else 1
+        return ImageLoader(source, self.train_batches(source, *self._rank()), repeats, self.num_workers, self.skipped)
 
     def val_dataloader(self) -> ImageLoader | list[ImageLoader]:
-        """Validation images, dealt out to the ranks."""
+        """Validation images, dealt out to the processes; no loader if there are none."""
         return self._evaluation("val")
 
     def test_dataloader(self) -> ImageLoader | list[ImageLoader]:
-        """Test images, dealt out to the ranks."""
+        """Test images, dealt out to the processes; no loader if there are none."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> ImageLoader | list[ImageLoader]:
-        """Images to caption and reconstruct."""
+        """The images to caption and reconstruct, dealt out to the processes; no loader if there are none."""
         return self._evaluation("predict")
 
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
-        """Moves the tensors; Lightning's own traversal would refuse the frozen dataclasses of ``scene``."""
+        """Move the tensors of a batch to a device, and log the number of unreadable images if it has grown.
+
+        Lightning's own way would search ``scene`` for tensors, and refuse the frozen dataclasses in it.
+        """
         if self.trainer and self.trainer.logger and len(self.skipped) > self._logged:
             self._logged = len(self.skipped)
             self.trainer.logger.log_metrics({"data/skipped": self._logged}, step=self.trainer.global_step)
@@ -96,4 +118,5 @@ class ImageData(L.LightningDataModule):
         return ImageLoader(source, batches, num_workers=self.num_workers, skipped=self.skipped)
 
     def _rank(self) -> tuple[int, int]:
+        """The number of this process, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from uae.data.captions import METADATA, CaptionFiles
 from uae.data.folder import FolderSource, list_images
-from uae.data.huggingface import HuggingFaceShards, HuggingFaceTable, load
+from uae.data.huggingface import HuggingFaceShards, HuggingFaceTable, open_dataset
 from uae.data.module import ImageData, Stage
 from uae.data.sampler import ImageSource, TrainBatches
 from uae.data.shards import TarShards, list_shards
 from uae.data.source import split_of
 from uae.data.streaming import SequentialSource, Shards, StreamBatches, StreamSource
-from uae.data.tables import ParquetTable, Table, TableSource, list_tables
+from uae.data.tables import Columns, ParquetTable, TableSource, list_tables
 from uae.files.pictures import MAX_FILE_BYTES, MAX_PIXELS, Fit, Reading
 
 
 class PhotographData(ImageData):
-    """Images of any size, format and mode, found under a ``root`` and split by the hash of their names.
+    """Images of any size, format and mode, which are found under a ``root`` and split by the hash of their names.
 
     Unreadable images are skipped, counted, and named in ``skipped.rank<rank>.jsonl`` in the log directory.
 
     Args:
-        root: Where the training images are, and the others unless they have their own root.
+        root: Where the training images are. Validation and test images are taken from there, too, unless they have a root
+            of their own.
         image_size: Side of the square images that come out, in pixels.
-        fit: How an image becomes square: "crop" its centre, "pad" with white, or "squash".
+        fit: How an image becomes square: "crop" its centre, "pad" it with white, or "squash" it.
         batch_size: Images per training batch and process.
-        eval_batch_size: Images per evaluation batch and process, at most.
-        val_share: Share of ``root`` kept for validation, in [0, 1]; 0 means no validation. Unused with ``val_root``.
-        test_share: Share of ``root`` kept for testing, in [0, 1]. Unused with ``test_root``.
+        eval_batch_size: Images per validation, test or prediction batch and process, at most.
+        val_share: Share of the images in ``root`` that is kept for validation, in [0, 1]. 0 means that there is no
+            validation. Not used if ``val_root`` is given.
+        test_share: Share of the images in ``root`` that is kept for testing, in [0, 1]. Not used if ``test_root`` is given.
         val_root: Where the validation images are.
         test_root: Where the test images are.
-        predict_root: Where the images to predict are; the default is the test images.
-        num_workers: Processes that read ahead.
-        max_pixels: Larger images are skipped, not decompressed; above 178 956 970 Pillow refuses in any case.
-        max_file_bytes: Images of larger files are skipped, not read.
-        seed: Seed of the training order.
+        predict_root: Where the images to predict are. None takes the test images.
+        num_workers: The number of processes that read ahead; 0 reads in the training process.
+        max_pixels: Images with more pixels are skipped without decompressing them. Pillow itself allows 178 956 970.
+        max_file_bytes: Images in larger files are skipped without reading them, in bytes.
+        seed: Seed of the order of training images.
     """
 
     def __init__(
         self,
         root: str,
         image_size: int = 512,
-        fit: Literal["crop", "pad", "squash"] = "crop",
+        fit: Fit = "crop",
         batch_size: int = 8,
         eval_batch_size: int = 16,
         val_share: float = 0.02,
@@ -58,18 +61,13 @@ class PhotographData(ImageData):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed, num_workers)
-        self.root, self.image_size, self.max_pixels, self.max_file_bytes = root, image_size, max_pixels, max_file_bytes
-        self.fit: Fit = fit
+        self.root, self.image_size = root, image_size
+        self.reading = Reading(image_size, fit, max_pixels, max_file_bytes)
         self.val_share, self.test_share = val_share, test_share
         self.roots = {"val": val_root, "test": test_root, "predict": predict_root}
 
-    @property
-    def reading(self) -> Reading:
-        """How pictures are read."""
-        return Reading(self.image_size, self.fit, self.max_pixels, self.max_file_bytes)
-
     def source(self, stage: Stage) -> ImageSource | None:
-        """Images of the stage's own root, or of its share of ``root``."""
+        """The images of the stage's own root, or of its share of ``root``."""
         own = self.roots.get(stage)
         if own:
             return self.open(own, stage, None)
@@ -79,21 +77,34 @@ class PhotographData(ImageData):
         return None if stage != "train" and not shares[stage] else self.open(self.root, stage, shares)
 
     def shares(self) -> dict[str, float]:
-        """Of ``root`` that validation and test take."""
+        """The shares of ``root`` that validation ("val") and test ("test") take; 0 if they have a root of their own."""
         shares = {"val": self.val_share, "test": self.test_share}
         return {stage: 0.0 if self.roots[stage] else share for stage, share in shares.items()}
 
+    @abstractmethod
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
-        """The images of a root, or of a stage's share of it."""
-        raise NotImplementedError
+        """Find the images of a stage.
+
+        Args:
+            root: Where they are.
+            stage: What they are for.
+            shares: The shares of ``root`` that validation and test take. None if all of it belongs to the stage.
+        """
 
     def part(
         self, count: int, name: Callable[[int], str], stage: Stage, shares: dict[str, float] | None, what: str = "images"
     ) -> Sequence[int]:
-        """Positions below ``count`` whose names belong to a stage.
+        """The positions of the images (or shards) that belong to a stage.
+
+        Args:
+            count: The number of images.
+            name: Gives the name of the image at a position.
+            stage: What they are for.
+            shares: See `open`.
+            what: What is counted, for the error.
 
         Raises:
-            ValueError: None does.
+            ValueError: None belongs to the stage.
         """
         if shares is None or (stage == "train" and not any(shares.values())):
             return range(count)
@@ -101,32 +112,32 @@ class PhotographData(ImageData):
         positions = array("q", (i for i in range(count) if split_of(name(i), val_share, test_share) == stage))
         if not positions:
             raise ValueError(
-                f"none of the {count} {what} in data.root={self.root!r} fell into the {stage} split "
-                f"(data.val_share={val_share}, data.test_share={test_share}): change the shares"
-                + (f" or set data.{stage}_root" if stage != "train" else "")
+                f"none of the {count} {what} in data.init_args.root={self.root!r} fell into the {stage} split: change "
+                f"data.init_args.val_share={val_share} and data.init_args.test_share={test_share}"
+                + (f", or set data.init_args.{stage}_root" if stage != "train" else "")
             )
         return positions
 
 
 def key_of(stage: Stage, shares: dict[str, float] | None) -> str:
-    """The setting that names a stage's root."""
-    return f"data.{stage}_root" if shares is None else "data.root"
+    """The setting of the configuration that names the root of a stage; ``shares`` is None if it is the stage's own."""
+    return f"data.init_args.{stage}_root" if shares is None else "data.init_args.root"
 
 
 def role_of(stage: Stage, shares: dict[str, float] | None) -> str:
-    """What makes ids of an own root differ from those of ``root``."""
+    """The prefix of names in ids: images of a stage's own root must not have ids of images in ``root``."""
     return f"{stage}:" if shares is None else ""
 
 
 class ImageFolderData(PhotographData):
-    """A folder of images, searched recursively.
+    """A folder of images and its subfolders.
 
-    Files are split by the hash of their relative name, or come from folders of their own. Captions, which only supervised
-    training needs, lie beside the images: see `uae.data.captions`. Arguments: see `PhotographData`.
+    Captions, which only supervised training needs, are in files beside the images, see `uae.data.captions`. The arguments
+    are those of `PhotographData`.
     """
 
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
-        """Files of a folder."""
+        """Find the image files of a stage."""
         key = key_of(stage, shares)
         names = list_images(root, key)
         names = [names[position] for position in self.part(len(names), names.__getitem__, stage, shares)]
@@ -134,31 +145,38 @@ class ImageFolderData(PhotographData):
         return FolderSource(root, names, self.reading, role_of(stage, shares), stage == "train", captions)
 
     def check_captions(self) -> None:
-        """Raise unless every training and validation image has a caption; one look-up per image."""
+        """Look for the caption of every training and validation image.
+
+        Raises:
+            ValueError: Some have none. The message has their number and a few names.
+        """
         stages: tuple[Stage, ...] = ("train", "val")
         for stage in stages:
             source = self.source(stage)
-            missing = source.without_caption() if isinstance(source, FolderSource) else []
+            if not isinstance(source, FolderSource):
+                continue
+            missing = source.without_caption()
             if missing:
                 key = f"{stage}_root" if self.roots.get(stage) else "root"
                 names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
                 raise ValueError(
-                    f"{len(missing)} of {len(source)} {stage} images have no caption ({names}): put <name>.txt beside each or "  # type: ignore[arg-type]
+                    f"{len(missing)} of {len(source)} {stage} images have no caption ({names}): put <name>.txt beside each or "
                     f"list them in a {METADATA} (file_name, text), or change data.init_args.{key}"
                 )
 
 
 class StreamedData(PhotographData):
-    """Photographs that can be read from front to back only, see `uae.data.streaming`.
+    """Photographs that can only be read from front to back, see `uae.data.streaming`.
 
     Args:
-        epoch_size: Training images per epoch, of all processes together. Epochs have their own order, so one that is longer
-            than the data repeats them and a shorter one takes a part.
-        eval_size: Images per validation, test or prediction, of all processes together: the first of the shards.
-        shuffle_buffer: Encoded images that each lane holds and draws from; fewer if ``max_file_bytes`` are reached.
-        lanes: Streams that feed a batch of all processes together; the default is one per process. The order of the images
-            survives another number of processes if this and the images per step of all processes stay the same.
-        kwargs: See `PhotographData`.
+        epoch_size: Training images per epoch, of all processes together. Every epoch has its own order. An epoch that is
+            longer than the data repeats them, a shorter one takes a part of them.
+        eval_size: Images per validation, test or prediction, of all processes together: the first ones of the shards.
+        shuffle_buffer: The number of encoded images that each lane holds and draws from. It holds fewer if they have more
+            than ``max_file_bytes`` together.
+        lanes: The number of streams that feed a batch of all processes together; None takes one per process. The order of
+            the images does not depend on the number of processes if this and their images per step stay the same.
+        kwargs: The arguments of `PhotographData`.
     """
 
     def __init__(
@@ -173,56 +191,62 @@ class StreamedData(PhotographData):
         self.epoch_size, self.eval_size, self.shuffle_buffer, self.lanes = epoch_size, eval_size, shuffle_buffer, lanes
 
     def stream(self, shards: Shards, stage: Stage, role: str) -> ImageSource:
-        """Shards as the source of a stage."""
+        """Shards as the images of a stage.
+
+        Raises:
+            ValueError: The lanes cannot be shared out evenly among the processes and the images of a step.
+        """
         if stage != "train":
             return SequentialSource(shards, self.reading, self.eval_size, role)
         world_size = self._rank()[1]
         images, lanes = self.batch_size * world_size, self.lanes or world_size
         if images % lanes or lanes % world_size:
             raise ValueError(
-                f"data.lanes={lanes} must divide the {images} images per step of all processes and be a multiple of their "
-                f"number, {world_size}: change data.init_args.lanes or batch_size"
+                f"data.init_args.lanes={lanes} must divide the {images} images per step of all processes and be a multiple of "
+                f"their number, {world_size}: change data.init_args.lanes or data.init_args.batch_size"
             )
-        shuffle = not (self.trainer and self.trainer.overfit_batches)
         readers = max(1, self.num_workers)
-        order = (self.seed, self.shuffle_buffer, shuffle)
+        order = (self.seed, self.shuffle_buffer, self.shuffles)
         return StreamSource(shards, self.reading, self.epoch_size, images, lanes, readers, *order)
 
-    def train_batches(self, source: ImageSource, rank: int, world_size: int, shuffle: bool) -> TrainBatches:
-        """A stream has its own order."""
+    def train_batches(self, source: ImageSource, rank: int, world_size: int) -> TrainBatches:
+        """The positions of every training batch of one process. A stream shuffles its images itself."""
         if not isinstance(source, StreamSource):
-            return super().train_batches(source, rank, world_size, shuffle)
+            return super().train_batches(source, rank, world_size)
         return StreamBatches(len(source), self.batch_size, rank, world_size)
 
 
 class WebDatasetData(StreamedData):
     """Tar shards in the layout of WebDataset: ``<key>.jpg``, and ``<key>.txt`` if there is a caption.
 
-    ``root`` is a folder of them, a file, or a pattern such as ``shards/{0000..0127}.tar`` or ``https://host/{000..099}.tar.gz``.
-    Whole shards are split by the hash of their names, or validation has a root of its own. Arguments: see `StreamedData`.
+    ``root`` is a folder of them, a file, or a pattern such as ``shards/{0000..0127}.tar`` or
+    ``https://host/{000..099}.tar.gz``. A shard belongs to one split as a whole, by the hash of its name, unless the splits
+    have roots of their own. The arguments are those of `StreamedData`.
     """
 
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
-        """Shards of a root."""
+        """Find the shards of a stage."""
         folder, names = list_shards(root, key_of(stage, shares))
         names = [names[position] for position in self.part(len(names), names.__getitem__, stage, shares, "shards")]
-        return self.stream(TarShards(folder, names, self.max_file_bytes), stage, role_of(stage, shares))
+        return self.stream(TarShards(folder, names, self.reading.max_file_bytes), stage, role_of(stage, shares))
 
 
 class TableData(StreamedData):
-    """Tables with an image column: Parquet files, or data sets of Hugging Face ``datasets`` (on disk or from the hub).
+    """Tables with a column of images: Parquet files, or data sets of Hugging Face ``datasets`` (on disk or on the hub).
 
     ``root`` is a Parquet file, a pattern such as ``data/train-*.parquet``, a folder of Parquet files, a folder written by
-    ``save_to_disk``, or ``name:split`` of the hub, e.g. ``org/name:train``. Every epoch sees each row once; with
-    ``streaming`` nothing is listed or downloaded first, and `StreamedData` says what an epoch is. Rows are split by the hash
-    of their numbers; with ``streaming`` set ``val_root``, e.g. ``org/name:validation``.
+    ``save_to_disk``, or ``name:split`` of the hub such as ``org/name:train``. Every epoch sees each row once, and rows are
+    split by the hash of their numbers.
+
+    With ``streaming``, nothing is listed or downloaded first, and `StreamedData` says what an epoch is. There are no splits:
+    for validation give ``val_root``, e.g. ``org/name:validation``.
 
     Args:
-        image_column: Column of the images: bytes, ``{"bytes", "path"}`` or paths relative to the files' folder.
-        caption_column: Column of the captions, if supervised training needs them.
-        subset: Of a data set on the hub that has several.
-        streaming: Read a data set of ``datasets`` from front to back.
-        kwargs: See `StreamedData`.
+        image_column: Column of the images: bytes, ``{"bytes": ..., "path": ...}``, or paths relative to the files' folder.
+        caption_column: Column of the captions, for supervised training. None reads no captions.
+        subset: The name of the subset, for data sets on the hub that have several.
+        streaming: Whether to read a data set of ``datasets`` from front to back.
+        kwargs: The arguments of `StreamedData`.
     """
 
     def __init__(
@@ -234,29 +258,33 @@ class TableData(StreamedData):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.image_column, self.caption_column, self.subset, self.streaming = image_column, caption_column, subset, streaming
+        self.columns, self.subset, self.streaming = Columns(image_column, caption_column), subset, streaming
 
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
-        """Rows of a root."""
+        """Find the rows of a stage."""
         key, role = key_of(stage, shares), role_of(stage, shares)
-        columns = self.image_column, self.caption_column
         files = None if self.streaming else list_tables(root, key)
-        table: Table
+        table: ParquetTable | HuggingFaceTable | HuggingFaceShards
         if files:
-            table = ParquetTable(*files, *columns, key)
+            table = ParquetTable(*files, self.columns, key)
         else:
-            found, split = load(root, self.subset, self.streaming, [name for name in columns if name], key)
-            if self.streaming:
-                return self.stream(HuggingFaceShards(found, split, *columns), stage, role)
-            table = HuggingFaceTable(found, split, *columns)
+            table = open_dataset(root, self.subset, self.streaming, self.columns, key)
+        if isinstance(table, HuggingFaceShards):
+            return self.stream(table, stage, role)
         rows = self.part(len(table), table.name, stage, shares)
         return TableSource(table, rows, self.reading, role, replace=stage == "train")
 
     def shares(self) -> dict[str, float]:
-        """A stream has no part that could be kept without reading all of it."""
+        """The shares of ``root`` for validation and test; none of a stream, all of which would have to be read for it."""
         return {"val": 0.0, "test": 0.0} if self.streaming else super().shares()
 
     def check_captions(self) -> None:
-        """Raise unless captions have a column."""
-        if not self.caption_column:
-            raise ValueError(f"data.root={self.root!r} is read without captions: set data.init_args.caption_column")
+        """Check that the captions have a column.
+
+        Raises:
+            ValueError: They have none.
+        """
+        if not self.columns.caption:
+            raise ValueError(
+                f"data.init_args.root={self.root!r} is read without captions: set data.init_args.caption_column"
+            )

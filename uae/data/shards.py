@@ -1,7 +1,7 @@
-"""WebDataset shards: tar files, here or behind a URL, read as a stream.
+"""Shards of WebDataset: tar files on this disk or behind a URL, which are read as a stream.
 
-Members are never extracted, only the bytes of images and captions are taken, within limits. So links, devices, absolute names
-and names with ``..`` lead nowhere, and a member may declare any size.
+Nothing is extracted to the disk. Only the bytes of images and captions are taken, up to a limit. So links, devices, absolute
+names and names with ``..`` have no effect, and a member that claims a huge size costs no memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTY
 
 
 def expand(pattern: str) -> list[str]:
-    """``a-{000..012}.tar`` written out; several ranges multiply."""
+    """The names that a pattern such as ``a-{000..012}.tar`` stands for. With several ranges, all combinations."""
     found = RANGE.search(pattern)
     if not found:
         return [pattern]
@@ -33,13 +33,17 @@ def expand(pattern: str) -> list[str]:
 
 
 def list_shards(root: str, key: str) -> tuple[str, list[str]]:
-    """The folder (or URL) of the shards and their names relative to it.
+    """The folder (or URL) of the shards, and their names relative to it.
 
-    ``root`` is a folder, a file, or either with ``*`` or ``{000..123}`` in its last part. Only patterns with ``*`` and folders
-    are listed; ranges and URLs are taken as they are, so that a missing shard is found out when it is read.
+    Only folders and patterns with ``*`` are listed. Ranges and URLs are taken as they are; whether a shard exists turns out
+    when it is read.
+
+    Args:
+        root: A folder, a file or a URL, which may have ``*`` or ``{000..123}`` in its last part.
+        key: The setting of the configuration that is ``root``, for errors.
 
     Raises:
-        FileNotFoundError: Nothing there; the message names the configuration ``key``.
+        FileNotFoundError: There is no shard.
     """
     import fsspec
 
@@ -58,34 +62,39 @@ def list_shards(root: str, key: str) -> tuple[str, list[str]]:
 
 
 def inside(name: str) -> str:
-    """A member's name as a relative one that stays where it is put."""
+    """The name of a member without what would lead out of a folder: a leading slash, ``..``, and the like."""
     parts = PurePosixPath(name.replace("\0", "").replace("\\", "/")).parts
     return "/".join(part for part in parts if part not in ("/", "//", "..", ".")) or "image"
 
 
 class TarShards:
-    """Tar files whose members come in groups: ``<key>.jpg`` beside ``<key>.txt``.
+    """Tar files whose members come in groups: ``<key>.jpg`` next to ``<key>.txt``.
 
     Args:
-        folder: Where they are: a folder or a URL that fsspec knows.
-        names: Of the files, relative to it.
-        max_file_bytes: Larger members are passed over.
-        caption: Suffix of the member that holds an image's caption.
+        folder: The folder of the files, or a URL that fsspec knows.
+        names: The names of the files, relative to the folder.
+        max_file_bytes: Images with more bytes are not read.
+        caption: Suffix of the members that hold captions.
     """
 
     def __init__(self, folder: str, names: list[str], max_file_bytes: int, caption: str = "txt") -> None:
         self.folder, self.names, self.max_file_bytes, self.caption = folder, names, max_file_bytes, caption
 
     def __len__(self) -> int:
-        """Number of shards."""
+        """The number of shards."""
         return len(self.names)
 
     def name(self, shard: int) -> str:
-        """A shard's file name."""
+        """The file name of a shard."""
         return self.names[shard]
 
     def items(self, shard: int) -> Iterator[Item]:
-        """A shard's images in order, with their captions."""
+        """The images of a shard in order, with their captions.
+
+        Raises:
+            OSError: The shard cannot be read.
+            ValueError: The archive is corrupted or breaks off. What comes before that place is good.
+        """
         import fsspec
 
         path = f"{self.folder}/{self.names[shard]}"
@@ -98,7 +107,7 @@ class TarShards:
                     raise error
 
     def _item(self, group: Iterator[Member], shard: str) -> tuple[Item | None, Exception | None]:
-        """The first image of a group with its caption. If the archive breaks off behind it, it still counts."""
+        """The first image of a group with its caption, and the error if the archive breaks off inside the group."""
         item, caption = None, None
         try:
             for name, size, take in group:
@@ -107,7 +116,7 @@ class TarShards:
                     caption = take().decode("utf-8-sig", "replace").strip() or None
                 elif not item and f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES:
                     item = Item(f"{shard}/{inside(name)}", self._content(size, take))
-        except Exception as error:  # ours, or of the decompression
+        except Exception as error:  # raised by `Take`, or by whatever decompresses
             return item and item._replace(caption=caption), error
         return item and item._replace(caption=caption), None
 
@@ -121,13 +130,17 @@ Member: TypeAlias = "tuple[str, int, Take]"
 
 
 class Take:
-    """Reads the data of one member, once, if it is asked to."""
+    """Reads the data of one member if it is called; `skip` then passes over what is left."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.left, self.padding = file, size, -size % BLOCK
 
     def __call__(self) -> bytes:
-        """All of it."""
+        """All bytes of the member. May be called once.
+
+        Raises:
+            ValueError: The archive breaks off before.
+        """
         content = self.file.read(self.left)
         self.left -= len(content)
         if self.left:
@@ -135,7 +148,11 @@ class Take:
         return content
 
     def skip(self) -> None:
-        """Go to the next member."""
+        """Go to the next member.
+
+        Raises:
+            ValueError: The archive breaks off before.
+        """
         left = self.left + self.padding
         while left:
             passed = len(self.file.read(min(left, 2**16)))
@@ -145,12 +162,12 @@ class Take:
 
 
 def members(file: BinaryIO) -> Iterator[Member]:
-    """Name, size and data of the regular files of a tar stream; everything else in it is passed over.
+    """Name, size in bytes and data of the regular files in a tar stream. Everything else in it is passed over.
 
-    Python's own reader allocates whatever an extended header says it needs.
+    Not read by Python's `tarfile`, which allocates as much memory as an extended header claims to need.
 
     Raises:
-        ValueError: It is corrupted or truncated; what came before is good.
+        ValueError: The archive is corrupted or breaks off. What comes before that place is good.
     """
     name, size = None, None  # from extended headers, for the member that follows
     while (block := file.read(BLOCK)).strip(b"\0"):
@@ -176,14 +193,14 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Group and suffix of a member: ``a/b.seg.png`` is ``seg.png`` of ``a/b``; hidden files have no suffix."""
+    """Group and suffix of a member: those of ``a/b.seg.png`` are ``a/b`` and ``seg.png``. Hidden files have no suffix."""
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return f"{folder}/{stem}", suffix if stem else ""
 
 
 def _extended(records: bytes) -> dict[str, str]:
-    """The records ``<length> <key>=<value>`` and a line feed of a POSIX extended header."""
+    """The records of a POSIX extended header, each of which is ``<length> <key>=<value>`` and a line feed."""
     fields, place = {}, 0
     while place < len(records):
         digits = records[place : place + 20].split(b" ")[0]

@@ -1,4 +1,4 @@
-"""The images a process could not read: counted in memory, named in a file beside the run's logs."""
+"""The images that a process could not read, in a file beside the logs of the run."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from pathlib import Path
 
 
 class Skipped(dict[str, str]):
-    """Name to reason. Once it has a folder, every entry becomes a line ``{"name": ..., "reason": ...}`` of a file.
+    """The names of unreadable images and the reasons.
 
-    A name is written once, also when a run is resumed. A file that cannot be written costs a warning and not the run.
+    After `write_to`, every new entry becomes a line ``{"name": ..., "reason": ...}`` of a file. A name is written once, also
+    when a run is resumed. If the file cannot be written, there is a warning, and the run goes on.
     """
 
     file: Path | None = None
-    _cut = False  # the file's last line is not whole
+    _cut = False  # whether the last line of the file is not whole
 
     def __setitem__(self, name: str, reason: str) -> None:
-        """Count and, if there is a file, write."""
+        """Add an entry, and write it if there is a file."""
         super().__setitem__(name, reason)
         self._write({name: reason})
 
     def write_to(self, folder: str | Path, rank: int) -> None:
-        """From now on write ``skipped.rank<rank>.jsonl`` there, beginning with what has been counted so far."""
+        """Write all entries, those that are there and those to come, to ``skipped.rank<rank>.jsonl`` in a folder."""
         self.file, self._written = Path(folder, f"skipped.rank{rank}.jsonl"), set[str]()
         if self.file.is_file():
             text = self.file.read_text(encoding="utf-8", errors="replace")
@@ -30,7 +31,7 @@ class Skipped(dict[str, str]):
             for line in text.splitlines():
                 try:
                     self._written.add(json.loads(line)["name"])
-                except (ValueError, KeyError, TypeError):  # a line that a killed run left half written
+                except (ValueError, KeyError, TypeError):  # a run that was killed has written half of this line
                     continue
         self._write(dict(self))
 
@@ -48,4 +49,4 @@ class Skipped(dict[str, str]):
                 self._cut = False
                 out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         except OSError as error:
-            warnings.warn(f"{self.file} cannot be written ({error}): skipped images go unnamed", stacklevel=2)
+            warnings.warn(f"{self.file} cannot be written ({error}): skipped images are not named there", stacklevel=2)

@@ -1,20 +1,22 @@
-"""Pictures by position as a source of equal batches: unreadable ones are left out, named, and replaced where asked."""
+"""From images that a data set holds to batches: decoding, ids, splits, and what becomes of unreadable images."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from uae.data.sampler import Fetched
 from uae.files.pictures import Reading, UnreadableImageError
 from uae.types import ImageBatch
 
 
 class Item(NamedTuple):
-    """One image as a data set holds it, not decoded."""
+    """One image as a data set holds it, not decoded. The content is an error if the data set has found it to be unusable."""
 
     name: str
     content: bytes | Path | UnreadableImageError
@@ -30,21 +32,34 @@ class Picture(NamedTuple):
 
 
 def split_of(name: str, val_share: float, test_share: float) -> str:
-    """Where an image belongs, by the hash of its name: adding or removing others never moves it."""
+    """The split that an image belongs to: "train", "val" or "test".
+
+    It follows from a hash of the name, so no image changes its split when others are added or removed.
+
+    Args:
+        name: The name of the image in its data set.
+        val_share: Share of all images that "val" gets, in [0, 1].
+        test_share: Share of all images that "test" gets, in [0, 1].
+    """
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[8:16], "big") / 2**64
     return "test" if place < test_share else "val" if place < test_share + val_share else "train"
 
 
 def id_of(name: str, role: str = "") -> int:
-    """A stable id below 2**48 (what metrics accept) from an image's name and the data set it is named in."""
+    """A whole number in [0, 2**48), the range of ids that metrics accept, from a hash of an image's name.
+
+    Args:
+        name: The name of the image in its data set.
+        role: A prefix that tells data sets apart which may have the same names in them.
+    """
     return int.from_bytes(hashlib.sha256(f"{role}{name}".encode()).digest()[:6], "big")
 
 
 def decoded(item: Item, reading: Reading) -> Picture:
-    """The picture of an item.
+    """Decode an image.
 
     Raises:
-        UnreadableImageError: There is none.
+        UnreadableImageError: The image cannot be read, or its content is such an error.
     """
     if isinstance(item.content, UnreadableImageError):
         raise item.content
@@ -52,7 +67,12 @@ def decoded(item: Item, reading: Reading) -> Picture:
 
 
 def batch_of(pictures: list[Picture], role: str = "") -> ImageBatch:
-    """Pictures as a batch ``[B, 3, size, size]``, with their captions if all have one."""
+    """Pictures as a batch with images ``[B, 3, size, size]``. It has captions if every picture has one.
+
+    Args:
+        pictures: The B pictures, at least one.
+        role: The prefix of the names in ids, see `id_of`.
+    """
     batch: ImageBatch = {
         "image": torch.stack([picture.image for picture in pictures]),
         "id": torch.tensor([id_of(picture.name, role) for picture in pictures]),
@@ -64,34 +84,47 @@ def batch_of(pictures: list[Picture], role: str = "") -> ImageBatch:
     return batch
 
 
-class PictureSource:
-    """Pictures by position; subclasses know where they are.
+class Items(ABC):
+    """Images by position, not decoded: files of a folder, or rows of a table."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of images, including those that will turn out to be unreadable."""
+
+    @abstractmethod
+    def name(self, position: int) -> str:
+        """The name of an image, without reading the image. It is the same on every machine."""
+
+    @abstractmethod
+    def item(self, position: int) -> Item:
+        """An image and its caption.
+
+        Raises:
+            OSError: The image cannot be read.
+            ValueError: What is read is corrupted.
+        """
+
+
+class PictureSource(Items):
+    """Items that are decoded a batch at a time. Unreadable ones are left out and named.
 
     Args:
-        reading: How they are read.
-        role: Goes into the ids, so that equal names in different data sets differ.
-        replace: Put the next readable image in the place of an unreadable one, so that every batch is full. Without it
-            batches shrink, but never to nothing: ranks step together.
+        reading: How pictures are read.
+        role: The prefix of the names in ids, so that equal names in different data sets have different ids.
+        replace: Whether the next readable image takes the place of an unreadable one, so that every batch is full.
+            Otherwise batches shrink, but never to nothing, as all processes step together.
     """
 
     def __init__(self, reading: Reading, role: str = "", replace: bool = False) -> None:
         self.reading, self.role, self.replace = reading, role, replace
-        self._failures: dict[str, str] = {}
+        self._failures: dict[str, str] = {}  # name to reason
 
-    def __len__(self) -> int:
-        """Number of images, unreadable ones included."""
-        raise NotImplementedError
+    def __getitems__(self, positions: list[int]) -> Fetched:
+        """The images at some positions as a batch ``[B, 3, size, size]``, and the newly found unreadable ones with reasons.
 
-    def name(self, position: int) -> str:
-        """Of the image at a position, without reading it."""
-        raise NotImplementedError
-
-    def item(self, position: int) -> Item:
-        """The image at a position, not decoded. May raise OSError or ValueError."""
-        raise NotImplementedError
-
-    def __getitems__(self, positions: list[int]) -> tuple[ImageBatch, dict[str, str]]:
-        """Images ``[B, 3, size, size]`` in [0, 1], their captions if all have one, and what was left out with the reasons."""
+        Raises:
+            ValueError: No image at all is readable.
+        """
         before = set(self._failures)
         read = [self._read(position, self.replace) for position in positions]
         if not any(read):
@@ -114,5 +147,7 @@ class PictureSource:
             except (OSError, ValueError) as error:
                 self._failures[name] = f"{type(error).__name__}: {error}"[:300]
         if replace:
-            raise ValueError(f"no image of these {len(self)} is readable; {name}: {self._failures[name]}: correct data.root")
+            raise ValueError(
+                f"no image of these {len(self)} is readable; {name}: {self._failures[name]}: correct data.init_args.root"
+            )
         return None

@@ -1,9 +1,10 @@
-"""Data that can only be read from front to back: as many batches on every rank, a seeded order, resumable anywhere.
+"""Data that can only be read from front to back: as many batches on every process, a seeded order, resumable anywhere.
 
-A data set is a list of shards. Every epoch and every pass over the shards has its own order of them, dealt out to lanes; a
-lane reads its shards one after the other through a buffer it draws from. A position of `TrainBatches` says which lane an image
-comes from and which of its draws it is, so that ranks and workers need not talk to each other: a resumed run reads its lanes
-up to where it was (of the current epoch only) and goes on.
+A data set is a list of shards. Every epoch, and every pass over the shards within an epoch, has its own order of them. The
+shards are dealt out to lanes; a lane reads its shards one after the other, and draws images from a buffer that it keeps
+filled. A position that `StreamBatches` hands out says which lane an image comes from and how many images that lane has drawn
+before. So processes and workers need not talk to each other, and a resumed run reads its lanes up to where they were (in the
+current epoch only) and goes on.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from typing import Protocol
 
 import torch
 
-from uae.data.sampler import TrainBatches
+from uae.data.sampler import Fetched, TrainBatches
 from uae.data.source import Item, Picture, batch_of, decoded
 from uae.files.pictures import Reading, UnreadableImageError
-from uae.types import ImageBatch
 
 
 class Shards(Protocol):
-    """Parts of a data set, read from front to back."""
+    """A data set in parts, each of which is read from front to back."""
 
     def __len__(self) -> int: ...
     def name(self, shard: int) -> str:
-        """Of a shard, the same on every machine."""
+        """The name of a shard, the same on every machine."""
         ...
 
     def items(self, shard: int) -> Iterator[Item]:
@@ -36,7 +36,13 @@ class Shards(Protocol):
 
 
 def passable(shards: Shards, shard: int, failures: dict[str, str]) -> Iterator[Item]:
-    """The items of a shard up to where it is broken; what broke goes into ``failures``."""
+    """The images of a shard up to where it is broken.
+
+    Args:
+        shards: The data set.
+        shard: The number of the shard.
+        failures: Receives the name of the shard and what was wrong, if it is broken.
+    """
     try:
         yield from shards.items(shard)
     except Exception as error:  # whatever libraries, file systems and networks raise: training goes on without it
@@ -44,18 +50,18 @@ def passable(shards: Shards, shard: int, failures: dict[str, str]) -> Iterator[I
 
 
 class Lane:
-    """An endless stream of readable pictures from every ``lanes``-th shard of a shuffled, repeated list.
+    """An endless stream of readable pictures from every ``lanes``-th shard of a shuffled list that is repeated.
 
-    Where there are fewer shards than lanes, lanes share a shard: each takes every so-many-th item of it.
+    If there are fewer shards than lanes, several lanes read the same shard, and each takes every so-many-th image of it.
 
     Args:
         shards: The data set.
         reading: How pictures are read.
-        number: Of this lane, below ``lanes``.
-        lanes: How many share the data set.
-        seed: Of the order of the shards (the same for all lanes) and of the draws.
-        buffer: Items to draw from; fewer if they hold more than ``reading.max_file_bytes`` together.
-        failures: Filled with what could not be read and why.
+        number: The number of this lane, in [0, lanes).
+        lanes: The number of lanes that share the data set.
+        seed: Seed of the order of the shards, which is the same for all lanes, and of the draws from the buffer.
+        buffer: The number of images in the buffer; fewer if they have more than ``reading.max_file_bytes`` together.
+        failures: Receives the names of what could not be read, and the reasons.
     """
 
     def __init__(
@@ -63,31 +69,27 @@ class Lane:
     ) -> None:
         self.shards, self.reading, self.number, self.lanes = shards, reading, number, lanes
         self.seed, self.buffer, self.failures = seed, buffer, failures
-        self.drawn = 0  # pictures handed out
+        self.drawn = 0  # pictures that were asked for
         self._pictures = self._decode()
 
     def __next__(self) -> Picture:
         """The next picture.
 
         Raises:
-            ValueError: All shards were gone through and nothing in them is readable.
+            ValueError: All shards were gone through, and nothing in them is readable.
         """
         self.drawn += 1
         return next(self._pictures)
 
     def _decode(self) -> Iterator[Picture]:
-        self._barren: set[int] = set()  # parts of shards that were gone through since the last picture
         for item in self._shuffle():
             try:
-                picture = decoded(item, self.reading)
+                yield decoded(item, self.reading)
             except UnreadableImageError as error:
                 self.failures[item.name] = str(error)
-                continue
-            self._barren.clear()
-            yield picture
 
     def _shuffle(self) -> Iterator[Item]:
-        """Items in the order of random draws from a buffer, which is emptied at the end of every pass over the shards."""
+        """Items in the order of random draws from a buffer, which is emptied wherever `_items` yields None."""
         draws = random.Random(f"{self.seed}/{self.number}")
         held: list[Item] = []
         size = 0
@@ -102,10 +104,11 @@ class Lane:
                 yield held.pop()
 
     def _items(self) -> Iterator[Item | None]:
-        """Items of this lane's shards; None between one pass and the next."""
+        """Items of this lane's shards, and None between one pass over the shards and the next."""
         parts = -(-self.lanes // len(self.shards))  # of each shard
         total = parts * len(self.shards)
         last = 0
+        wanted, searched = 1, set[int]()  # the picture that is looked for, and the parts that were gone through for it
         for place in count(self.number, self.lanes):
             turn, rank = divmod(place, total)
             if turn != last:
@@ -116,14 +119,22 @@ class Lane:
             for index, item in enumerate(passable(self.shards, shard, self.failures)):
                 if index % parts == part:
                     yield item
-            self._barren.add(unit)
-            if len(self._barren) == total:
-                yield None  # what the buffer holds was not looked at
-            if len(self._barren) == total:
-                raise ValueError(
-                    f"no image of the {len(self.shards)} shards {self.shards.name(0)} ... is readable: "
-                    f"{_last(self.failures)}: correct data.root"
-                )
+            if self.drawn > wanted:
+                wanted, searched = self.drawn, set()
+            searched.add(unit)
+            if len(searched) == total:
+                yield None  # the buffer may still hold a readable one
+                if self.drawn == wanted:
+                    raise ValueError(nothing_readable(self.shards, self.failures))
+
+
+def nothing_readable(shards: Shards, failures: dict[str, str]) -> str:
+    """The message for a data set in which no image can be read, with the last thing that went wrong."""
+    last = next((f"{name}: {failures[name]}" for name in reversed(failures)), "they are empty")
+    return (
+        f"no image of the {len(shards)} shards {shards.name(0)} ... is readable: {last}: correct data.init_args.root "
+        "(or val_root, test_root, predict_root)"
+    )
 
 
 def _order(total: int, seed: str) -> list[int]:
@@ -135,33 +146,29 @@ def _bytes(item: Item) -> int:
     return len(item.content) if isinstance(item.content, bytes) else 0
 
 
-def _last(failures: dict[str, str]) -> str:
-    return next((f"{name}: {failures[name]}" for name in reversed(failures)), "they are empty")
-
-
 class StreamBatches(TrainBatches):
-    """Positions of training batches of a stream: in order, numbered on through the epochs."""
+    """Positions of training batches of a stream: one after the other, counted on through the epochs."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Batches from ``start`` on."""
+        """The batches from number ``start`` on."""
         for batch in range(self.start, len(self)):
             first = self.epoch * self.count + batch * self.images + self.rank * self.batch_size
             yield list(range(first, first + self.batch_size))
 
 
 class StreamSource:
-    """Shuffled shards for training: positions of `StreamBatches` to full batches.
+    """The training images of shuffled shards, by the positions of `StreamBatches`. Every batch is full.
 
     Args:
         shards: The data set.
         reading: How pictures are read.
-        epoch_size: Images per epoch, of all ranks together.
-        images: Images per batch, of all ranks together.
-        lanes: Streams that feed a batch; a divisor of ``images``.
-        readers: Processes of a rank that read ahead. Each has its own lanes.
-        seed: Of the order.
-        buffer: See `Lane`.
-        shuffle: False: every epoch is the first one.
+        epoch_size: The number of images in an epoch, of all processes together.
+        images: The number of images in a batch, of all processes together.
+        lanes: The number of lanes that feed a batch; a divisor of ``images``.
+        readers: The number of worker processes that read ahead for one process; each has its own lanes. 1 if there is none.
+        seed: Seed of the order.
+        buffer: The number of images that each lane draws from, see `Lane`.
+        shuffle: Whether every epoch has its own order. Otherwise every epoch is the first one again.
     """
 
     def __init__(
@@ -178,15 +185,19 @@ class StreamSource:
     ) -> None:
         self.shards, self.reading, self.epoch_size, self.images = shards, reading, epoch_size, images
         self.lanes, self.readers, self.seed, self.buffer, self.shuffle = lanes, readers, seed, buffer, shuffle
-        self._open: dict[int, tuple[int, Lane]] = {}  # lane number to the epoch it is in and itself
+        self._open: dict[int, tuple[int, Lane]] = {}  # number of a lane to the epoch that it reads, and the lane
         self._failures: dict[str, str] = {}
 
     def __len__(self) -> int:
-        """Images per epoch."""
+        """The number of images in an epoch."""
         return self.epoch_size
 
-    def __getitems__(self, positions: list[int]) -> tuple[ImageBatch, dict[str, str]]:
-        """Images ``[B, 3, size, size]`` in [0, 1], always as many as positions, and what was left out with the reasons."""
+    def __getitems__(self, positions: list[int]) -> Fetched:
+        """The images at some positions as a batch ``[B, 3, size, size]``, and what was unreadable, with the reasons.
+
+        Raises:
+            ValueError: Nothing in the shards is readable.
+        """
         self._failures.clear()
         pictures = [self._picture(position) for position in positions]
         return batch_of(pictures), dict(self._failures)
@@ -196,52 +207,59 @@ class StreamSource:
         batch, row = divmod(position, self.images)
         rows = self.images // self.lanes  # of a batch that come from one lane
         number = row // rows * self.readers + batch % self.readers
-        lane = self._lane(number, epoch if self.shuffle else 0, draw := batch // self.readers * rows + row % rows)
+        draw = batch // self.readers * rows + row % rows
+        lane = self._lane(number, epoch if self.shuffle else 0, draw)
         while lane.drawn < draw:  # what a resumed run has seen already
             next(lane)
         return next(lane)
 
     def _lane(self, number: int, epoch: int, draw: int) -> Lane:
-        opened, lane = self._open.get(number, (None, None))
-        if lane is None or opened != epoch or lane.drawn > draw:
-            lanes, seed = self.lanes * self.readers, f"{self.seed}/{epoch}"
-            lane = Lane(self.shards, self.reading, number, lanes, seed, self.buffer, self._failures)
-            self._open[number] = epoch, lane
+        """The lane of a number, opened anew in every epoch, and where an earlier draw is asked for."""
+        opened = self._open.get(number)
+        if opened is not None and opened[0] == epoch and opened[1].drawn <= draw:
+            return opened[1]
+        lanes, seed = self.lanes * self.readers, f"{self.seed}/{epoch}"
+        lane = Lane(self.shards, self.reading, number, lanes, seed, self.buffer, self._failures)
+        self._open[number] = epoch, lane
         return lane
 
 
 class SequentialSource:
-    """The first images of a list of shards for evaluation, by position; going forward is cheap.
+    """The first images of a list of shards, for evaluation. Asking for them in order is cheap.
 
-    Unreadable images are left out of a batch, but a batch never shrinks to nothing: ranks step together. If the shards hold
-    less than ``size`` images, the first ones follow again, with the same ids (metrics count an id once).
+    Unreadable images are left out of a batch, but a batch never shrinks to nothing, as all processes step together. If the
+    shards hold fewer images than asked for, the first ones follow again with the same ids; metrics count an id once.
 
     Args:
         shards: The data set.
         reading: How pictures are read.
-        size: Images to take.
-        role: Goes into the ids.
+        size: The number of images.
+        role: The prefix of the names in ids, see `uae.data.source.id_of`.
     """
 
     def __init__(self, shards: Shards, reading: Reading, size: int, role: str = "") -> None:
         self.shards, self.reading, self.size, self.role = shards, reading, size, role
         self._failures: dict[str, str] = {}
         self._stream: Iterator[Item] | None = None
-        self._next = 0  # position of the item that the stream is before
+        self._next = 0  # position of the item that the stream yields next
 
     def __len__(self) -> int:
-        """Images per evaluation."""
+        """The number of images."""
         return self.size
 
-    def __getitems__(self, positions: list[int]) -> tuple[ImageBatch, dict[str, str]]:
-        """Images ``[B, 3, size, size]`` in [0, 1], and what was left out with the reasons."""
+    def __getitems__(self, positions: list[int]) -> Fetched:
+        """The images at some positions as a batch ``[B, 3, size, size]``, and what was unreadable, with the reasons.
+
+        Raises:
+            ValueError: Nothing in the shards is readable.
+        """
         self._failures.clear()
         read = [self._picture(self._item(position)) for position in positions]
         tried: set[str] = set()
         while not any(read):
             item = self._item(self._next)
             if item.name in tried:
-                raise ValueError(f"no image of {self._called()} is readable: {_last(self._failures)}")
+                raise ValueError(nothing_readable(self.shards, self._failures))
             tried.add(item.name)
             read = [self._picture(item)]
         return batch_of([picture for picture in read if picture], self.role), dict(self._failures)
@@ -262,6 +280,7 @@ class SequentialSource:
             return None
 
     def _items(self) -> Iterator[Item]:
+        """The items of all shards, again and again."""
         found = 0
         for turn in count():
             for shard in range(len(self.shards)):
@@ -269,10 +288,10 @@ class SequentialSource:
                     found += turn == 0
                     yield item
             if not found:
-                raise ValueError(f"no image of {self._called()} is readable: {_last(self._failures)}")
-            if turn == 0:
-                shortage = f"{self._called()} hold {found} images, fewer than data.eval_size={self.size}"
-                warnings.warn(f"{shortage}: the first ones follow again; lower data.init_args.eval_size", stacklevel=2)
-
-    def _called(self) -> str:
-        return f"the {len(self.shards)} shards {self.shards.name(0)} ..."
+                raise ValueError(nothing_readable(self.shards, self._failures))
+            if turn == 0 and found < self.size:
+                warnings.warn(
+                    f"the {len(self.shards)} shards {self.shards.name(0)} ... hold {found} images, fewer than "
+                    f"data.init_args.eval_size={self.size}: the first ones follow again; lower data.init_args.eval_size",
+                    stacklevel=2,
+                )

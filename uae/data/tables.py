@@ -1,26 +1,46 @@
-"""Tables with an image column: rows by number, and Parquet files as such a table."""
+"""Tables with a column of images, read row by row. Parquet files are such tables."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import NamedTuple
 
-from uae.data.source import Item, PictureSource
+from uae.data.source import Item, Items, PictureSource
 from uae.files.pictures import Reading, UnreadableImageError
 
-ROWS = 16  # taken from a file at a time
+ROWS = 16  # how many rows are taken from a file at a time
 
 
-def content_of(value: Any, root: Path | None) -> bytes | Path | UnreadableImageError:
-    """What an image column holds as bytes or a file: bytes, ``{"bytes", "path"}`` or a path.
+class Columns(NamedTuple):
+    """The names of the columns that hold images and captions. Without a name, there are no captions."""
+
+    image: str
+    caption: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The columns to read, that of the images first."""
+        return [self.image, self.caption] if self.caption else [self.image]
+
+    def caption_of(self, row: Mapping[str, object]) -> str | None:
+        """The caption in a row without spaces around it, the first one if there are several; None if there is none."""
+        value = row[self.caption] if self.caption else None
+        if isinstance(value, list | tuple):
+            value = value[0] if value else None
+        return value.strip() or None if isinstance(value, str) else None
+
+
+def content_of(value: object, root: Path | None) -> bytes | Path | UnreadableImageError:
+    """The bytes or the file of an image, or the error that there is neither.
 
     Args:
-        value: Of one row.
-        root: Folder that paths are relative to and do not leave; None allows no path.
+        value: The value of the image column in one row: bytes, a path, or ``{"bytes": ..., "path": ...}``.
+        root: The folder that paths are relative to, and that they must not leave. None allows no path.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -36,90 +56,66 @@ def content_of(value: Any, root: Path | None) -> bytes | Path | UnreadableImageE
     return file
 
 
-def caption_of(value: Any) -> str | None:
-    """A caption column's value, stripped; of several the first; None if there is none."""
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    return value.strip() or None if isinstance(value, str) else None
-
-
 class TableSource(PictureSource):
-    """Rows of a table, by position.
+    """Some rows of a table.
 
     Args:
-        table: Reads rows.
-        rows: Numbers of those that belong here.
-        reading: See `PictureSource`, like ``role`` and ``replace``.
+        table: The table.
+        rows: The numbers of the rows.
+        reading: How pictures are read.
+        role: The prefix of the names in ids, see `PictureSource`.
+        replace: Whether another image takes the place of an unreadable one, see `PictureSource`.
     """
 
     def __init__(
-        self, table: Table, rows: Sequence[int], reading: Reading, role: str = "", replace: bool = False
+        self, table: Items, rows: Sequence[int], reading: Reading, role: str = "", replace: bool = False
     ) -> None:
         super().__init__(reading, role, replace)
         self.table, self.rows = table, rows
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return len(self.rows)
 
     def name(self, position: int) -> str:
-        """File and number of a row."""
+        """The name of a row in the table."""
         return self.table.name(self.rows[position])
 
     def item(self, position: int) -> Item:
-        """The image and caption of a row."""
+        """The image and the caption of a row."""
         return self.table.item(self.rows[position])
 
 
-class Table:
-    """Rows with an image and perhaps a caption, by number."""
+class ParquetTable(Items):
+    """The rows of several Parquet files. The footers are read at once, and rows when they are asked for.
 
-    def __len__(self) -> int:
-        """Number of rows."""
-        raise NotImplementedError
-
-    def name(self, row: int) -> str:
-        """Of a row, without reading it; the same on every machine."""
-        raise NotImplementedError
-
-    def item(self, row: int) -> Item:
-        """A row's image, not decoded, and its caption. May raise OSError or ValueError."""
-        raise NotImplementedError
-
-
-class ParquetTable(Table):
-    """Parquet files as they are: footers are read first, rows when they are asked for.
-
-    A row is found by decoding its row group up to it, a few rows at a time, so small row groups (about 100 images) make
-    random access fast, and none is held in memory as a whole.
+    To reach a row, its row group is decoded from the beginning, a few rows at a time. So row groups of about 100 images make
+    random access fast, and no row group is held in memory as a whole.
 
     Args:
-        folder: Of the files; paths in the image column are relative to it.
-        files: Names relative to it.
-        image_column: Column of the images.
-        caption_column: Column of the captions; None for none.
-        key: Of the configuration, for errors: the setting that names the files.
+        folder: The folder of the files. Paths in the image column are relative to it, too.
+        files: The names of the files, relative to the folder.
+        columns: The columns to read.
+        key: The setting of the configuration that names the files, for errors.
 
     Raises:
-        ValueError: A file is no Parquet file or lacks a column.
+        ValueError: A file is no Parquet file, or it lacks a column.
     """
 
-    def __init__(
-        self, folder: Path, files: list[str], image_column: str, caption_column: str | None, key: str = "data.root"
-    ) -> None:
-        self.folder, self.files, self.key = folder, files, key
-        self.image_column, self.caption_column = image_column, caption_column
-        self.columns = [image_column, *([caption_column] if caption_column else [])]
+    def __init__(self, folder: Path, files: list[str], columns: Columns, key: str = "data.init_args.root") -> None:
+        self.folder, self.files, self.columns, self.key = folder, files, columns, key
         self.groups = [(file, group, rows) for file in files for group, rows in enumerate(self._footer(file))]
         self.starts = [0, *accumulate(rows for *_, rows in self.groups)]
         sizes = dict.fromkeys(files, 0)
         for file, _, rows in self.groups:
             sizes[file] += rows
-        self.first = dict(zip(files, [0, *accumulate(sizes.values())], strict=False))  # row of the table a file begins with
-        self._group, self._next, self._rows = -1, 0, iter(())  # what the reader is before
+        # The row of the whole table that each file begins with.
+        self.first = dict(zip(files, [0, *accumulate(sizes.values())], strict=False))
+        self._group, self._next = -1, 0  # the row group that is being decoded, and the row of it that comes next
+        self._rows: Iterator[dict[str, object]] = iter(())
 
     def _footer(self, file: str) -> list[int]:
-        """Rows of each row group."""
+        """The number of rows in each row group of a file."""
         parquet = required("pyarrow.parquet")
 
         try:
@@ -128,50 +124,52 @@ class ParquetTable(Table):
                 metadata = opened.metadata
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} is no whole Parquet file ({error}): replace it or correct {self.key}") from error
-        for key, column in (("image_column", self.image_column), ("caption_column", self.caption_column)):
+        for key, column in (("image_column", self.columns.image), ("caption_column", self.columns.caption)):
             if column and column not in names:
                 raise ValueError(f"{file} has no column {column!r} but {', '.join(names)}: set data.init_args.{key}")
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def __len__(self) -> int:
-        """Rows of all files."""
+        """The number of rows in all files."""
         return self.starts[-1]
 
-    def name(self, row: int) -> str:
-        """The file and the number of the row in it."""
-        file = self.groups[bisect_right(self.starts, row) - 1][0]
-        return f"{file}/{row - self.first[file]}"
+    def name(self, position: int) -> str:
+        """The name of the file and the number of the row in it."""
+        file = self.groups[bisect_right(self.starts, position) - 1][0]
+        return f"{file}/{position - self.first[file]}"
 
-    def item(self, row: int) -> Item:
-        """Reads on to a row, or its row group from the beginning."""
-        group = bisect_right(self.starts, row) - 1
-        place = row - self.starts[group]
+    def item(self, position: int) -> Item:
+        """The image and the caption of a row. Going forward in a row group is cheap, going back starts it again."""
+        group = bisect_right(self.starts, position) - 1
+        place = position - self.starts[group]
         if group != self._group or place < self._next:
             self._group, self._next, self._rows = group, 0, self._open(group)
         try:
-            for _ in range(self._next, place + 1):
-                values = next(self._rows)
-                self._next += 1
+            row = next(islice(self._rows, place - self._next, None))
         except (OSError, ValueError, StopIteration) as error:
             self._group = -1
             raise ValueError(f"the row group is corrupted: {error}") from error
-        caption = caption_of(values[self.caption_column]) if self.caption_column else None
-        return Item(self.name(row), content_of(values[self.image_column], self.folder), caption)
+        self._next = place + 1
+        return Item(self.name(position), content_of(row[self.columns.image], self.folder), self.columns.caption_of(row))
 
-    def _open(self, group: int) -> Iterator[dict[str, Any]]:
+    def _open(self, group: int) -> Iterator[dict[str, object]]:
         parquet = required("pyarrow.parquet")
 
         file, number, _ = self.groups[group]
         with parquet.ParquetFile(self.folder / file, memory_map=True) as opened:
-            for batch in opened.iter_batches(ROWS, row_groups=[number], columns=self.columns):
+            for batch in opened.iter_batches(ROWS, row_groups=[number], columns=self.columns.names):
                 yield from batch.to_pylist()
 
 
 def list_tables(root: str, key: str) -> tuple[Path, list[str]] | None:
-    """Folder and relative names of Parquet files: one file, a pattern with ``*``, or all below a folder; None if it is neither.
+    """The folder of Parquet files and their names relative to it; None if ``root`` is something else.
+
+    Args:
+        root: A Parquet file, a pattern with ``*`` in its last part, or a folder, whose subfolders are searched, too.
+        key: The setting of the configuration that is ``root``, for errors.
 
     Raises:
-        FileNotFoundError: The pattern or folder matches nothing.
+        FileNotFoundError: There is no such file, or the pattern or folder holds none.
     """
     place = Path(root).expanduser()
     if place.is_dir() and not (place / "state.json").is_file() and not (place / "dataset_dict.json").is_file():
@@ -187,11 +185,11 @@ def list_tables(root: str, key: str) -> tuple[Path, list[str]] | None:
     return folder, files
 
 
-def required(module: str) -> Any:
-    """A module of the extra ``data``.
+def required(module: str) -> ModuleType:
+    """Import a module of the optional dependencies ``data``.
 
     Raises:
-        ImportError: It is not installed; with the command.
+        ImportError: It is not installed; the message is the command that installs it.
     """
     try:
         return import_module(module)

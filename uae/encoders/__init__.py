@@ -1,4 +1,4 @@
-"""Frozen image encoders: what rewards and metrics look through. Each one owns its preprocessing."""
+"""Frozen image encoders, which rewards and metrics compare images by. Each one does its own preprocessing."""
 
 from uae.encoders.huggingface import HFEncoder
 from uae.encoders.layout import LayoutEncoder

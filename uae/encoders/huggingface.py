@@ -1,10 +1,10 @@
-"""CLIP, LongCLIP, DINOv2, DINOv3: any image tower transformers can load."""
+"""CLIP, LongCLIP, DINOv2, DINOv3 and other image towers that transformers can load."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Hashable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +14,45 @@ from uae.encoders.tower import EXACT, Tower, located
 from uae.weights.placement import Placement
 from uae.weights.remote_code import refused, trusted
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
 CODE_KEY = "the encoder's init_args.trust_remote_code"
 
 
+@runtime_checkable
+class ImageTextModel(Protocol):
+    """A model such as CLIP or SigLIP that projects images into a space shared with text.
+
+    A protocol, because these classes of transformers share a method but no base class.
+    """
+
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """The projected image embedding ``[N, D]`` as ``pooler_output``."""
+        ...
+
+
 class HFEncoder(Tower):
-    """An image tower in transformers format.
+    """An image tower in the format of transformers.
 
-    Unified-Bench scores CLIP with the projected image embedding and DINOv2/DINOv3 with the class token (after the last
-    layer norm); both are reproduced here, with the preprocessing numbers of the folder's ``preprocessor_config.json``.
+    Unified-Bench scores CLIP by the projected image embedding, and DINOv2 and DINOv3 by the class token after the last
+    layer norm. Both can be had here; resizing and normalisation follow the folder's ``preprocessor_config.json``.
 
-    LongCLIP differs from CLIP on the text side only (248 positions), so its transformers conversion loads here with
-    ``feature="projection"``; the official ``longclip-L.pt`` loads with ``OpenCLIPEncoder``.
+    LongCLIP differs from CLIP in its text encoder only (248 positions). Its transformers conversion loads here with
+    ``feature="projection"``; the official file ``longclip-L.pt`` loads with `OpenCLIPEncoder`.
 
     Args:
-        path: A folder, a folder below ``UAE_CHECKPOINTS`` or a model id on the hub, e.g.
+        path: A folder, a folder below ``UAE_CHECKPOINTS``, or a model id on the hub such as
             ``openai/clip-vit-large-patch14``.
-        feature: "projection": the embedding in the joint image-text space (CLIP-like models). "cls": the first token of
-            the last hidden state (DINOv2, DINOv3).
-        placement: dtype and device, see `Tower`.
-        trust_remote_code: ``path`` once more, if Python code that lies in it may run; None runs none.
+        feature: Which output of the tower is the embedding. "projection" is the one in the space that images and texts
+            share (CLIP and its like), "cls" the first token of the last hidden state (DINOv2, DINOv3).
+        placement: Data type and device of the weights, see `Tower`.
+        trust_remote_code: None runs no code of the checkpoint. If its model is defined by Python code of its own, repeat
+            ``path`` here to let that code run.
+
+    Raises:
+        ValueError: ``feature`` is unknown, or ``trust_remote_code`` is another name than ``path``.
     """
 
     def __init__(
@@ -50,12 +70,17 @@ class HFEncoder(Tower):
         self.trusted = trusted(path, trust_remote_code, CODE_KEY)
 
     def weights(self) -> Hashable:
-        """The folder or id; both features come from one module."""
+        """The folder or model id. Both features are read from the same module."""
         path = located(self.path, "path")
         return "transformers", os.path.realpath(path) if os.path.isdir(path) else path
 
     def read(self) -> tuple[nn.Module, Preprocessing]:
-        """Config, image processor and weights; the text tower is dropped."""
+        """Read the model without its text encoder, and the numbers of its image processor.
+
+        Raises:
+            FileNotFoundError: There is no complete model at ``path``.
+            ValueError: Weights are missing, the preprocessing is unknown, or the model needs code that may not run.
+        """
         with refused(self.path, CODE_KEY):
             return self._read()
 
@@ -63,11 +88,11 @@ class HFEncoder(Tower):
         path = located(self.path, "path")
         import transformers
 
-        options = {"local_files_only": os.path.isdir(path), "trust_remote_code": self.trusted}
+        options: dict[str, Any] = {"local_files_only": os.path.isdir(path), "trust_remote_code": self.trusted}
         try:
             config = transformers.AutoConfig.from_pretrained(path, **options)
             processor = transformers.AutoImageProcessor.from_pretrained(path, **options)
-            module, missing = _pretrained(transformers, path, config, options)
+            module, missing = _pretrained(path, config, options)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
@@ -76,35 +101,47 @@ class HFEncoder(Tower):
             ) from error
         if missing:
             raise ValueError(
-                f"encoder path {self.path!r} lacks {len(missing)} weights ({missing[0]}, ...), left random; "
+                f"encoder path {self.path!r} lacks {len(missing)} weights ({missing[0]}, ...), which would stay random; "
                 "set the encoder's init_args.path to a complete model"
             )
         return module, from_image_processor(processor.to_dict())
 
     def features(self, module: nn.Module, pixels_NCHW: Tensor) -> Tensor:
-        """Projected embedding or class token ``[N, D]``."""
+        """The projected embedding or the class token ``[N, D]`` of preprocessed pixels.
+
+        Raises:
+            ValueError: The projection is asked for, and the model has none.
+        """
+        from transformers import CLIPVisionModelWithProjection, PreTrainedModel
+
+        assert isinstance(module, PreTrainedModel)  # `read` returns no other
         if self.feature == "cls":
-            tower: Any = getattr(module, "vision_model", module)
+            tower = module.get_encoder(modality="image")  # the model itself where it is nothing but an image tower
             return tower(pixel_values=pixels_NCHW).last_hidden_state[:, 0]
-        if hasattr(module, "get_image_features"):
-            out = module.get_image_features(pixel_values=pixels_NCHW)
-            return getattr(out, "pooler_output", out)  # transformers 5 wraps the projected vector, 4 returned it
-        if hasattr(module, "visual_projection"):
+        if isinstance(module, CLIPVisionModelWithProjection):
             return module(pixel_values=pixels_NCHW).image_embeds
+        if isinstance(module, ImageTextModel):
+            embedding_ND = module.get_image_features(pixel_values=pixels_NCHW).pooler_output
+            assert embedding_ND is not None  # its type allows None for models without a projection
+            return embedding_ND
         raise ValueError(
             f"the model at {self.path!r} ({type(module).__name__}) has no image projection; "
             "set the encoder's init_args.feature to cls"
         )
 
 
-def _pretrained(transformers: Any, path: str, config: Any, options: dict[str, bool]) -> tuple[nn.Module, list[str]]:
-    # AutoModel maps a vision-only CLIP folder to the class without the projection.
+def _pretrained(path: str, config: PreTrainedConfig, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """The model without its text encoder, and the names of weights that were not in the checkpoint."""
+    import transformers
+
+    # AutoModel would read a CLIP folder that has no text encoder without its projection.
     projected = config.model_type == "clip_vision_model"
-    kind = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
+    # Any, because the annotations do not say that output_loading_info makes from_pretrained return a pair.
+    kind: Any = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
     module, report = kind.from_pretrained(
         path, config=config, dtype=torch.float32, output_loading_info=True, **options
     )
-    for part in ("text_model", "text_projection"):
-        if hasattr(module, part):
-            setattr(module, part, None)
+    for name, _ in list(module.named_children()):
+        if name in ("text_model", "text_projection"):
+            setattr(module, name, None)
     return module, sorted(report["missing_keys"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,32 +14,35 @@ from uae.encoders.tower import EXACT, Tower, located
 from uae.files.locations import locate
 from uae.weights.placement import Placement
 
-# Left in the state dict by OpenAI's and LongCLIP's own code; both trained with QuickGELU.
+# Entries that the code of OpenAI and of LongCLIP leaves in a state dict. Both trained with QuickGELU.
 _OPENAI_MARKS = {"input_resolution", "positional_embedding_res"}
 
 
 class OpenCLIPEncoder(Tower):
-    """The projected image embedding of an open_clip model.
+    """The projected image embedding of a model of open_clip.
 
-    LongCLIP: ``name="ViT-L-14-quickgelu"`` and ``pretrained`` the path of the official ``longclip-L.pt``. From a file
-    only the image tower (``visual.*``) is read, so its longer text positions are no obstacle.
+    For LongCLIP set ``name="ViT-L-14-quickgelu"`` and ``pretrained`` to the path of the official ``longclip-L.pt``. Of a
+    file only the image tower (``visual.*``) is read, so the text positions, of which LongCLIP has more, do not matter.
 
-    Folders, files and hub ids are also looked up below ``UAE_CHECKPOINTS``.
+    Folders, files and hub ids are looked up below ``UAE_CHECKPOINTS``, too.
 
     Args:
-        name: A registered architecture, e.g. ``ViT-L-14-quickgelu``; or ``local-dir:DIR`` (a folder with
-            ``open_clip_config.json`` and weights); or ``hf-hub:ID``.
-        pretrained: A tag of that architecture, e.g. ``openai``, or a weights file. None with a ``local-dir:`` or
-            ``hf-hub:`` name, which bring their own weights.
-        placement: dtype and device, see `Tower`.
+        name: A registered architecture such as ``ViT-L-14-quickgelu``; or ``local-dir:DIR``, a folder with
+            ``open_clip_config.json`` and weights; or ``hf-hub:ID``, a model on the hub.
+        pretrained: A tag of the registered architecture, such as ``openai``, or a file of weights. None if ``name`` is a
+            ``local-dir:`` or ``hf-hub:`` name, which come with their weights.
+        placement: Data type and device of the weights, see `Tower`.
+
+    Raises:
+        ValueError: ``name`` and ``pretrained`` do not go together.
     """
 
     def __init__(self, name: str, pretrained: str | None = None, placement: Placement = EXACT) -> None:
         super().__init__(placement)
         if (pretrained is None) != (":" in name):
             raise ValueError(
-                f"name={name!r} with pretrained={pretrained!r}: a registered name needs a tag or a weights file in "
-                "init_args.pretrained, a local-dir: or hf-hub: name must have none"
+                f"name={name!r} with pretrained={pretrained!r}: a registered name needs a tag or a weights file in the "
+                "encoder's init_args.pretrained, a local-dir: or hf-hub: name must have none"
             )
         if pretrained == "openai" and "quickgelu" not in name:
             raise ValueError(_quickgelu(name, "openai"))
@@ -46,7 +50,7 @@ class OpenCLIPEncoder(Tower):
         self.pretrained = pretrained
 
     def weights(self) -> Hashable:
-        """Architecture and weights source."""
+        """The architecture, and the file or tag of the weights."""
         return "open_clip", self._model_name(), self._weights_file() or self.pretrained
 
     def _model_name(self) -> str:
@@ -62,7 +66,7 @@ class OpenCLIPEncoder(Tower):
         return self.name
 
     def _weights_file(self) -> str | None:
-        """None if ``pretrained`` is no file here, so that it can only be a tag."""
+        """The path of the weights; None if ``pretrained`` is no file on this disk, so that it can only be a tag."""
         if self.pretrained is None:
             return None
         try:
@@ -72,7 +76,12 @@ class OpenCLIPEncoder(Tower):
         return os.path.realpath(path) if os.path.isfile(path) else None
 
     def read(self) -> tuple[nn.Module, Preprocessing]:
-        """Build the model, keep its image tower."""
+        """Build the model and keep its image tower.
+
+        Raises:
+            FileNotFoundError: open_clip does not find the architecture or the weights.
+            ValueError: The weights were trained with another activation, or the preprocessing is unknown.
+        """
         import open_clip
 
         name, file = self._model_name(), self._weights_file()
@@ -91,7 +100,8 @@ class OpenCLIPEncoder(Tower):
             ) from error
         return model.visual, _preprocessing(model.visual.preprocess_cfg)
 
-    def _from_file(self, open_clip: Any, file: str) -> Any:
+    # Models of open_clip have no types, hence Any.
+    def _from_file(self, open_clip: ModuleType, file: str) -> Any:
         state = open_clip.factory.load_state_dict(file, device="cpu", weights_only=True)
         if _OPENAI_MARKS & set(state) and "quickgelu" not in self.name:
             raise ValueError(_quickgelu(self.name, file))
@@ -100,7 +110,7 @@ class OpenCLIPEncoder(Tower):
         model.visual.load_state_dict({key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)})
         return model
 
-    def _from_tag(self, open_clip: Any, tag: str) -> Any:
+    def _from_tag(self, open_clip: ModuleType, tag: str) -> Any:
         trained = open_clip.get_pretrained_cfg(self.name, tag)
         if not trained:
             allowed = open_clip.list_pretrained_tags_by_model(self.name)
@@ -108,13 +118,13 @@ class OpenCLIPEncoder(Tower):
                 f"neither a file nor a tag of {self.name}; its tags: {', '.join(allowed) or 'none'}"
             )
         if trained.get("quick_gelu", False) != open_clip.get_model_config(self.name).get("quick_gelu", False):
-            raise ValueError(_quickgelu(self.name, tag))  # open_clip only warns, and every score is silently off
+            raise ValueError(_quickgelu(self.name, tag))  # open_clip only warns, and every score would be slightly off
         return open_clip.create_model(self.name, pretrained=tag, require_pretrained=True)
 
     def features(self, module: nn.Module, pixels_NCHW: Tensor) -> Tensor:
-        """Projected embedding ``[N, D]``."""
+        """The projected embedding ``[N, D]`` of preprocessed pixels."""
         out = module(pixels_NCHW)
-        return out[0] if isinstance(out, tuple) else out  # some towers return their tokens as well
+        return out[0] if isinstance(out, tuple) else out  # some towers return the embeddings of their patches as well
 
 
 def _quickgelu(name: str, weights: str) -> str:
@@ -131,7 +141,8 @@ def _preprocessing(numbers: dict[str, Any]) -> Preprocessing:
     mode = numbers["resize_mode"]
     if mode not in ("shortest", "squash") or (mode == "shortest" and height != width):
         raise ValueError(
-            f"open_clip preprocessing resize_mode={mode}, size={size}; supported: shortest (square), squash"
+            f"open_clip preprocessing resize_mode={mode}, size={size}; supported: shortest (square), squash; "
+            "set the encoder's init_args.name to another model"
         )
     return Preprocessing(
         resize=height if mode == "shortest" else (height, width),

@@ -1,9 +1,10 @@
-"""From float images in [0, 1] to what an image tower was trained on; differentiable, batched, on any device."""
+"""From images in [0, 1] to the pixels that an image tower was trained on: resized, cropped and normalised."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,19 +15,23 @@ _PIL_RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, centre crop, normalise. Sources and reconstructions go through the same arithmetic, so identity scores 1.
+    """Resize, crop the centre, normalise; for batches, on any device, and differentiable.
 
-    The official pipelines round to 8 bit after resizing; this one stays in float (a difference below 1/255 per pixel)
-    so that gradients pass. `of_bytes` is the official arithmetic, bit for bit: what benchmarks look through.
+    The official image processors round to 8 bits after resizing. Calling this object stays in float instead, so that
+    gradients pass; a pixel then differs by less than 1/255. `of_bytes` rounds as the official processors do, bit for bit,
+    and is what benchmarks use.
 
     Args:
-        resize: Short side in pixels, or ``(height, width)`` for a direct resize, or None.
-        crop: ``(height, width)`` of the centre crop, or None. Smaller images are padded with zeros (black).
-        mean: Per-channel mean, in [0, 1] units.
-        std: Per-channel standard deviation, in [0, 1] units.
-        interpolation: "bicubic" or "bilinear"; always antialiased, as PIL does.
-        offset: Turns the crop's fractional offset into a pixel: ``int`` (transformers) or ``round`` (torchvision).
-        rounded: Whether `of_bytes` rounds to 8 bit after resizing. All official processors do but DINOv3's.
+        resize: Length of the short side after resizing, in pixels; or ``(height, width)``, whatever the proportions were;
+            or None for no resizing.
+        crop: ``(height, width)`` of the centre crop in pixels, or None for no crop. Smaller images are padded with black.
+        mean: Mean of every channel that is subtracted, in units of [0, 1].
+        std: Standard deviation of every channel that is divided by, in units of [0, 1].
+        interpolation: "bicubic" or "bilinear"; always with antialiasing, as Pillow does.
+        offset: Function that turns the fractional offset of the crop into a whole pixel: ``int`` (transformers) or
+            ``round`` (torchvision).
+        rounded: Whether `of_bytes` rounds to 8 bits after resizing. The official processor of DINOv3 is the only one that
+            does not.
     """
 
     resize: int | tuple[int, int] | None
@@ -38,11 +43,11 @@ class Preprocessing:
     rounded: bool = True
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """float32 ``[N, 3, H, W]`` in [0, 1] to the tower's ``[N, 3, h, w]``."""
+        """Turn float images ``[N, 3, H, W]`` in [0, 1] into the float32 pixels ``[N, 3, h, w]`` of the tower."""
         return self._normalised(self._cropped(self._resized(images_NCHW.float())))
 
     def of_bytes(self, image_3HW: Tensor) -> Tensor:
-        """uint8 ``[3, H, W]`` to the tower's float32 ``[3, h, w]``, in the official processors' own order and rounding."""
+        """Turn one uint8 image ``[3, H, W]`` into the float32 pixels ``[3, h, w]`` of the tower, as the official one does."""
         from torchvision.transforms.v2 import functional as pixelwise
 
         image = image_3HW if self.rounded else image_3HW.float() / 255
@@ -56,7 +61,7 @@ class Preprocessing:
         return (pixels - mean) / std
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing."""
+        """Height and width of an image after resizing."""
         if not isinstance(self.resize, int):
             return self.resize or (height, width)
         short = min(height, width)  # the long side is truncated, not rounded, in transformers and torchvision alike
@@ -67,7 +72,7 @@ class Preprocessing:
         if size == tuple(images.shape[-2:]):
             return images
         resized = F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=True)
-        return resized.clamp(0, 1)  # bicubic overshoots at edges; 8-bit pipelines saturate there too
+        return resized.clamp(0, 1)  # bicubic overshoots at edges; pipelines in 8 bits cut that off, too
 
     def _cropped(self, images: Tensor) -> Tensor:
         if self.crop is None:
@@ -81,10 +86,13 @@ class Preprocessing:
 
 
 def from_image_processor(numbers: Mapping[str, Any]) -> Preprocessing:
-    """The numbers of a transformers image processor (its ``to_dict()``, i.e. ``preprocessor_config.json``).
+    """The preprocessing of an image processor of transformers.
+
+    Args:
+        numbers: The settings of the processor: its ``to_dict()``, which is what ``preprocessor_config.json`` holds.
 
     Raises:
-        ValueError: A resize rule, filter or value range that is not implemented here.
+        ValueError: The settings ask for a resize rule, a filter or a range of values that is not implemented here.
     """
     if not numbers.get("do_rescale", True):
         raise ValueError("preprocessor_config.json has do_rescale=false; only towers that expect [0, 1] are supported")
@@ -98,23 +106,24 @@ def from_image_processor(numbers: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-def _resize_rule(size: Any) -> int | tuple[int, int]:
+def _resize_rule(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
     if isinstance(size, int):
         return size
-    given = {key: value for key, value in dict(size).items() if value is not None}
+    given = {key: value for key, value in size.items() if value is not None}
     if set(given) == {"shortest_edge"}:
-        return int(given["shortest_edge"])
+        return given["shortest_edge"]
     if set(given) == {"height", "width"}:
-        return int(given["height"]), int(given["width"])
+        return given["height"], given["width"]
     raise ValueError(f"preprocessor_config.json has size={given}; supported: shortest_edge, or height and width")
 
 
-def _height_width(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+def _height_width(size: int | Mapping[str, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
 
 
-def _interpolation(resample: Any) -> str:
-    name = _PIL_RESAMPLE.get(resample) if isinstance(resample, int) else getattr(resample, "value", resample)
+def _interpolation(resample: object) -> str:
+    value = resample.value if isinstance(resample, Enum) else resample
+    name = _PIL_RESAMPLE.get(value) if isinstance(value, int) else value
     if name not in _PIL_RESAMPLE.values():
         raise ValueError(f"preprocessor_config.json has resample={resample}; supported: 2 (bilinear) and 3 (bicubic)")
     return str(name)

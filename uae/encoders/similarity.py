@@ -1,4 +1,4 @@
-"""The one cosine that rewards and metrics share."""
+"""The cosine similarity that rewards and metrics share."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def similarity(a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    """Row-wise cosine similarity.
+    """Cosine similarity of the rows of two matrices, in float32 whatever the surrounding autocast.
 
     Args:
-        a_ND: Embeddings ``[N, D]``; need not be normalised.
-        b_ND: Embeddings ``[N, D]``.
+        a_ND: Embeddings ``[N, D]``, of any length above 0.
+        b_ND: Embeddings ``[N, D]`` that the rows of ``a_ND`` are compared with, one by one.
 
     Returns:
-        float32 ``[N]`` in [-1, 1]. NaN where a row has no direction: NaN or Inf inside, or all zeros.
+        float32 ``[N]`` in [-1, 1]; NaN where one of the two rows holds NaN or infinity, or zeros only.
 
     Raises:
-        ValueError: The two shapes differ or are not ``[N, D]``.
+        ValueError: The two shapes differ, or they are not ``[N, D]``.
     """
     if a_ND.ndim != 2 or a_ND.shape != b_ND.shape:
         raise ValueError(f"similarity needs two [N, D] of one shape, got {list(a_ND.shape)} and {list(b_ND.shape)}")

@@ -1,11 +1,11 @@
-"""What every pretrained encoder shares: lazy loading, one copy per process, frozen weights, placement."""
+"""The base class of pretrained image encoders: frozen weights that are loaded late, and once per process."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,33 +20,36 @@ EXACT = Placement(dtype="float32")
 
 
 class _Loaded:
-    """A frozen module and its preprocessing; lives as long as one encoder uses it."""
+    """A frozen module and its preprocessing, which encoders of the same weights share."""
 
     def __init__(self, module: nn.Module, preprocessing: Preprocessing, dtype: torch.dtype) -> None:
         self.module = module.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.dtype = dtype
-        self.device: Any = "cpu"  # the policy's, as of the last load
-        for weight in module.state_dict(keep_vars=True).values():  # computed buffers (rotary frequencies) stay exact
+        self.device: torch.device | str = "cpu"  # what `Tower.load` was given last: where the policy is
+        for weight in module.state_dict(keep_vars=True).values():  # not buffers that are computed, which stay exact
             if weight.is_floating_point():
                 weight.data = weight.data.to(dtype)
 
 
-_LOADED: WeakValueDictionary[Hashable, _Loaded] = WeakValueDictionary()
+_LOADED: WeakValueDictionary[Hashable, _Loaded] = WeakValueDictionary()  # an entry lives as long as an encoder uses it
 
 
-class Tower:
-    """A frozen image tower.
+class Tower(ABC):
+    """A frozen image tower, an `uae.types.ImageEncoder`.
 
-    Deliberately not an ``nn.Module``: whoever holds one (a LightningModule, a metric) must neither train it, cast it to
-    bf16, shard it nor save it. Encoders of equal weights and placement share one module in a process, so a reward and a
-    metric that look through the same tower load it once; moving one moves the other. Copies and pickles carry no weights
-    and find (or load) the shared module again on first use.
+    It is no ``nn.Module`` on purpose: a LightningModule or a metric that holds one must not train it, cast it, shard it or
+    save it. Encoders with equal weights and placement share one module in a process, so a reward and a metric that use the
+    same tower load it once, and moving one encoder moves the other. Copies and pickles contain no weights; they find the
+    shared module, or load it, when they are first used.
 
     Args:
-        placement: dtype and device of the weights. float32 for published numbers. Half the memory moves a cosine of a
-            random ViT-B/32 by 2e-5 (float16) or 5e-4 (bfloat16, where even identity is off by 5e-5 if the two sides come
-            in batches of different size). float8 is refused.
+        placement: Data type and device of the weights. Published numbers need float32. The other types halve the memory
+            and change a cosine (of a random ViT-B/32) by about 2e-5 for float16 and 5e-4 for bfloat16; in bfloat16 the
+            cosine of equal images in batches of different sizes is off by 5e-5, too.
+
+    Raises:
+        ValueError: The data type is float8.
     """
 
     _loaded: _Loaded | None = None
@@ -60,22 +63,27 @@ class Tower:
             )
         self.placement = placement
 
+    @abstractmethod
     def weights(self) -> Hashable:
-        """What identifies the weights; equal values share one module."""
-        raise NotImplementedError
+        """A value that identifies the weights: encoders for which it is equal share one module."""
 
+    @abstractmethod
     def read(self) -> tuple[nn.Module, Preprocessing]:
-        """Read the weights from disk (or hub) onto the CPU."""
-        raise NotImplementedError
+        """Read the weights from the disk or the hub onto the CPU."""
 
+    @abstractmethod
     def features(self, module: nn.Module, pixels_NCHW: Tensor) -> Tensor:
-        """The embedding ``[N, D]`` of preprocessed pixels."""
-        raise NotImplementedError
+        """The embedding ``[N, D]`` of preprocessed pixels ``[N, 3, h, w]``."""
 
-    def load(self, device: Any = "cpu") -> ImageEncoder:
-        """Load the weights (once per process) and move them to ``device``; returns itself. Idempotent.
+    # jsonargparse takes a class for an ImageEncoder only if its methods are annotated exactly as those of the protocol.
+    def load(self, device: torch.device | str = "cpu") -> ImageEncoder:
+        """Load the weights, once per process, and move them to a device; returns the encoder itself.
 
-        The placement's own device goes before ``device``; offloaded weights stay on the CPU until ``embed``.
+        Calling it again moves the weights only.
+
+        Args:
+            device: Where the weights go, unless the placement names a device of its own. Offloaded weights stay on the CPU
+                until `embed` needs them.
         """
         with _ordinary_tensors():
             if self._loaded is None:
@@ -87,17 +95,20 @@ class Tower:
         return self
 
     def embed(self, images_NCHW: Tensor) -> Tensor:
-        """Embeddings float32 ``[N, D]``, not normalised, on the images' device wherever the tower works.
+        """Embed images, with a gradient with respect to the images but never to the weights.
 
-        Differentiable with respect to the images, never to the weights. Computed in the placement's dtype, whatever the
-        surrounding autocast. Loads onto the images' device if ``load`` was not called.
+        Computed in the data type of the placement, whatever the surrounding autocast. If `load` was not called before, the
+        weights are loaded onto the device of the images.
 
         Args:
-            images_NCHW: float ``[N, 3, H, W]``, RGB in [0, 1].
+            images_NCHW: Float ``[N, 3, H, W]``, RGB in [0, 1].
+
+        Returns:
+            Embeddings float32 ``[N, D]``, not normalised, on the device of the images.
 
         Raises:
-            ValueError: Not a float ``[N, 3, H, W]`` (8-bit images must be divided by 255 first); or a gradient is
-                wanted from offloaded weights, which are gone when it is computed.
+            ValueError: The images are not float ``[N, 3, H, W]`` (divide 8-bit images by 255 first), or a gradient is
+                asked for while the weights are offloaded: they have left the device when it is computed.
         """
         check_images(images_NCHW)
         if self._loaded is None:
@@ -110,27 +121,27 @@ class Tower:
         return self._embed(images_NCHW, self._ready().preprocessing)
 
     def prepare(self, image_3HW: Tensor) -> Tensor:
-        """One 8-bit image uint8 ``[3, H, W]`` of any size as the tower's pixels float32 ``[3, h, w]``, on the CPU.
+        """Turn one uint8 image ``[3, H, W]`` of any size into the pixels float32 ``[3, h, w]`` of the tower, on the CPU.
 
-        Bit for bit what the official processor makes of it, rounding included; `embed` stays in float and is
-        differentiable. Threads may call it at once, after ``load``.
+        The result equals that of the official image processor bit for bit, rounding to 8 bits included, which `embed`
+        leaves out. Several threads may call it at the same time, once the weights are loaded.
         """
         return self._ready().preprocessing.of_bytes(image_3HW)
 
     def embed_prepared(self, pixels_NCHW: Tensor) -> Tensor:
-        """Embeddings float32 ``[N, D]`` of what `prepare` made, stacked; otherwise as `embed`."""
+        """Embed stacked results ``[N, 3, h, w]`` of `prepare` as float32 ``[N, D]``; otherwise the same as `embed`."""
         return self._embed(pixels_NCHW, None)
 
     def fingerprint(self) -> str:
-        """sha256 of all that an embedding of prepared pixels depends on: weights, architecture, dtype, preprocessing.
+        """SHA-256 of everything that an embedding depends on: weights, architecture, data type and preprocessing.
 
-        The same wherever the weights lie; reads them once, about a second per gigabyte.
+        It does not depend on where the weights are stored. All of them are read, which takes about a second per gigabyte.
         """
         loaded = self._ready()
         parts = [type(self).features.__qualname__, self.feature, repr(loaded.dtype), repr(loaded.preprocessing)]
         for name, module in loaded.module.named_modules():
             plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str)}
-            plain.pop("name_or_path", None)  # where the weights lie
+            plain.pop("name_or_path", None)  # where the weights are stored
             parts += [name, type(module).__qualname__, repr(sorted(plain.items()))]
         digest = hashlib.sha256("\n".join(parts).encode())
         for name, weight in loaded.module.state_dict().items():
@@ -151,12 +162,20 @@ class Tower:
             pixels_NCHW = pixels_NCHW if preprocessing is None else preprocessing(pixels_NCHW)
             return self.features(loaded.module, pixels_NCHW.to(loaded.dtype)).to(images_NCHW.device, torch.float32)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_loaded"}
 
 
 def located(name: str, key: str) -> str:
-    """Where the weights called ``name`` are; the error names the key of the encoder that says so."""
+    """Where a checkpoint is, see `uae.files.locations.locate`.
+
+    Args:
+        name: The name of the checkpoint in the configuration.
+        key: The argument of the encoder that holds the name, for the error.
+
+    Raises:
+        FileNotFoundError: ``name`` is written like a path, and nothing is there.
+    """
     try:
         return locate(name)
     except FileNotFoundError as error:
@@ -164,7 +183,11 @@ def located(name: str, key: str) -> str:
 
 
 def check_images(images_NCHW: Tensor) -> None:
-    """Refuse anything but float ``[N, 3, H, W]``."""
+    """Check that images are a float tensor ``[N, 3, H, W]``; their values are not looked at.
+
+    Raises:
+        ValueError: They are not.
+    """
     if images_NCHW.ndim != 4 or images_NCHW.shape[1] != 3 or not images_NCHW.is_floating_point():
         raise ValueError(
             f"encoders take float images [N, 3, H, W] in [0, 1], got {images_NCHW.dtype} {list(images_NCHW.shape)}"
@@ -173,11 +196,11 @@ def check_images(images_NCHW: Tensor) -> None:
 
 @contextmanager
 def _ordinary_tensors() -> Iterator[None]:
-    """Make plain CPU weights, read in fp32, wherever the first use happens.
+    """Inside, new weights are ordinary float32 tensors on the CPU, whatever surrounds the first use of an encoder.
 
-    Validation runs in inference mode, whose tensors could never enter a later backward pass; Lightning's
-    ``configure_model`` may have set a meta device or a bf16 default. The random state is restored, so that sharing a
-    tower or not changes no sampled caption.
+    Validation runs in inference mode, whose tensors could never enter a later backward pass. Lightning's
+    ``configure_model`` may have set a meta device or a default of bfloat16. The random state is restored, so that captions
+    do not depend on whether a tower had been loaded before.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

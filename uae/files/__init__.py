@@ -1,1 +1,1 @@
-"""What lies on a disk: where it is, how a picture is read, how a file is written whole."""
+"""Files: where checkpoints are, how a picture is read, and how a file is written that is never half there."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-ROOT = "UAE_CHECKPOINTS"  # environment variable; a folder laid out like the hub: <root>/<owner>/<model>
+ROOT = "UAE_CHECKPOINTS"  # environment variable that names a mirror: a folder laid out as <owner>/<model>, like the hub
 
 
 def locate(name: str) -> str:
-    """The folder (or file) that a name in a configuration means, or the name itself if it can only be a hub id.
+    """The path that the name of a checkpoint means, or the name itself if it can only be a model id on the hub.
 
-    ``$UAE_CHECKPOINTS/<name>`` goes first, then a path that exists. So the same configuration runs from the hub, from a
-    mirror on disk, and on tiny random stand-ins.
+    ``$UAE_CHECKPOINTS/<name>`` is looked for first, then ``<name>`` as a path. So one configuration can run from the hub,
+    from a mirror on the disk, and with tiny random stand-ins.
+
+    Args:
+        name: A folder, a file, or a model id ``owner/model``.
 
     Raises:
         FileNotFoundError: The name is written like a path, and nothing is there.
@@ -28,10 +31,14 @@ def locate(name: str) -> str:
 
 
 def local_folder(name: str, key: str) -> Path:
-    """A checkpoint folder on this disk, for layouts that are read file by file; a hub id is downloaded (once).
+    """The folder of a checkpoint on this disk, for checkpoints that are read file by file.
+
+    Args:
+        name: A folder, or a model id ``owner/model``, which is downloaded if it is not in the cache.
+        key: The setting of the configuration that holds the name, for errors.
 
     Raises:
-        FileNotFoundError: It is not here and cannot be had from the hub; names ``key``.
+        FileNotFoundError: There is no such folder, and the hub does not provide it.
     """
     import huggingface_hub
 
@@ -48,10 +55,14 @@ def local_folder(name: str, key: str) -> Path:
 
 
 def local_file(name: str, key: str) -> Path:
-    """A checkpoint file on this disk; ``owner/model/path`` of a hub repository is downloaded (once).
+    """A single file of a checkpoint on this disk.
+
+    Args:
+        name: A file, or ``owner/model/path`` of a file on the hub, which is downloaded if it is not in the cache.
+        key: The setting of the configuration that holds the name, for errors.
 
     Raises:
-        FileNotFoundError: As `local_folder`.
+        FileNotFoundError: There is no such file, and the hub does not provide it.
     """
     import huggingface_hub
 
@@ -70,7 +81,7 @@ def local_file(name: str, key: str) -> Path:
 
 
 def here(name: str) -> Path | None:
-    """Where a name is on this disk: below the mirror, else as a path; None if it is not."""
+    """The path that a name means on this disk: below ``UAE_CHECKPOINTS`` or else as it is; None if there is neither."""
     mirror = os.environ.get(ROOT)
     paths = (*([Path(mirror).expanduser() / name] if mirror else []), Path(name).expanduser())
     return next((path for path in paths if path.exists()), None)

@@ -1,4 +1,4 @@
-"""A file or its bytes to one picture: upright, 8-bit RGB, within limits, and one kind of error whatever a decoder meets."""
+"""Reading a picture from a file or from bytes: upright, in 8-bit RGB, within limits, and with one kind of error."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from torch import Tensor
 
 Fit = Literal["crop", "pad", "squash"]
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow's decoders, no other sees a byte
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other decoder of Pillow gets to see a file
 MAX_PIXELS = 89_478_485
 MAX_FILE_BYTES = 2**26
 
 
 class UnreadableImageError(ValueError):
-    """A picture is corrupted, truncated, of no known format or above a limit. The message says which."""
+    """A picture is corrupted or cut off, in no known format, or above a limit. The message says which."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How pictures are read.
+    """How pictures are read and made square. Calling it reads one.
 
     Args:
         size: Side of the square images that come out, in pixels.
-        fit: How an image becomes square: "crop" its centre, "pad" with white, or "squash".
-        max_pixels: Larger pictures are refused before they are decoded; above 178 956 970 Pillow refuses in any case.
-        max_file_bytes: Larger files are refused before they are read.
+        fit: How an image becomes square: "crop" its centre, "pad" it with white, or "squash" it.
+        max_pixels: Pictures with more pixels are refused before they are decoded. Pillow itself allows 178 956 970.
+        max_file_bytes: Larger files are refused before they are read, in bytes.
     """
 
     size: int
@@ -43,10 +43,16 @@ class Reading:
     max_file_bytes: int = MAX_FILE_BYTES
 
     def __call__(self, file: str | Path | bytes | BinaryIO) -> Tensor:
-        """One image as float ``[3, size, size]``, RGB in [0, 1]: upright, on white where transparent, first frame only.
+        """Read one picture.
+
+        Args:
+            file: A path, the bytes of a file, or an open file.
+
+        Returns:
+            Float ``[3, size, size]``, RGB in [0, 1]: upright, the first frame of an animation, white where transparent.
 
         Raises:
-            UnreadableImageError: For any reason.
+            UnreadableImageError: The picture cannot be read, whatever the reason.
         """
         picture = read_picture(file, self.max_pixels, self.max_file_bytes)
         return torch.from_numpy(np.array(_square(picture, self.size, self.fit))).permute(2, 0, 1).float() / 255
@@ -55,14 +61,19 @@ class Reading:
 def read_picture(
     file: str | Path | bytes | BinaryIO, max_pixels: int = MAX_PIXELS, max_file_bytes: int = MAX_FILE_BYTES
 ) -> Image.Image:
-    """One image of its own size, 8-bit RGB; otherwise as `Reading`.
+    """Read one picture in its own size, in 8-bit RGB: upright, the first frame, white where transparent.
+
+    Args:
+        file: A path, the bytes of a file, or an open file.
+        max_pixels: Pictures with more pixels are refused before they are decoded. Pillow itself allows 178 956 970.
+        max_file_bytes: Larger files are refused before they are read, in bytes.
 
     Raises:
-        UnreadableImageError: For any reason.
+        UnreadableImageError: The picture cannot be read, whatever the reason.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is odd but readable is no news; max_pixels is our limit
+            warnings.simplefilter("ignore")  # about files that are odd but readable, or large but below max_pixels
             return _decoded(_content(file, max_file_bytes), max_pixels)
     except UnidentifiedImageError:  # its message is a memory address
         raise UnreadableImageError(f"none of {', '.join(FORMATS)}") from None
@@ -71,7 +82,7 @@ def read_picture(
 
 
 def _content(file: str | Path | bytes | BinaryIO, limit: int) -> bytes:
-    """All bytes of a file, if it is a regular one of at most ``limit`` bytes."""
+    """All bytes of a file, which must be a regular one of at most ``limit`` bytes."""
     if isinstance(file, str | Path):
         status = Path(file).stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
@@ -96,7 +107,7 @@ def _decoded(content: bytes, max_pixels: int) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode: transparent parts on white, 16 bits and floats scaled."""
+    """An image of any mode in 8-bit RGB. Transparent parts become white; 16-bit and float values are scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":  # Pillow's own conversion clips these at 255
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535.0 if image.mode.startswith("I") else 1.0 if values.max() <= 1 else 255.0

@@ -1,4 +1,4 @@
-"""Small files that appear whole or not at all, whoever is killed while writing them."""
+"""Writing small files that are there as a whole or not at all, even if the process is killed while it writes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Fill a hidden file beside ``path``, then give it its name at once; missing folders are made.
+    """Write a file under a hidden name beside ``path``, then rename it. Missing folders are made.
 
-    Safe for several threads and processes at a time: the last one wins.
+    Several threads and processes may write the same path at the same time; the last one to finish wins.
+
+    Args:
+        path: The file to write.
+        content: All bytes of the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")

@@ -17,26 +17,28 @@ def group_advantages(
     std_correction: int = 1,
     batch_std: Tensor | float | None = None,
 ) -> Tensor:
-    """Reward minus its group's mean, over a standard deviation.
+    """The advantage of every caption: its reward minus the mean of its group, divided by a standard deviation.
 
-    NaN means "not scored": it is left out of every mean and std, and its advantage is 0. So is everything in a group
-    without a score, and in a group whose rewards are all the same.
+    A reward of NaN means that a caption was not scored. It is left out of every mean and standard deviation, and its
+    advantage is 0. The advantage is also 0 if no caption of the group was scored, or if all have the same reward.
 
-    Rows are whole groups, so ``group`` and ``none`` need nothing from other ranks. For ``batch`` the std spans the
-    optimiser step: either pass the rewards of all ranks and keep the own rows of the result, or pass ``batch_std``.
+    A row is a whole group, so ``group`` and ``none`` need nothing from other processes. For ``batch``, either pass the
+    rewards of all processes and keep the rows of your own, or pass ``batch_std``.
 
     Args:
         reward_BG: Rewards ``[B, G]`` in any unit, G >= 2.
-        scale: ``group`` divides by the std of the group, ``batch`` by that of all rewards, ``none`` by nothing.
-        eps: Added to the std, in the reward's unit. Group stds near it shrink the advantage.
-        std_correction: 1 for the unbiased (Bessel) std, 0 for the population std.
-        batch_std: Std of the rewards of all ranks, for ``scale="batch"`` only.
+        scale: ``group`` divides by the standard deviation within the group, ``batch`` by that of all rewards (after the
+            means of the groups were subtracted), and ``none`` by nothing.
+        eps: Number that is added to the standard deviation, in the unit of the rewards. It keeps the advantages small if
+            the rewards of a group differ by hardly more than this.
+        std_correction: 1 for the unbiased standard deviation (Bessel's correction), 0 for that of the population.
+        batch_std: The standard deviation of the rewards of all processes; allowed for ``scale="batch"`` only.
 
     Returns:
-        ``advantage_BG``, detached, in the rewards' dtype (float32 for integers).
+        Advantages ``[B, G]``, detached, in the data type of the rewards (float32 for integers).
 
     Raises:
-        ValueError: G < 2, an unknown scale or correction, or a ``batch_std`` without ``scale="batch"``.
+        ValueError: G < 2, the scale or the correction is unknown, or ``batch_std`` is given without ``scale="batch"``.
     """
     _check(reward_BG, scale, std_correction, batch_std)
     deviation_BG, scored_BG = _deviations(reward_BG)
@@ -52,24 +54,24 @@ def group_advantages(
 
 
 def zero_variance_share(reward_BG: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Share of groups that teach nothing, because their rewards have (almost) no spread.
+    """The share of groups that teach nothing, because their rewards hardly differ.
 
     Args:
-        reward_BG: Rewards ``[B, G]``; NaN is left out, and a group without a score counts as one without spread.
-        tolerance: Largest population std that counts as none, in the reward's unit.
+        reward_BG: Rewards ``[B, G]``. NaN is left out; a group in which nothing was scored counts as one without spread.
+        tolerance: Standard deviation (of the population) up to which a group has no spread, in the unit of the rewards.
 
     Returns:
-        float32 scalar in [0, 1].
+        float32 ``[]`` in [0, 1].
     """
     std_B1 = _std(*_deviations(reward_BG), correction=0)
     return (std_B1 <= tolerance).float().mean()
 
 
 def _deviations(reward_BG: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the group's mean (0 where NaN) and which entries are scored.
+    """The differences from the group's mean (0 where NaN), and which entries were scored.
 
-    In float64, where a sum of equal float32 numbers is exact: identical rewards give exactly 0, not rounding noise
-    that a small std would blow up.
+    Computed in float64, where a sum of equal float32 numbers is exact. So equal rewards give exactly 0, and not a rounding
+    error that dividing by a small standard deviation would enlarge.
     """
     reward_BG = reward_BG.detach().double()
     scored_BG = ~reward_BG.isnan()
@@ -78,7 +80,7 @@ def _deviations(reward_BG: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _std(deviation_BG: Tensor, scored_BG: Tensor, correction: int) -> Tensor:
-    """Std ``[B, 1]`` of the scored entries; 0 where there are too few of them."""
+    """The standard deviation ``[B, 1]`` of the scored entries; 0 where there are too few of them."""
     freedom = (scored_BG.sum(1, keepdim=True) - correction).clamp(min=1)
     return (deviation_BG.square().sum(1, keepdim=True) / freedom).sqrt()
 
@@ -87,7 +89,7 @@ def _check(reward_BG: Tensor, scale: str, std_correction: int, batch_std: Tensor
     if reward_BG.dim() != 2 or reward_BG.shape[1] < 2:
         raise ValueError(
             f"rewards have shape {list(reward_BG.shape)}; allowed: [B, G] with G >= 2, because an advantage compares "
-            "the captions of one image: raise model.group"
+            "the captions of one image: raise model.init_args.group"
         )
     if scale not in get_args(Scale):
         raise ValueError(f"scale={scale!r}; allowed: {', '.join(get_args(Scale))}")

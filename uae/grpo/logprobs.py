@@ -1,9 +1,9 @@
-"""Log-probs of given tokens without the ``[M, V]`` matrix of logits.
+"""Log-probs of given tokens, without ever holding the ``[M, V]`` matrix of logits of M tokens and V words.
 
-The gradient of one token's log-prob with respect to its hidden state is ``(onehot - softmax) @ W / temperature``: one
-vector of size D per token. With a frozen head it is formed in the forward, row chunk by row chunk, and only scaled by
-the incoming gradient in the backward. A trained head needs ``softmax`` again for its own gradient, so there the
-backward recomputes it chunk by chunk.
+The gradient of a token's log-prob with respect to its hidden state is ``(onehot - softmax) @ W / temperature``, a vector of
+size D. If the head is frozen, the forward pass computes these vectors for one chunk of tokens after the other, and the
+backward pass only scales them. If the head is trained, its own gradient needs the softmax again, so the backward pass
+computes it once more, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ def token_logprobs(
     banned: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of ``ids`` under ``softmax((hidden @ head_weight.T + bias) / temperature)``, and its entropy.
+    """The log-probs of tokens under ``softmax((hidden @ head_weight.T + bias) / temperature)``, and its entropy.
 
-    Temperature and banned ids are those of the sampler, so that both sides agree on what the policy is. The logits are
-    formed in the dtype of the head with float32 accumulation and are float32 from there on (float64 for a float64
-    head), autocast or not. Working memory is a few ``[chunk, V]`` float32 tensors; M tokens keep ``[M, D]``.
+    The policy is the same here and in the sampler only if both use the same temperature and the same banned ids. The logits
+    are computed in the data type of the head, accumulated in float32, and stay float32 (float64 for a float64 head),
+    whatever the surrounding autocast. The working memory is a few float32 tensors ``[chunk, V]``; besides, M tokens keep
+    ``[M, D]`` for the backward pass.
 
     Args:
-        hidden: ``[..., D]`` states that predict ``ids``, already shifted by one.
-        head_weight: ``[V, D]``.
-        ids: ``[...]`` int64 in [0, V).
-        temperature: Divides the logits, > 0.
-        chunk: Tokens per chunk, >= 1. Changes memory and speed, not the result.
-        banned: int64 ids that the policy never emits: their logit is -inf, and so is their log-prob as a target.
-        bias: ``[V]``, or None.
+        hidden: Hidden states ``[..., D]``, each of which predicts the token at the same place in ``ids``.
+        head_weight: Weight of the output layer, ``[V, D]``.
+        ids: Tokens int64 ``[...]`` in [0, V).
+        temperature: Number that divides the logits, more than 0.
+        chunk: Number of tokens that are computed at a time, 1 or more. It changes memory and speed, not the result.
+        banned: Tokens int64 that the policy never emits. Their logit is minus infinity, and so is their log-prob.
+        bias: Bias of the output layer, ``[V]``, or None.
 
     Returns:
-        ``(logp, entropy)`` in nats, both shaped like ``ids``. ``logp`` is differentiable (once) in hidden, head_weight
-        and bias; ``entropy`` is detached.
+        The log-probs, which are differentiable once with respect to hidden, head_weight and bias, and the entropies, which
+        are detached; both in nats and shaped like ``ids``.
 
     Raises:
-        ValueError: Shapes that do not match, temperature <= 0 or chunk < 1.
+        ValueError: The shapes do not match, the temperature is 0 or less, or chunk is less than 1.
     """
     _check(hidden, head_weight, ids, temperature, chunk, bias)
     hidden_MD, ids_M = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
@@ -59,7 +60,7 @@ def token_logprobs(
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Keeps ``d logp / d hidden`` per token, ``[M, D]``, and nothing else."""
+    """Keeps ``d logp / d hidden`` of every token, ``[M, D]``, and nothing else. Torch gives ``ctx`` no type."""
 
     @staticmethod
     def forward(
@@ -85,13 +86,13 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_M: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
         (slope_MD,) = ctx.saved_tensors
-        # A masked token has gradient 0, and must have it even when its hidden state is NaN.
+        # A masked token has an incoming gradient of 0 and must pass 0 on, even if its hidden state is NaN.
         grad_MD = (slope_MD * grad_M[:, None]).masked_fill(grad_M[:, None] == 0, 0.0)
         return grad_MD.to(ctx.dtype), None, None, None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
-    """Keeps its inputs; the backward forms every chunk's softmax once more."""
+    """Keeps its inputs; the backward pass computes the softmax of every chunk once more."""
 
     @staticmethod
     def forward(
@@ -114,7 +115,7 @@ class _TrainedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_M: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD, bias_V, ids_M, banned = ctx.saved_tensors
-        hidden_MD = hidden_MD.masked_fill(grad_M[:, None] == 0, 0.0)  # 0 * NaN again
+        hidden_MD = hidden_MD.masked_fill(grad_M[:, None] == 0, 0.0)  # 0 * NaN is NaN
         grad_hidden_MD = torch.empty_like(hidden_MD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=_accumulator(weight_VD))
         grad_bias_V = torch.zeros_like(grad_weight_VD[:, 0])
@@ -139,7 +140,7 @@ def _score(
     chunk: int,
     slope_MD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy per token; fills ``slope_MD``, if given, with ``d logp / d hidden``."""
+    """Log-prob and entropy of every token. If ``slope_MD`` is given, it is filled with ``d logp / d hidden``."""
     logp_M = hidden_MD.new_empty(len(ids_M), dtype=_accumulator(weight_VD))
     entropy_M = torch.empty_like(logp_M)
     for start in range(0, len(ids_M), chunk):
@@ -164,7 +165,7 @@ def _logits(
 
 
 def _slope(softmax_CV: Tensor, ids_C: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
-    """``d logp / d (hidden @ W.T + bias)``, in place; a banned logit is a constant."""
+    """``d logp / d (hidden @ W.T + bias)``, computed in place. It is 0 for banned tokens, whose logit is a constant."""
     slope_CV = softmax_CV.neg_()
     slope_CV.scatter_add_(1, ids_C[:, None], torch.ones_like(slope_CV[:, :1]))
     if banned is not None:
@@ -177,7 +178,7 @@ def _accumulator(weight_VD: Tensor) -> torch.dtype:
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in right's dtype with float32 accumulation and output. Autocast would round the product."""
+    """``left @ right`` in the data type of right, accumulated in float32 and not rounded, as autocast would."""
     dtype = _accumulator(right)
     with torch.autocast(right.device.type, enabled=False):
         if right.dtype != dtype and right.is_cuda:

@@ -1,13 +1,13 @@
-"""The clipped, KL-regularised policy loss, for caption tokens, image tokens and SDE steps alike.
+"""The clipped policy loss of GRPO with a KL term. It is the same for caption tokens, image tokens and SDE steps.
 
-Notation: A advantage, m mask, ratio = exp(logp - old_logp), d = ref_logp - logp. Per token
+With the advantage A, ratio = exp(logp - old_logp) and d = ref_logp - logp, every token has the loss
 
     policy = -min( min(ratio, delta) * A,  clip(ratio, 1 - epsilon_low, 1 + epsilon_high) * A )
-    loss   = policy + beta * kl
+    loss   = policy + beta * kl(d)
 
-and then one of four aggregations. Sources: GRPO (arXiv 2402.03300), DAPO (2503.14476: asymmetric clipping, token mean
-over the whole batch), Dr. GRPO (2503.20783: constant length), GSPO (2507.18071: one ratio per sequence), INTELLECT-2
-(2505.07291: delta), http://joschu.net/blog/kl-approx.html (k1, k2, k3).
+and one of four aggregations makes one number of the tokens' losses. Sources: GRPO (arXiv 2402.03300, equation 3), DAPO
+(2503.14476: two clip ranges, mean over all tokens of a batch), Dr. GRPO (2503.20783: constant length), GSPO (2507.18071: one
+ratio per sequence), INTELLECT-2 (2505.07291: delta), and http://joschu.net/blog/kl-approx.html for k1, k2 and k3.
 """
 
 from __future__ import annotations
@@ -16,58 +16,62 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jsonargparse import set_parsing_settings
 from torch import Tensor
 
 KL = Literal["k1", "k2", "k3"]
 Aggregation = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 Importance = Literal["token", "sequence"]
+Window = Literal["none", "local", "global"]
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss and what to log about it: 0-d tensors, all but ``loss`` detached. ``loss = policy + beta * kl``."""
+    """The loss and what to log about it. All are tensors ``[]``, and all but ``loss`` are detached."""
 
-    loss: Tensor  # with gradient
-    policy: Tensor  # clipped policy part, aggregated like the loss
-    kl: Tensor  # KL to the reference in nats, aggregated like the loss; 0 when beta is 0
-    clip_fraction: Tensor  # share of unmasked tokens in [0, 1] whose gradient the clipping removes
-    ratio_mean: Tensor  # over unmasked tokens; 1 on-policy, 0 when everything is masked
-    ratio_max: Tensor  # largest ratio of an unmasked token; 0 when everything is masked
+    loss: Tensor  # policy + beta * kl, with gradient
+    policy: Tensor  # the clipped part, aggregated like the loss
+    kl: Tensor  # KL divergence to the reference in nats, aggregated like the loss; 0 if beta is 0
+    clip_fraction: Tensor  # share of the unmasked tokens, in [0, 1], whose gradient is removed by clipping
+    ratio_mean: Tensor  # mean ratio of the unmasked tokens; 1 on-policy, 0 if all tokens are masked
+    ratio_max: Tensor  # largest ratio of an unmasked token; 0 if all tokens are masked
 
 
 @dataclass(frozen=True)
 class GRPOLoss:
-    """Clipped group-relative policy loss.
+    """The clipped policy loss of GRPO. A variant is a subclass, which a configuration names by its ``class_path``.
 
-    Aggregations of the token losses, over N rows of T tokens:
+    The losses of N rows of T tokens are aggregated in one of four ways:
 
-    * ``grpo``: mean over rows of each row's token mean (an empty row counts as 0).
-    * ``bnpo``: token mean. With a ``normalizer``, token sum over it.
-    * ``dapo``: token sum over the ``normalizer``. Without one, the local token mean.
-    * ``dr_grpo``: token sum over N * max_tokens.
+    * ``grpo``: the mean over the rows of every row's mean over its tokens; a row without tokens counts as 0.
+    * ``bnpo``: the sum over all tokens, divided by the number of tokens in this process's optimizer window.
+    * ``dapo``: the sum over all tokens, divided by the number of tokens in the optimizer window of all processes.
+    * ``dr_grpo``: the sum over all tokens, divided by N * max_tokens.
 
-    ``normalizer`` is the number of unmasked tokens of the whole optimiser window (all micro-batches, all ranks), so
-    that the *sum* of the micro-batch losses is the window's loss whatever the split; a trainer that averages over M
-    micro-batches and W ranks must multiply by M * W. ``grpo`` and ``dr_grpo`` ignore it: for them the window's loss is
-    the *mean* over equal micro-batches.
+    The optimizer window is all that one optimizer step learns from, that is, all micro-batches of gradient accumulation.
+    `window` says whose window a loss divides by. Whoever calls the loss counts the tokens in it and passes their number as
+    ``normalizer``. Then the *sum* of the losses of all micro-batches is the loss of the window, whatever its split; a
+    trainer that averages over M micro-batches and W processes has to multiply by M * W. A loss whose window is "none"
+    ignores the normalizer: the loss of its window is the *mean* of the losses of equal micro-batches.
 
-    The KL has the gradient of its formula, taken at the sampled tokens: k1 pushes every log-prob with weight 1 (zero
-    on average, so it only measures), k2 with -d, k3 with 1 - exp(d). The ratio does not weight it.
+    The KL term has the gradient of its formula at the sampled tokens, without a ratio: k1 moves every log-prob with weight
+    1, which is zero on average, so that k1 only measures; k2 moves it with -d, and k3 with 1 - exp(d).
 
     Args:
-        epsilon_low: How far below 1 the ratio may go, >= 0.
-        epsilon_high: How far above 1 the ratio may go, >= 0.
-        beta: Weight of the KL to the reference, >= 0. 0 needs no reference.
-        kl: Estimator with d = ref_logp - logp: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1.
-        aggregation: From token losses to one number, see above.
-        importance: ``token`` has one ratio per token, ``sequence`` one per row: exp of the row's mean log-ratio
-            (GSPO), through which the gradient flows.
-        delta: Caps the unclipped ratio from above, > 1: bounds the loss of bad samples that became likely. None is no
-            cap.
-        max_tokens: Length that ``dr_grpo`` divides by, usually sampling.max_tokens. The others ignore it.
+        epsilon_low: How far the ratio may go below 1 before it is clipped, 0 or more.
+        epsilon_high: How far the ratio may go above 1 before it is clipped, 0 or more.
+        beta: Weight of the KL divergence to the reference, 0 or more. 0 needs no reference.
+        kl: Estimator of the KL divergence in d = ref_logp - logp: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1.
+        aggregation: How the losses of all tokens become one number, see above.
+        importance: ``token`` gives every token its own ratio. ``sequence`` gives all tokens of a row the same one, exp of
+            the row's mean log-ratio (GSPO), through which the gradient flows.
+        delta: Upper limit of the ratio that is not clipped, more than 1. It bounds the loss of bad samples that have become
+            likely. None sets no limit.
+        max_tokens: Length in tokens that ``dr_grpo`` divides by, usually the longest that is sampled; 1 or more. The other
+            aggregations ignore it.
 
     Raises:
-        ValueError: A value outside its range, or dr_grpo without max_tokens.
+        ValueError: A value is outside of its range, or dr_grpo is given no max_tokens.
     """
 
     epsilon_low: float = 0.2
@@ -80,27 +84,34 @@ class GRPOLoss:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values outside their range, in one line."""
-        for key, allowed in (("kl", KL), ("aggregation", Aggregation), ("importance", Importance)):
-            if getattr(self, key) not in get_args(allowed):
-                raise ValueError(f"loss.{key}={getattr(self, key)!r}; allowed: {', '.join(get_args(allowed))}")
-        for key in ("epsilon_low", "epsilon_high", "beta"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"loss.{key}={getattr(self, key)}; allowed: 0 or more")
+        """Refuse values outside of their range."""
+        for key, name, names in (
+            ("kl", self.kl, KL), ("aggregation", self.aggregation, Aggregation), ("importance", self.importance, Importance),
+        ):  # fmt: skip
+            if name not in get_args(names):
+                raise ValueError(_refusal(f"{key}={name!r}", ", ".join(get_args(names))))
+        for key, value in (("epsilon_low", self.epsilon_low), ("epsilon_high", self.epsilon_high), ("beta", self.beta)):
+            if not value >= 0:
+                raise ValueError(_refusal(f"{key}={value}", "0 or more"))
         if self.delta is not None and not self.delta > 1:
-            raise ValueError(f"loss.delta={self.delta} caps the ratio at or below 1; allowed: more than 1, or null")
+            raise ValueError(_refusal(f"delta={self.delta}", "more than 1, or null for no limit of the ratio"))
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"loss.max_tokens={self.max_tokens}; allowed: 1 or more")
+            raise ValueError(_refusal(f"max_tokens={self.max_tokens}", "1 or more"))
         if self.aggregation == "dr_grpo" and self.max_tokens is None:
             raise ValueError(
-                "loss.aggregation=dr_grpo needs loss.max_tokens, the length it divides by: sampling.max_tokens"
+                "model.init_args.loss.aggregation=dr_grpo needs loss.max_tokens, the length it divides by: set "
+                "model.init_args.loss.max_tokens to model.init_args.sampling.max_tokens (image_loss has the same rules)"
             )
 
     @property
-    def window(self) -> Literal["none", "local", "global"]:
-        """Whose tokens of an optimizer window the loss divides by: nobody's, those of this process, or those of all."""
-        windows: dict[Aggregation, Literal["local", "global"]] = {"bnpo": "local", "dapo": "global"}
-        return windows.get(self.aggregation, "none")
+    def window(self) -> Window:
+        """Whose optimizer window the loss divides by, so that its tokens have to be counted and passed as ``normalizer``.
+
+        "local" is that of one process, "global" that of all processes together, and "none" is neither.
+        """
+        if self.aggregation == "bnpo":
+            return "local"
+        return "global" if self.aggregation == "dapo" else "none"
 
     def __call__(
         self,
@@ -111,57 +122,62 @@ class GRPOLoss:
         ref_logp: Tensor | None = None,
         normalizer: Tensor | float | None = None,
     ) -> LossTerms:
-        """Loss of N rows of T actions. Masked positions may hold anything, inf and NaN included.
+        """The loss of N rows of T actions (tokens or steps). Masked positions may hold anything, infinity and NaN included.
 
         Args:
-            logp: ``[N, T]`` log-probs in nats under the current weights, with gradient.
-            old_logp: ``[N, T]`` log-probs under the weights that sampled (``logp.detach()`` on-policy); constants.
-            advantages: ``[N]``, ``[N, 1]`` or ``[N, T]``; no gradient flows.
-            mask: ``[N, T]``, 1 (or True) where the action counts, the end-of-sequence token included.
-            ref_logp: ``[N, T]`` log-probs under the reference; needed when beta > 0. No gradient flows.
-            normalizer: Unmasked tokens of the whole optimiser window, for ``dapo`` and ``bnpo``.
+            logp: Log-probs ``[N, T]`` in nats under the current weights, with gradient.
+            old_logp: Log-probs ``[N, T]`` under the weights that sampled; no gradient flows. On-policy, ``logp.detach()``.
+            advantages: Advantages ``[N]``, ``[N, 1]`` or ``[N, T]``; no gradient flows.
+            mask: ``[N, T]``, 1 or True where an action counts, as the end-of-sequence token does, and 0 elsewhere.
+            ref_logp: Log-probs ``[N, T]`` under the reference, needed if beta > 0; no gradient flows.
+            normalizer: The number of unmasked tokens in the optimizer window, for losses that have a `window`. None takes
+                the tokens of this call.
 
         Raises:
-            ValueError: Shapes that do not match, or beta > 0 without ref_logp.
+            ValueError: The shapes do not match, or beta > 0 and there is no ref_logp.
         """
         _check_shapes(logp, old_logp, advantages, mask, ref_logp)
         valid_NT = mask.bool()
-        # Filling comes first: 0 * inf is NaN, so masking a computed loss would be too late, forward and backward.
+        # Masked values are replaced first: 0 * inf is NaN, so masking the loss would come too late, also for the gradient.
         logp_NT = _filled(logp, valid_NT)
-        ratio_NT = self._ratio(logp_NT - _filled(old_logp.detach(), valid_NT), valid_NT)
+        ratio_NT = self.ratio(logp_NT - _filled(old_logp.detach(), valid_NT), valid_NT)
         advantage_NT = advantages.detach().reshape(len(logp), -1).expand_as(logp)
         advantage_NT = _filled(advantage_NT, valid_NT)
-        policy = self._aggregate(self._policy(ratio_NT, advantage_NT), valid_NT, normalizer)
+        policy = self.aggregate(self.clipped(ratio_NT, advantage_NT), valid_NT, normalizer)
         loss, kl = policy, torch.zeros_like(policy)
         if self.beta > 0:
             if ref_logp is None:
                 raise ValueError(
-                    f"loss.beta={self.beta} needs the reference's log-probs: pass ref_logp or set loss.beta=0"
+                    f"loss.beta={self.beta} needs the reference's log-probs: pass ref_logp or set model.init_args.loss.beta=0"
                 )
-            kl = self._aggregate(self._kl(_filled(ref_logp.detach(), valid_NT) - logp_NT), valid_NT, normalizer)
+            kl = self.aggregate(self.divergence(_filled(ref_logp.detach(), valid_NT) - logp_NT), valid_NT, normalizer)
             loss = policy + self.beta * kl
         return LossTerms(loss, policy.detach(), kl.detach(), *self._metrics(ratio_NT.detach(), advantage_NT, valid_NT))
 
-    def _ratio(self, log_ratio_NT: Tensor, valid_NT: Tensor) -> Tensor:
+    def ratio(self, log_ratio_NT: Tensor, valid_NT: Tensor) -> Tensor:
+        """The ratio ``[N, T]`` of every token, from logp - old_logp (0 where masked)."""
         if self.importance == "sequence":
             mean_N1 = log_ratio_NT.sum(1, keepdim=True) / valid_NT.sum(1, keepdim=True).clamp(min=1)
             log_ratio_NT = mean_N1.expand_as(log_ratio_NT)
         return log_ratio_NT.exp()
 
-    def _policy(self, ratio_NT: Tensor, advantage_NT: Tensor) -> Tensor:
+    def clipped(self, ratio_NT: Tensor, advantage_NT: Tensor) -> Tensor:
+        """The policy loss ``[N, T]`` of every token."""
         clipped_NT = ratio_NT.clamp(1 - self.epsilon_low, 1 + self.epsilon_high) * advantage_NT
         capped_NT = (ratio_NT if self.delta is None else ratio_NT.clamp(max=self.delta)) * advantage_NT
-        # The minimum. A tie takes the gradient of the ratio, so that on-policy it is REINFORCE even when epsilon is 0.
+        # This is the minimum. A tie takes the gradient of the ratio, so on-policy it is REINFORCE, even if epsilon is 0.
         return -torch.where(capped_NT <= clipped_NT, capped_NT, clipped_NT)
 
-    def _kl(self, d_NT: Tensor) -> Tensor:
+    def divergence(self, d_NT: Tensor) -> Tensor:
+        """The estimate ``[N, T]`` of the KL divergence at every token, from ref_logp - logp."""
         if self.kl == "k1":
             return -d_NT
         if self.kl == "k2":
             return d_NT.square() / 2
         return d_NT.exp() - d_NT - 1
 
-    def _aggregate(self, terms_NT: Tensor, valid_NT: Tensor, normalizer: Tensor | float | None) -> Tensor:
+    def aggregate(self, terms_NT: Tensor, valid_NT: Tensor, normalizer: Tensor | float | None) -> Tensor:
+        """One number ``[]`` from the terms of all tokens. A subclass that divides by other windows says so in `window`."""
         total_N = terms_NT.sum(1)  # masked terms are 0, as their inputs are
         tokens_N = valid_NT.sum(1)
         if self.aggregation == "grpo":
@@ -174,7 +190,7 @@ class GRPOLoss:
         return total_N.sum() / torch.as_tensor(normalizer).clamp(min=1)
 
     def _metrics(self, ratio_NT: Tensor, advantage_NT: Tensor, valid_NT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Clip fraction, mean and maximum of the ratio, without a wait for the device."""
+        """Clip fraction, and mean and maximum of the ratio; none of them waits for the device."""
         low_NT = (ratio_NT < 1 - self.epsilon_low) & (advantage_NT < 0)
         high_NT = (ratio_NT > 1 + self.epsilon_high) & (advantage_NT > 0)
         ratio_NT = ratio_NT.masked_fill(~valid_NT, 0.0)
@@ -183,8 +199,16 @@ class GRPOLoss:
         return clipped / tokens, ratio_NT.sum() / tokens, ratio_NT.amax()
 
 
+# jsonargparse takes no class_path of a subclass of a dataclass unless it is told to.
+set_parsing_settings(subclasses_enabled=[GRPOLoss])
+
+
+def _refusal(given: str, allowed: str) -> str:
+    return f"model.init_args.loss.{given}; allowed: {allowed} (image_loss has the same rules)"
+
+
 def _filled(values_NT: Tensor, valid_NT: Tensor) -> Tensor:
-    """At least float32, and 0 where masked: there neither the value nor the gradient depends on what was there."""
+    """The values in float32 or wider, and 0 where masked, so that nothing depends on what was there."""
     dtype = torch.promote_types(values_NT.dtype, torch.float32)
     return values_NT.to(dtype).masked_fill(~valid_NT, 0.0)
 

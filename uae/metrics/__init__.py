@@ -1,4 +1,4 @@
-"""Metrics of reconstruction."""
+"""Metrics of reconstruction, and confidence intervals."""
 
 from uae.metrics.unified_score import UnifiedScore, similarity
 

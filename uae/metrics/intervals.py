@@ -1,4 +1,4 @@
-"""How sure a number is: 95 % confidence intervals of means and shares."""
+"""95 % confidence intervals of means and of shares."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEVEL = (0.025, 0.975)
-_Z = 1.959963984540054  # the normal quantile of LEVEL
+LEVEL = (0.025, 0.975)  # the two quantiles that an interval of 95 % lies between
+_Z = 1.959963984540054  # the quantile LEVEL[1] of the normal distribution
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its 95 % interval."""
+    """An estimate and the two ends of its 95 % confidence interval."""
 
     value: float
     low: float
@@ -21,13 +21,15 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values_N: np.ndarray, resamples: int = 1000, seed: int = 0, clusters_N: np.ndarray | None = None) -> Interval:
-    """Percentile bootstrap of a mean.
+    """The mean of some numbers, with the interval of the percentile bootstrap (Efron 1979).
 
     Args:
-        values_N: One finite number per case, at least one.
-        resamples: How often cases are drawn again, with replacement.
-        seed: Equal seeds draw equal cases, also for other values: differences of paired means are paired.
-        clusters_N: Cases of equal value (an image, a prompt) are drawn together; the mean stays that of the cases.
+        values_N: One finite number per case, ``[N]`` with N >= 1.
+        resamples: How often N cases are drawn again, with replacement.
+        seed: Seed of the draws. With equal seeds the same cases are drawn, also for other values, so that the difference
+            of two means can be taken draw by draw.
+        clusters_N: A label per case, ``[N]``, e.g. the image that it is about. Cases with equal labels depend on each
+            other and are drawn together; the estimate stays the mean over cases. None draws every case on its own.
     """
     means = resampled_means(values_N, resamples, seed, clusters_N)
     low, high = np.quantile(means, LEVEL)
@@ -35,12 +37,12 @@ def bootstrap(values_N: np.ndarray, resamples: int = 1000, seed: int = 0, cluste
 
 
 def mean_of_means(groups: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 1000, seed: int = 0) -> Interval:
-    """The unweighted mean of the means of groups (tasks of a benchmark), whose cases are drawn apart.
+    """The unweighted mean of the means of several groups, such as the tasks of a benchmark.
 
     Args:
-        groups: Values and clusters of each, see `bootstrap`.
-        resamples: As there.
-        seed: As there.
+        groups: For every group its ``values_N`` and ``clusters_N``, see `bootstrap`. Each group is drawn on its own.
+        resamples: How often the cases of every group are drawn again, with replacement.
+        seed: Seed of the draws of the first group; the following groups have the following seeds.
     """
     draws = [
         resampled_means(values_N, resamples, seed + place, clusters_N)
@@ -54,7 +56,7 @@ def mean_of_means(groups: Sequence[tuple[np.ndarray, np.ndarray]], resamples: in
 def resampled_means(
     values_N: np.ndarray, resamples: int = 1000, seed: int = 0, clusters_N: np.ndarray | None = None
 ) -> np.ndarray:
-    """The means of cases drawn again, see `bootstrap`."""
+    """The means float64 ``[resamples]`` of cases drawn again; the arguments are those of `bootstrap`."""
     values_N = np.asarray(values_N, dtype=np.float64)
     totals_C, sizes_C = values_N, np.ones(len(values_N))
     if clusters_N is not None:
@@ -68,7 +70,12 @@ def resampled_means(
 
 
 def wilson(successes: float, n: int) -> Interval:
-    """Of a share, from how many of ``n`` cases succeeded; sound for few cases and for shares near 0 or 1 (Wilson 1927)."""
+    """The share of successes, with Wilson's interval (1927), which is sound for few cases and for shares near 0 or 1.
+
+    Args:
+        successes: The number of cases that succeeded, in [0, n]; it may be a sum of fractions.
+        n: The number of cases. Of 0 cases the share is NaN and the interval [0, 1].
+    """
     if n == 0:
         return Interval(math.nan, 0.0, 1.0)
     share, spread = successes / n, _Z**2 / n

@@ -1,4 +1,4 @@
-"""What a reconstruction (and its caption) is worth."""
+"""Rewards: numbers that say how good a reconstruction and its caption are."""
 
 from uae.rewards.base import BaseReward
 from uae.rewards.caption import CaptionFormat

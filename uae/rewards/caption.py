@@ -1,4 +1,4 @@
-"""A reward on the caption alone."""
+"""A reward that reads the caption only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from uae.rewards.base import BaseReward, batch_and_group
 
 
 class CaptionFormat(BaseReward):
-    """1 for a caption that has the wanted form, else 0: keeps the language from drifting into a private code.
+    """1 for a caption of the wanted form, and 0 for any other.
+
+    A small weight keeps captions readable: without it, a policy may drift into a language that only the renderer
+    understands.
 
     Args:
-        pattern: Regular expression that has to match the whole caption, case and line breaks included.
+        pattern: Regular expression that the whole caption has to match. Case and line breaks count.
+
+    Raises:
+        ValueError: ``pattern`` is no regular expression.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -22,12 +28,12 @@ class CaptionFormat(BaseReward):
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"pattern={pattern!r} is no regular expression ({error}); set init_args.pattern"
+                f"pattern={pattern!r} is no regular expression ({error}); correct the reward's init_args.pattern"
             ) from error
         self.pattern = pattern
 
     def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
-        """``reward_BG``, each 0.0 or 1.0."""
+        """Rewards ``[B, G]``, each 0.0 or 1.0."""
         shape = batch_and_group(sources_BCHW, reconstructions_NCHW, texts)
         matches = [float(re.fullmatch(self.pattern, text) is not None) for text in texts]
         return torch.tensor(matches, device=reconstructions_NCHW.device).view(shape)

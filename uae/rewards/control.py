@@ -1,4 +1,4 @@
-"""The control every claim of learning needs: a reward that knows nothing."""
+"""A reward without information, for control runs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ from uae.rewards.base import BaseReward, batch_and_group
 
 
 class RandomReward(BaseReward):
-    """Uniform noise, whatever the images. A policy that improves under it improves for another reason.
+    """Uniform noise that depends on neither images nor captions.
+
+    Every claim that a reward taught something needs a run with this one beside it: what improves here improves for
+    another reason.
 
     Args:
         low: Smallest reward.
-        high: Largest reward.
-        seed: Starts the stream; every process draws the same one, and a resumed run starts it again.
+        high: Upper end of the rewards, which are below it; at least ``low``.
+        seed: Seed of the noise. Every process draws the same numbers, and a resumed run draws them from the beginning.
+
+    Raises:
+        ValueError: ``low`` is above ``high``.
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0, seed: int = 0) -> None:
         if low > high:
-            raise ValueError(f"low={low} is above high={high}; set the reward's init_args.low and init_args.high")
+            raise ValueError(
+                f"low={low} is above high={high}; lower the reward's init_args.low or raise its init_args.high"
+            )
         self.low, self.high, self.seed = low, high, seed
         self._stream: torch.Generator | None = None
 
     def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
-        """``reward_BG`` in [low, high)."""
+        """Rewards ``[B, G]`` in [low, high)."""
         self._stream = self._stream or torch.Generator().manual_seed(self.seed)
         noise = torch.rand(batch_and_group(sources_BCHW, reconstructions_NCHW, texts), generator=self._stream)
         return (self.low + (self.high - self.low) * noise).to(reconstructions_NCHW.device)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.models.families import IDS, plain_logprobs
+from tests.models.families import IDS, plain_logprobs, plain_logprobs_and_entropies
 from uae.models.captioners.captioner import HFCaptioner, VLMContext
 from uae.models.captioners.draws import draw
 from uae.types import Rollout, Sampling
