@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from uae.models.captioners.loading import Reading
 from uae.models.renderers.diffusers import Rendering
@@ -10,6 +11,9 @@ from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 from uae.weights.placement import Placement
+
+if TYPE_CHECKING:
+    from uae.models.conditioners.states import EmbeddingCondition
 
 
 class AnyPipeline:
@@ -64,7 +68,7 @@ class AnyPipeline:
         conditioner = PipelineTextConditioner(pipe, self.caption_tokens, self.text_encoders)
 
         @cache  # frozen text encoders: once is enough, but only when they are where they work
-        def negative() -> object:
+        def negative() -> EmbeddingCondition:
             return conditioner.negative(self.negative_prompt)
 
         return UMM(captioner, conditioner, DiffusersRenderer(pipe, self.rendering, negative))

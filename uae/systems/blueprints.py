@@ -121,7 +121,7 @@ def _from_hub(name: str, path: str) -> dict[str, Any]:
         ) from error
 
 
-def vlm_skeleton(name: str, dtype: str = "bfloat16") -> nn.Module:
+def vlm_skeleton(name: str, dtype: str = "bfloat16") -> Any:
     """A vision-language model, in the given dtype."""
     import transformers
 
@@ -132,7 +132,7 @@ def vlm_skeleton(name: str, dtype: str = "bfloat16") -> nn.Module:
         )
 
 
-def denoiser_skeleton(name: str, subfolder: str | None = "transformer", dtype: str = "bfloat16") -> nn.Module:
+def denoiser_skeleton(name: str, subfolder: str | None = "transformer", dtype: str = "bfloat16") -> Any:
     """A diffusion transformer (or U-Net); ``subfolder=None`` for a folder that holds nothing else."""
     return _diffusers_skeleton(config_of(name, subfolder), name, dtype)
 
@@ -142,7 +142,7 @@ def vae_skeleton(name: str, subfolder: str | None = "vae", dtype: str = "bfloat1
     return _diffusers_skeleton(config_of(name, subfolder), name, dtype)
 
 
-def pipeline_skeletons(name: str, leave_out: Iterable[str] = (), dtype: str = "bfloat16") -> dict[str, nn.Module]:
+def pipeline_skeletons(name: str, leave_out: Iterable[str] = (), dtype: str = "bfloat16") -> dict[str, Any]:
     """The networks of a diffusers pipeline by the names of its ``model_index.json``.
 
     Args:
@@ -150,7 +150,7 @@ def pipeline_skeletons(name: str, leave_out: Iterable[str] = (), dtype: str = "b
         leave_out: Parts that a system brings itself or does without, e.g. "text_encoder_3".
         dtype: Of all parts.
     """
-    parts: dict[str, nn.Module] = {}
+    parts: dict[str, Any] = {}
     for part, (library, kind) in _networks(config_of(name, file="model_index.json")).items():
         if part in leave_out:
             continue
@@ -162,7 +162,7 @@ def pipeline_skeletons(name: str, leave_out: Iterable[str] = (), dtype: str = "b
     return parts
 
 
-def encoder_skeleton(name: str, dtype: str = "float32") -> nn.Module:
+def encoder_skeleton(name: str, dtype: str = "float32") -> Any:
     """An image tower as `uae.encoders.HFEncoder` loads it: float32, without the text side."""
     config = config_of(name)
     projected = config.get("model_type") == "clip_vision_model"
@@ -208,7 +208,7 @@ def _transformers_config(config: dict[str, Any], name: str) -> Any:
     return transformers.CONFIG_MAPPING[kind].from_dict(config)
 
 
-def _transformers_skeleton(config: dict[str, Any], name: str, kind: str, dtype: str) -> nn.Module:
+def _transformers_skeleton(config: dict[str, Any], name: str, kind: str, dtype: str) -> Any:
     import transformers
 
     built = _transformers_config(config, name)
@@ -218,7 +218,7 @@ def _transformers_skeleton(config: dict[str, Any], name: str, kind: str, dtype: 
         return getattr(transformers, kind)._from_config(built, dtype=getattr(torch, dtype))
 
 
-def _diffusers_skeleton(config: dict[str, Any], name: str, dtype: str) -> nn.Module:
+def _diffusers_skeleton(config: dict[str, Any], name: str, dtype: str) -> Any:
     import diffusers
 
     kind = getattr(diffusers, config.get("_class_name", ""), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from uae.models.captioners.loading import Reading
 from uae.models.tokens.policy import LogProb, TokenSampling
 from uae.systems.blueprints import Blueprint
@@ -78,10 +80,10 @@ def check_layout(checkpoint: str) -> None:
         )
 
 
-def check_spaces(tokenizer: object) -> None:
+def check_spaces(tokenizer: Any) -> None:
     """Raise where a version of transformers takes the byte-level tokenizer for Llama's, which loses all spaces."""
     text = "two red squares"
-    back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)  # type: ignore[attr-defined, operator]
+    back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
     if back != text:
         raise ValueError(
             f"the tokenizer reads {text!r} as {back!r}: this transformers ignores tokenizer.json; upgrade it, or set tokenizer_class "

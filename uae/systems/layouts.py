@@ -261,7 +261,7 @@ def _dtype_of(state: State) -> torch.dtype:
     return next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
 
 
-def _as_weights(factors: Factors) -> Any:
+def _as_weights(factors: Factors) -> Factors:
     return {f"{layer}.weight": pair for layer, pair in factors.items()}
 
 

@@ -28,7 +28,7 @@ INSTRUCTION = (
 )
 NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."  # the official inference code's
 KEY = "system.init_args.checkpoint"
-PUBLISHED = "Qwen/Qwen2.5-VL-3B-Instruct", "stabilityai/stable-diffusion-3.5-large"  # of these sizes
+PUBLISHED_LLM, PUBLISHED_SD3 = "Qwen/Qwen2.5-VL-3B-Instruct", "stabilityai/stable-diffusion-3.5-large"  # of UAE's sizes
 
 
 class UAE:
@@ -72,14 +72,14 @@ class UAE:
         from uae.weights.from_state import qwen_model
 
         folder = here(self.checkpoint)
-        llm, sd3 = (folder / "llm", folder / "SD3_model") if folder else PUBLISHED
         dtype = self.reading.dtype
-        policy = qwen_model(llm, getattr(torch, dtype)) if folder else vlm_skeleton(llm, dtype)
-        transformer = denoiser_skeleton(str(sd3))
+        policy = qwen_model(folder / "llm", getattr(torch, dtype)) if folder else vlm_skeleton(PUBLISHED_LLM, dtype)
+        sd3 = str(folder / "SD3_model") if folder else PUBLISHED_SD3
+        transformer = denoiser_skeleton(sd3)
         width = policy.config.get_text_config().hidden_size
         with torch.device("meta"):
             projector = mlp_projector(width, 4 * width, transformer.config.joint_attention_dim).bfloat16()
-        frozen = {"projector": projector, "transformer": transformer, "vae": vae_skeleton(str(sd3))}
+        frozen = {"projector": projector, "transformer": transformer, "vae": vae_skeleton(sd3)}
         return Blueprint(
             policy,
             {name: (module, self.rendering.placement) for name, module in frozen.items()},

@@ -132,10 +132,10 @@ class UniWorldV1:
             pooled="none" if self.with_t5 else empty_pooled(flux),
         )
         text = [PipelineTextConditioner(pipe, T5_TOKENS, self.text_encoders)] if self.with_t5 else []
-        image = [self._source_image(projectors)] if self.siglip is not None else []
+        image = [self._source_image(projectors, self.siglip)] if self.siglip is not None else []
         return JoinedConditioner([*text, reads, *image], pooled_from=0) if text or image else reads
 
-    def _source_image(self, projectors: dict[str, Any]) -> Any:
+    def _source_image(self, projectors: dict[str, Any], siglip: str) -> Any:
         from transformers import AutoImageProcessor, SiglipVisionModel
 
         from uae.models.conditioners.source_image import SourceImageConditioner
@@ -143,7 +143,7 @@ class UniWorldV1:
 
         if "siglip_projector" not in projectors:
             raise ValueError(f"the checkpoint has no siglip_projector; set system.init_args.siglip to null, or correct {KEY}")
-        folder = local_folder(self.siglip, "system.init_args.siglip")
+        folder = local_folder(siglip, "system.init_args.siglip")
         dtype = torch_dtype(self.rendering.placement)
         tower = SiglipVisionModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
         images = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from uae.models.conditioners.prompts import warn_truncated
-from uae.models.conditioners.states import EmbeddingCondition, keep_pooled, projected
+from uae.models.conditioners.states import EmbeddingCondition, Pooling, pooling, projected
 from uae.types import Rollout
 
 
@@ -29,13 +29,13 @@ class AnswerStateConditioner(nn.Module):
         self,
         captioner: Any,
         projector: nn.Module,
-        pooled: Literal["mean", "none"] | Tensor = "mean",
+        pooled: Pooling = "mean",
         max_tokens: int = 512,
     ) -> None:
         super().__init__()
         self.truncated = 0
         self.captioner, self.projector, self.max_tokens = captioner, projector, max_tokens
-        keep_pooled(self, pooled)
+        self.pooled = pooling(pooled)
 
     def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
         """The rollout's N captions to embeddings, right-padded. ``texts`` are not read: the rollout has their tokens.

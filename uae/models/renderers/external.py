@@ -21,6 +21,7 @@ from uae.files.pictures import UnreadableImageError, read_picture
 from uae.models.conditioners.states import TextCondition
 from uae.models.renderers.answers import PictureCache, as_pixels, picture_of
 from uae.models.renderers.clients import client_name, import_client, one_line
+from uae.types import Condition
 
 
 class ExternalRenderer:
@@ -54,7 +55,7 @@ class ExternalRenderer:
         self.device = torch.device(device)
         return self
 
-    def render(self, condition: TextCondition, seeds: Sequence[int], grad: bool = False) -> Tensor:
+    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False) -> Tensor:
         """Images float32 ``[N, 3, height, width]`` in [0, 1].
 
         Args:
