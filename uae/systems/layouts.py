@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uae.weights.from_state import diffusion_model, qwen_model, qwen_names
 from uae.weights.low_rank import Factors, merge_adapter, split_adapter
-from uae.weights.state import load_into, read_state, save_state
+from uae.weights.state import load_into, read_state
 
 State = dict[str, Tensor]
 KEY = "system.init_args.checkpoint"
@@ -50,7 +50,6 @@ def uae_parts(state: Mapping[str, Tensor]) -> UAEParts:
 def uae_language_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,
-    merge: bool = True,
     alpha: float = 64,
     attention: str | None = None,
 ) -> tuple[Any, State]:
@@ -61,7 +60,6 @@ def uae_language_model(
     Args:
         folder: With ``llm`` (which has the ``config.json``) and perhaps ``llm_lora``.
         dtype: Of the model; None is the checkpoint's.
-        merge: Add the adapter to the weights. False leaves it out, see `uae_adapter`.
         alpha: The adapter's scale is ``alpha / rank``; officially 64 (rank 32).
         attention: Implementation in transformers; None is the library's choice.
 
@@ -82,49 +80,12 @@ def uae_language_model(
         source = f"{source} under {str(folder / 'llm_lora')}"
         weights |= qwen_names(model, over.language_model)
         factors, projector = over.factors, projector | over.projector
-    if merge:
-        factors = {
-            layer.removesuffix(".weight"): pair for layer, pair in qwen_names(model, _as_weights(factors)).items()
-        }
-        weights = merge_adapter(weights, factors, lambda _, rank: alpha / rank)
-    load_into(model, weights, source, KEY)
+    as_weights = {f"{layer}.weight": pair for layer, pair in factors.items()}  # the library renames weights only
+    factors = {name.removesuffix(".weight"): pair for name, pair in qwen_names(model, as_weights).items()}
+    load_into(model, merge_adapter(weights, factors, lambda _, rank: alpha / rank), source, KEY)
     # An adapter trained on merged weights fits no folder that transformers reads: its base must not claim to be one.
-    model.name_or_path = str(folder if factors and merge else folder / "llm")
+    model.name_or_path = str(folder if factors else folder / "llm")
     return model, projector
-
-
-def uae_adapter(folder: str | Path, target: str | Path, alpha: float = 64) -> Path:
-    """Write the adapter in UAE's ``llm_lora`` as a PEFT adapter folder, so that training can continue it.
-
-    Raises:
-        ValueError: There is none, or its layers differ in rank.
-    """
-    import peft
-
-    folder, target = Path(folder), Path(target)
-    model = qwen_model(folder / "llm", torch.float32)
-    factors = qwen_names(model, _as_weights(uae_parts(read_state(folder / "llm_lora")).factors))
-    ranks = sorted({A.shape[0] for A, _ in factors.values()})
-    if len(ranks) != 1:
-        raise ValueError(
-            f"ranks {ranks or 'none'} in {str(folder / 'llm_lora')!r}; an adapter folder needs exactly one rank"
-        )
-    layers = [name.removesuffix(".weight") for name in factors]
-    config = peft.LoraConfig(
-        r=ranks[0],
-        lora_alpha=alpha,
-        target_modules=layers,
-        inference_mode=True,
-        base_model_name_or_path=str(folder / "llm"),
-    )
-    state = {
-        f"{WRAPPER}{layer}.lora_{side}.weight": factor
-        for layer, pair in zip(layers, factors.values(), strict=True)
-        for side, factor in zip("AB", pair, strict=True)
-    }
-    save_state(target, "adapter_model", state)
-    config.save_pretrained(str(target))
-    return target
 
 
 def uae_transformer(folder: str | Path, dtype: torch.dtype) -> Any:
@@ -259,10 +220,6 @@ def openuni_parts(state: Mapping[str, Tensor], alpha: float = 8) -> OpenUniParts
 
 def _dtype_of(state: State) -> torch.dtype:
     return next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
-
-
-def _as_weights(factors: Factors) -> Factors:
-    return {f"{layer}.weight": pair for layer, pair in factors.items()}
 
 
 def _check_adapter(wrapped: Any, state: State, source: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from uae.files.locations import here, local_folder
 from uae.models.captioners.loading import Reading
@@ -125,8 +125,9 @@ class UAE:
         """What captions go through, and what the negative sentence goes through."""
         from uae.models.conditioners.answer_states import AnswerStateConditioner
         from uae.models.conditioners.states import HiddenStateConditioner, chat_template
+        from uae.models.conditioners.text_encoders import empty_pooled
 
-        pooled_P = empty_pooled(folder / "SD3_model")
+        pooled_P = empty_pooled(folder / "SD3_model", ("", "_2"), projected=True)
         reads = HiddenStateConditioner(
             lambda: captioner.language_model,
             captioner.processor.tokenizer,
@@ -161,18 +162,3 @@ def check_folders(folder: Path) -> None:
             f"UAE checkpoint {str(folder)!r} lacks {', '.join(missing)} (it has {', '.join(found) or 'no folder'}); "
             f"{KEY} must be a folder with llm and SD3_model, and dit, dit_lora, llm_lora, llm_model_preprocessor if trained"
         )
-
-
-@torch.no_grad()
-def empty_pooled(folder: Path) -> Tensor:
-    """The pooled vector ``[P]`` of the empty caption under both CLIPs: a constant of the official system."""
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection
-
-    pooled = []
-    for suffix in ("", "_2"):
-        words = folder / f"tokenizer{suffix}"
-        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True, trust_remote_code=False)
-        clip = CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{suffix}", local_files_only=True)
-        ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-        pooled.append(clip.float()(ids).text_embeds[0])
-    return torch.cat(pooled)

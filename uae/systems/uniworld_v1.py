@@ -121,7 +121,7 @@ class UniWorldV1:
     def _conditioner(self, captioner: Any, projectors: dict[str, Any], pipe: Any, flux: Path) -> Any:
         from uae.models.conditioners.joined import JoinedConditioner
         from uae.models.conditioners.states import HiddenStateConditioner, chat_template
-        from uae.models.conditioners.text_encoders import PipelineTextConditioner
+        from uae.models.conditioners.text_encoders import PipelineTextConditioner, empty_pooled
 
         reads = HiddenStateConditioner(
             lambda: captioner.language_model,
@@ -129,7 +129,7 @@ class UniWorldV1:
             self._projector(projectors["denoise_projector"], captioner.language_model.config.hidden_size),
             template=chat_template(captioner.processor, role="user", system=False),
             max_tokens=self.condition_tokens,
-            pooled="none" if self.with_t5 else empty_pooled(flux),
+            pooled="none" if self.with_t5 else empty_pooled(flux, ("",), projected=False),
         )
         text = [PipelineTextConditioner(pipe, T5_TOKENS, self.text_encoders)] if self.with_t5 else []
         image = [self._source_image(projectors, self.siglip)] if self.siglip is not None else []
@@ -155,14 +155,3 @@ class UniWorldV1:
         from uae.weights.placement import torch_dtype
 
         return load_projector(state, width_in, KEY, "silu").to(torch_dtype(self.rendering.placement))
-
-
-@torch.no_grad()
-def empty_pooled(flux: Path) -> Tensor:
-    """The pooled vector ``[P]`` of the empty caption under FLUX's CLIP."""
-    from transformers import AutoTokenizer, CLIPTextModel
-
-    tokenizer = AutoTokenizer.from_pretrained(flux / "tokenizer", local_files_only=True, trust_remote_code=False)
-    clip = CLIPTextModel.from_pretrained(flux / "text_encoder", local_files_only=True)
-    ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-    return clip.float()(ids).pooler_output[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +133,28 @@ class PipelineTextConditioner:
             lead = "\n".join(instruction)
             return len(tokenizer(lead, verbose=False)["input_ids"]) - 2, lead + "{}"
         return 0, "{}"
+
+
+@torch.no_grad()
+def empty_pooled(pipeline: Path, suffixes: Sequence[str], projected: bool) -> Tensor:
+    """The pooled vector ``[P]`` of the empty caption: what a decoder gets if no CLIP reads its captions.
+
+    Args:
+        pipeline: Folder of a pipeline with ``tokenizer`` and ``text_encoder`` subfolders.
+        suffixes: Endings of those subfolders' names, one per CLIP text encoder; the vectors are concatenated.
+        projected: Take the projected embedding (Stable Diffusion 3) instead of the pooled state (FLUX).
+    """
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+    pooled = []
+    for suffix in suffixes:
+        folder = pipeline / f"tokenizer{suffix}"
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        clip: Any = CLIPTextModelWithProjection if projected else CLIPTextModel
+        output = clip.from_pretrained(pipeline / f"text_encoder{suffix}", local_files_only=True).float()(ids)
+        pooled.append((output.text_embeds if projected else output.pooler_output)[0])
+    return torch.cat(pooled)
 
 
 def _parameters(pipe: Any) -> Any:
