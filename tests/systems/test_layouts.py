@@ -199,7 +199,7 @@ def test_uniworld_is_taken_apart(tmp_path):
 def test_uniworld_finds_its_transformer_configuration_in_flux(tmp_path):
     transformer = cases.flux_transformer()
     cases.write_uniworld(tmp_path, cases.language_model(tied=False), transformer, "somewhere/config.json")
-    with pytest.raises(ValueError, match="denoiser_config; set system.init_args.flux"):
+    with pytest.raises(ValueError, match="denoiser_config; set model.init_args.system.init_args.flux"):
         uniworld_transformer(tmp_path, torch.float32)
     transformer.save_pretrained(tmp_path / "flux/transformer")
     loaded = uniworld_transformer(tmp_path, torch.bfloat16, flux=tmp_path / "flux")

@@ -43,6 +43,6 @@ def check_trainable_state(module: nn.Module, state: Mapping[str, Any], path: str
     if faults:
         name = f"checkpoint {str(path)!r}" if path else "the checkpoint"
         raise ValueError(
-            f"{name} does not fit what trains here: {'; '.join(faults)}; model.finetune (or model.system) differs from the "
-            "run that wrote it"
+            f"{name} does not fit what trains here: {'; '.join(faults)}; model.init_args.finetune or "
+            "model.init_args.system differs from the run that wrote it"
         )

@@ -15,7 +15,7 @@ NEGATIVE = (  # of the official demonstration
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 
 
 class Emu3:
@@ -84,8 +84,8 @@ def set_pixels(images: Any, reading: Reading) -> None:
     least, most = reading.min_pixels or images.min_pixels, reading.max_pixels or images.max_pixels
     if not 0 < least <= most:
         raise ValueError(
-            f"an image cannot have between {least} and {most} pixels; allowed: 0 < reading.min_pixels <= "
-            "reading.max_pixels (the checkpoint's own where not given)"
+            f"an image cannot have between {least} and {most} pixels; allowed: 0 < min_pixels <= max_pixels (the checkpoint's "
+            "own where not given); change model.init_args.system.init_args.reading.min_pixels or .max_pixels"
         )
     images.min_pixels, images.max_pixels = least, most
 
@@ -102,4 +102,4 @@ def check_layout(checkpoint: str) -> None:
             "BAAI/Emu3-Gen-hf or BAAI/Emu3-Chat-hf"
         )
     if kind != "emu3":
-        raise ValueError(f"{checkpoint!r} is of model_type {kind!r}; allowed: emu3, such as BAAI/Emu3-Gen-hf; {KEY}")
+        raise ValueError(f"{checkpoint!r} is of model_type {kind!r}; allowed: emu3, such as BAAI/Emu3-Gen-hf; change {KEY}")

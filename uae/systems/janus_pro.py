@@ -10,7 +10,7 @@ from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 
 
 class JanusPro:
@@ -76,7 +76,7 @@ def check_layout(checkpoint: str) -> None:
         )
     if kind != "janus":
         raise ValueError(
-            f"{checkpoint!r} is of model_type {kind!r}; allowed: janus, such as deepseek-community/Janus-Pro-1B; {KEY}"
+            f"{checkpoint!r} is of model_type {kind!r}; allowed: janus, such as deepseek-community/Janus-Pro-1B; change {KEY}"
         )
 
 

@@ -15,7 +15,7 @@ from uae.weights.low_rank import Factors, merge_adapter, split_adapter
 from uae.weights.state import load_into, read_state
 
 State = dict[str, Tensor]
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 WRAPPER = "base_model.model."  # what PEFT puts before the names of whatever it wraps
 
 
@@ -167,7 +167,7 @@ def uniworld_transformer(folder: str | Path, dtype: torch.dtype, flux: str | Pat
     if not isinstance(config, dict):
         if flux is None:
             raise ValueError(
-                f"{str(folder / 'config.json')!r} has no denoise_tower.denoiser_config; set system.init_args.flux"
+                f"{str(folder / 'config.json')!r} has no denoise_tower.denoiser_config; set model.init_args.system.init_args.flux"
             )
         config = FluxTransformer2DModel.load_config(Path(flux, "transformer"), local_files_only=True)
     state = uniworld_parts(read_state(folder)).transformer

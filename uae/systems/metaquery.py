@@ -18,7 +18,7 @@ from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import COMPLETELY
 from uae.types import UMM
 
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 METAQUERY_SYSTEM = (  # the prompt its queries were trained behind
     "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
 )
@@ -120,7 +120,7 @@ class OpenUni(_Queries):
         if parts.meta_queries.shape[1] != width:
             raise ValueError(
                 f"the queries in {str(file)!r} have width {parts.meta_queries.shape[1]}, the language model {width}; set "
-                "system.init_args.captioner to the model they were trained with"
+                "model.init_args.system.init_args.captioner to the model they were trained with"
             )
         layers = 1 + max(int(name.split(".")[1]) for name in parts.connector if name.startswith("layers."))
         connector = OpenUniConnector(width, len(parts.connector["layers.0.mlp.fc1.weight"]), layers)
@@ -201,5 +201,5 @@ def check_width(conditioner: Any, pipe: Any) -> None:
     if last.out_features != expected:
         raise ValueError(
             f"the projector's output has width {last.out_features}, the transformer takes {expected}; set "
-            "system.init_args.pipeline to the pipeline the queries were trained with"
+            "model.init_args.system.init_args.pipeline to the pipeline the queries were trained with"
         )

@@ -27,7 +27,7 @@ INSTRUCTION = (
     'Put any text in the image between "double quotes", word for word.'
 )
 NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."  # the official inference code's
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 PUBLISHED_LLM, PUBLISHED_SD3 = "Qwen/Qwen2.5-VL-3B-Instruct", "stabilityai/stable-diffusion-3.5-large"  # of UAE's sizes
 
 

@@ -21,7 +21,7 @@ from uae.types import UMM
 from uae.weights.placement import Placement
 from uae.weights.remote_code import refused
 
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 PUBLISHED = "Qwen/Qwen2.5-VL-7B-Instruct"  # of this size
 T5_TOKENS = 256  # officially
 
@@ -95,7 +95,7 @@ class UniWorldV1:
         from uae.systems.layouts import uniworld_language_model
 
         folder = local_folder(self.checkpoint, KEY)
-        flux = local_folder(self.flux, "system.init_args.flux")
+        flux = local_folder(self.flux, "model.init_args.system.init_args.flux")
         model, projectors = uniworld_language_model(
             folder, getattr(torch, self.reading.dtype), self.reading.attention
         )
@@ -116,7 +116,7 @@ class UniWorldV1:
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
         absent = {} if self.with_t5 else dict.fromkeys(names)
         transformer = uniworld_transformer(folder, torch_dtype(placement), flux)
-        return load_pipeline(str(flux), placement, "system.init_args.flux", transformer=transformer, **absent)
+        return load_pipeline(str(flux), placement, "model.init_args.system.init_args.flux", transformer=transformer, **absent)
 
     def _conditioner(self, captioner: Any, projectors: dict[str, Any], pipe: Any, flux: Path) -> Any:
         from uae.models.conditioners.joined import JoinedConditioner
@@ -142,8 +142,10 @@ class UniWorldV1:
         from uae.weights.placement import torch_dtype
 
         if "siglip_projector" not in projectors:
-            raise ValueError(f"the checkpoint has no siglip_projector; set system.init_args.siglip to null, or correct {KEY}")
-        folder = local_folder(siglip, "system.init_args.siglip")
+            raise ValueError(
+                f"the checkpoint has no siglip_projector; set model.init_args.system.init_args.siglip to null, or correct {KEY}"
+            )
+        folder = local_folder(siglip, "model.init_args.system.init_args.siglip")
         dtype = torch_dtype(self.rendering.placement)
         tower = SiglipVisionModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
         images = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -46,7 +46,7 @@ class AnswerStateConditioner(nn.Module):
         if rollout is None:
             raise ValueError(
                 "answer states exist only where a caption was written beside its image, and there is no rollout: condition "
-                "on text (system.init_args.condition_on: text) to draw from captions alone"
+                "on text (model.init_args.system.init_args.condition_on: text) to draw from captions alone"
             )
         if list(texts) != rollout.texts:
             raise ValueError("answer states are of the rollout's own captions, but other texts were given with it")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uae.models.captioners.policy import VLMContext
 from uae.models.conditioners.states import EmbeddingCondition, projected
 from uae.types import Rollout
 
@@ -51,8 +50,7 @@ class SourceImageConditioner(nn.Module):
             )
         if len(texts) != len(rollout):
             raise ValueError(f"{len(texts)} captions, but the rollout has {len(rollout)}")
-        context = rollout.context
-        assert isinstance(context, VLMContext), "only the captioners of this package keep their source images"
+        context: Any = rollout.context  # `Context` is opaque; the captioners of this package keep their images in it
         features_BLD = self._features(context.images)
         condition = projected(self.projector, features_BLD, features_BLD.new_ones(features_BLD.shape[:2]).long(), "none")
         return condition.index([image for image in range(len(condition)) for _ in range(rollout.group)])

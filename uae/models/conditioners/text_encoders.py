@@ -18,7 +18,7 @@ from uae.models.pipelines.contracts import EMBEDS, MASKS, POOLED, contract_of, t
 from uae.types import Rollout
 from uae.weights.placement import Placement, at_work, settle, torch_dtype
 
-KEY = "caption_tokens"  # what systems call the limit
+KEY = "model.init_args.system.init_args.caption_tokens"
 
 
 class PipelineTextConditioner:
@@ -44,10 +44,13 @@ class PipelineTextConditioner:
                 fixed = (
                     "" if "max_sequence_length" in self.options else f"; {name} reads a fixed number, set it to null"
                 )
-                raise ValueError(f"{KEY}={max_tokens} must be at least 1{fixed}; change {KEY}")
+                raise ValueError(f"caption_tokens={max_tokens} must be at least 1{fixed}; change {KEY}")
             self.options["max_sequence_length"] = max_tokens
         if placement.dtype == "float8":
-            raise ValueError("text encoders cannot store 8-bit weights; set text_encoders.dtype to bfloat16")
+            raise ValueError(
+                "text encoders cannot store 8-bit weights; set "
+                "model.init_args.system.init_args.text_encoders.dtype to bfloat16"
+            )
         self.device: torch.device | None = None
         for module in self.modules():
             module.requires_grad_(False).eval().to(torch_dtype(placement))
@@ -106,7 +109,8 @@ class PipelineTextConditioner:
             choice = f"raise {KEY}, or " if "max_sequence_length" in self.options else ""
             warnings.warn(
                 f"{longer} of {len(texts)} captions are longer than the {limit} tokens that {type(self.pipe).__name__} reads "
-                f"(the longest has {max(lengths)}); the rest is cut. To change this, {choice}lower sampling.max_tokens",
+                f"(the longest has {max(lengths)}); the rest is cut. To change this, {choice}lower "
+                "model.init_args.sampling.max_tokens",
                 stacklevel=3,
             )
 
