@@ -1,4 +1,4 @@
-"""The key layouts of official checkpoints: one state dict to its parts, and parts to the libraries' own models."""
+"""Official checkpoints whose weights have names of their own: split into parts and loaded into the libraries' models."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from uae.weights.state import load_into, read_state
 
 State = dict[str, Tensor]
 KEY = "model.init_args.system.init_args.checkpoint"
-WRAPPER = "base_model.model."  # what PEFT puts before the names of whatever it wraps
+WRAPPER = "base_model.model."  # prefix that PEFT adds to the names of the model it wraps
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The entries under a prefix, without it."""
+    """The entries of a state dict whose names start with a prefix; the prefix is removed."""
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
@@ -29,18 +29,18 @@ def below(state: Mapping[str, Tensor], prefix: str) -> State:
 
 @dataclass(frozen=True)
 class UAEParts:
-    """A state dict of UAE's language model, taken apart."""
+    """The parts of a state dict of UAE's language model."""
 
-    language_model: State  # old or new names, see `qwen_names`
-    factors: Factors  # of the adapter, by the same names; empty without
+    language_model: State  # names of any version of transformers, see `qwen_names`
+    factors: Factors  # the LoRA factors by the same names; empty if there is no adapter
     projector: State  # 0.weight, 0.bias, 2.weight, 2.bias
 
 
 def uae_parts(state: Mapping[str, Tensor]) -> UAEParts:
-    """Take apart what the official training wrote: the inner ``model`` (or all of it) wrapped by PEFT, and the projector.
+    """Split a state dict of the official training, in which PEFT wraps the inner ``model`` or all of the language model.
 
     Raises:
-        ValueError: See `uae.weights.low_rank.split_adapter`.
+        ValueError: The adapter is incomplete or no plain LoRA, see `uae.weights.low_rank.split_adapter`.
     """
     weights, factors = split_adapter({name.replace(WRAPPER, ""): value for name, value in state.items()})
     projector = below(weights, "projector.")
@@ -53,21 +53,21 @@ def uae_language_model(
     alpha: float = 64,
     attention: str | None = None,
 ) -> tuple[Any, State]:
-    """UAE's language model in its library's class, and its projector.
+    """UAE's language model in its class of transformers with the adapter merged, and the weights of its projector.
 
-    ``llm_lora``, where it exists, goes over ``llm``, as in the official code.
+    Weights in ``llm_lora``, if the folder exists, replace those in ``llm``, as in the official code.
 
     Args:
-        folder: With ``llm`` (which has the ``config.json``) and perhaps ``llm_lora``.
-        dtype: Of the model; None is the checkpoint's.
-        alpha: The adapter's scale is ``alpha / rank``; officially 64 (rank 32).
-        attention: Implementation in transformers; None is the library's choice.
+        folder: Folder with the subfolder ``llm`` (which has the ``config.json``) and optionally ``llm_lora``.
+        dtype: Dtype of the model; None is the checkpoint's.
+        alpha: Numerator of the adapter's scale ``alpha / rank``; officially 64 (rank 32).
+        attention: Name of the attention implementation in transformers; None is the library's choice.
 
     Returns:
         A ``Qwen2_5_VLForConditionalGeneration`` and the projector's state (empty if the checkpoint has none).
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+        FileNotFoundError, ValueError: The weights are missing or do not fit, see `read_state` and `load_into`.
     """
     folder = Path(folder)
     source = str(folder / "llm")
@@ -83,16 +83,16 @@ def uae_language_model(
     as_weights = {f"{layer}.weight": pair for layer, pair in factors.items()}  # the library renames weights only
     factors = {name.removesuffix(".weight"): pair for name, pair in qwen_names(model, as_weights).items()}
     load_into(model, merge_adapter(weights, factors, lambda _, rank: alpha / rank), source, KEY)
-    # An adapter trained on merged weights fits no folder that transformers reads: its base must not claim to be one.
+    # PEFT records this name as the base of new adapters. The merged weights are in no folder that transformers reads.
     model.name_or_path = str(folder if factors else folder / "llm")
     return model, projector
 
 
 def uae_transformer(folder: str | Path, dtype: torch.dtype) -> Any:
-    """UAE's SD3 transformer: ``dit`` in diffusers layout, with the PEFT adapter ``dit_lora`` (if there) merged.
+    """UAE's Stable Diffusion 3 transformer: ``dit`` in the layout of diffusers, the adapter ``dit_lora`` (if any) merged.
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+        FileNotFoundError, ValueError: The weights are missing or do not fit, see `read_state` and `load_into`.
     """
     import peft
     from diffusers import SD3Transformer2DModel
@@ -115,7 +115,7 @@ def uae_transformer(folder: str | Path, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class UniWorldParts:
-    """A state dict of UniWorld-V1, taken apart."""
+    """The parts of a state dict of UniWorld-V1."""
 
     language_model: State
     projectors: dict[str, State]  # denoise_projector, siglip_projector, vae_projector: 0.* and 2.*
@@ -123,7 +123,7 @@ class UniWorldParts:
 
 
 def uniworld_parts(state: Mapping[str, Tensor]) -> UniWorldParts:
-    """Take apart a state dict with ``denoise_tower.{denoiser,<name>_projector}.*`` beside Qwen2.5-VL's names."""
+    """Split a state dict of UniWorld-V1: ``denoise_tower.{denoiser,<name>_projector}.*`` and Qwen2.5-VL's own names."""
     tower = below(state, "denoise_tower.")
     names = sorted({name.partition(".")[0] for name in tower} - {"denoiser"})
     language_model = {name: value for name, value in state.items() if not name.startswith("denoise_tower.")}
@@ -136,7 +136,7 @@ def uniworld_language_model(
     """UniWorld-V1's ``Qwen2_5_VLForConditionalGeneration`` and the states of its projectors by name.
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+        FileNotFoundError, ValueError: The weights are missing or do not fit, see `read_state` and `load_into`.
     """
     folder = Path(folder)
     parts = uniworld_parts(read_state(folder))
@@ -152,11 +152,11 @@ def uniworld_transformer(folder: str | Path, dtype: torch.dtype, flux: str | Pat
 
     Args:
         folder: The checkpoint; its ``config.json`` holds FLUX's configuration under ``denoise_tower.denoiser_config``.
-        dtype: Of the model.
-        flux: Folder of FLUX.1-dev, read for the configuration where the checkpoint's names a file of its authors.
+        dtype: Dtype of the model.
+        flux: Folder of FLUX.1-dev, whose configuration is used if the checkpoint's has only the path of a file.
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state` and `load_into`; or there is no configuration.
+        FileNotFoundError, ValueError: The weights or FLUX's configuration are missing, or the weights do not fit.
     """
     import json
 
@@ -179,21 +179,21 @@ def uniworld_transformer(folder: str | Path, dtype: torch.dtype, flux: str | Pat
 
 @dataclass(frozen=True)
 class OpenUniParts:
-    """A state dict of OpenUni, taken apart. What was frozen in its training may be absent."""
+    """The parts of a state dict of OpenUni. Parts that were frozen in its training may be empty."""
 
-    meta_queries: Tensor  # [queries, D]
+    meta_queries: Tensor  # [Q, D]
     connector: State
     projector: State
     transformer: State = field(default_factory=dict)  # Sana in diffusers' names
     language_model: State = field(default_factory=dict)  # of the original InternVL or Qwen code
-    found: str = ""  # what was there, in words
+    found: str = ""  # the parts that exist and their numbers of tensors, e.g. "connector (96), meta_queries (1)"
 
 
 def openuni_parts(state: Mapping[str, Tensor], alpha: float = 8) -> OpenUniParts:
-    """Take apart a ``.pth`` of OpenUni; an adapter on the transformer (scale ``alpha / rank``) is merged.
+    """Split the state dict of an OpenUni ``.pth``. An adapter on the transformer (scale ``alpha / rank``) is merged.
 
     Raises:
-        ValueError: Queries, connector or projector are missing, or something else is there.
+        ValueError: Queries, connector or projector are missing, or there are tensors of unknown parts.
     """
     known = {"meta_queries", "connector", "projector", "transformer", "lmm", "vae", "vit_mean", "vit_std"}
     counts: dict[str, int] = {}
@@ -223,7 +223,7 @@ def _dtype_of(state: State) -> torch.dtype:
 
 
 def _check_adapter(wrapped: Any, state: State, source: str) -> None:
-    """PEFT leaves what an adapter file lacks as it was initialised; raise instead."""
+    """Raise if an adapter file is incomplete: PEFT would silently leave the missing factors at their initial values."""
     from peft import get_peft_model_state_dict
 
     expected, found = set(get_peft_model_state_dict(wrapped)), set(state)
