@@ -60,7 +60,7 @@ def test_a_file_too_many_is_noticed(folder):
 
 
 def test_no_weights_at_all_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="make pretrain.*model.system.init_args.weights"):
+    with pytest.raises(FileNotFoundError, match="make pretrain.*model.init_args.system.init_args.weights"):
         tiny.Tiny(weights=str(tmp_path)).build()
 
 

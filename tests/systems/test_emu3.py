@@ -116,7 +116,7 @@ def test_a_budget_of_pixels_bounds_what_is_read(mirror):
 
     assert tokens() == 9
     assert tokens(max_pixels=256) == 4
-    with pytest.raises(ValueError, match="between 1024 and 576 pixels; allowed: 0 < reading.min_pixels"):
+    with pytest.raises(ValueError, match="between 1024 and 576 pixels; allowed: 0 < min_pixels"):
         tokens(min_pixels=1024)
 
 

@@ -155,7 +155,7 @@ def test_published_sizes(monkeypatch, name, size):
 
 def test_the_original_layout_is_refused_with_the_port(tmp_path):
     with pytest.raises(
-        ValueError, match="set system.init_args.checkpoint to the port .* deepseek-community/Janus-Pro-7B"
+        ValueError, match="set model.init_args.system.init_args.checkpoint to the port .* deepseek-community/Janus-Pro-7B"
     ):
         JanusPro("deepseek-ai/Janus-Pro-7B").build()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "multi_modality"}))

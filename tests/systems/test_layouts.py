@@ -9,7 +9,6 @@ from transformers import AutoModelForImageTextToText
 from tests.systems import layout_cases as cases
 from uae.systems.layouts import (
     openuni_parts,
-    uae_adapter,
     uae_language_model,
     uae_transformer,
     uniworld_language_model,
@@ -86,20 +85,6 @@ def test_uae_scale_is_64_over_the_rank(tmp_path, trained):
     cases.write_uae(tmp_path, start, model.state_dict())
     expected = cases.logits(model)
     close(cases.logits(uae_language_model(tmp_path)[0]), expected, 1e-5 * expected.abs().max().item())
-
-
-def test_uae_adapter_is_kept_apart_for_training_to_continue(tmp_path, trained):
-    start, model, expected = trained
-    cases.write_uae(tmp_path, start, model.state_dict())
-    base, _ = uae_language_model(tmp_path, merge=False)
-    with model.model.disable_adapter():
-        close(cases.logits(base), cases.logits(model))
-    folder = uae_adapter(tmp_path, tmp_path / "adapter", alpha=2 * cases.RANK)
-    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    wrapped = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
-    close(cases.logits(wrapped), expected)
-    trainable = sum(parameter.requires_grad for parameter in wrapped.parameters())
-    assert trainable == sum("lora_" in name for name in model.state_dict())
 
 
 def test_uae_without_training_is_what_transformers_loads(tmp_path, trained):
@@ -214,7 +199,7 @@ def test_uniworld_is_taken_apart(tmp_path):
 def test_uniworld_finds_its_transformer_configuration_in_flux(tmp_path):
     transformer = cases.flux_transformer()
     cases.write_uniworld(tmp_path, cases.language_model(tied=False), transformer, "somewhere/config.json")
-    with pytest.raises(ValueError, match="denoiser_config; set system.init_args.flux"):
+    with pytest.raises(ValueError, match="denoiser_config; set model.init_args.system.init_args.flux"):
         uniworld_transformer(tmp_path, torch.float32)
     transformer.save_pretrained(tmp_path / "flux/transformer")
     loaded = uniworld_transformer(tmp_path, torch.bfloat16, flux=tmp_path / "flux")

@@ -44,7 +44,7 @@ def test_a_missing_subfolder(mistake, copied):
     shutil.rmtree(folder / "SD3_model")
     line = mistake("uae", f"{SYSTEM}.checkpoint={folder}")
     assert "lacks SD3_model (it has dit, dit_lora, llm, llm_lora, llm_model_preprocessor)" in line
-    assert "system.init_args.checkpoint" in line
+    assert "model.init_args.system.init_args.checkpoint" in line
 
 
 def test_a_missing_part_of_a_pipeline(mistake, copied):
@@ -52,7 +52,7 @@ def test_a_missing_part_of_a_pipeline(mistake, copied):
     shutil.rmtree(folder / "text_encoder_2")
     line = mistake("qwen_any", f"{SYSTEM}.pipeline={folder}")
     assert "text_encoder_2" in line
-    assert "system.init_args.pipeline" in line
+    assert "model.init_args.system.init_args.pipeline" in line
 
 
 def test_a_projector_of_another_width(mistake, copied):

@@ -98,8 +98,7 @@ def test_a_damaged_file_is_named(tmp_path, tensors, name, content):
     file.write_bytes(
         {"half": whole[: len(whole) // 2], "empty": b"", "text": b"hello " * 9, "pointer": pointer}[content]
     )
-    reason = "is a Git LFS pointer" if content == "pointer" else "truncated or damaged"
-    with pytest.raises(ValueError, match=rf"{name}.*{reason}") as refusal:
+    with pytest.raises(ValueError, match=rf"{name}.*truncated or damaged") as refusal:
         read_state(tmp_path)
     assert "\n" not in str(refusal.value)
 
@@ -206,17 +205,12 @@ def test_a_torn_tie_is_refused():
         load_into(with_memory(torch.float32), state, "source", "key")
 
 
-def test_ignored_names_may_be_absent_or_left_over():
+def test_missing_and_unexpected_names_are_both_reported():
     module, state = with_memory(torch.float32), dict(Net(0).state_dict())
-    kept, _ = module.scale.clone(), state.pop("scale")
+    del state["scale"]
     state["vae.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match="missing 1 of scale .*unexpected 1 of vae"):
-        load_into(module, state, "source", "key", ignore=["vae"]) if False else load_into(
-            module, state, "source", "key"
-        )
-    load_into(module, state, "source", "key", ignore=[r"vae\.", "scale"])
-    assert torch.equal(module.scale, kept)
-    assert torch.equal(module.words.weight, state["words.weight"])
+        load_into(module, state, "source", "key")
 
 
 def test_a_buffer_no_checkpoint_can_fill_is_an_error():

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,18 +28,23 @@ from uae.checkpoints.trainable import check_trainable_state, trainable_state
 class ShardedCheckpoints(ModelParallelStrategy):
     """Saving and loading for `uae.strategy.FSDP2Strategy`."""
 
-    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+    @property
+    def _network(self) -> nn.Module:
+        assert self.model is not None, "Lightning sets the model before it saves or loads"
+        return self.model
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains; shards, or everything on the first process (nothing elsewhere)."""
         options = StateDictOptions(
             full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
         )
-        return trainable_state(self.model, get_model_state_dict(self.model, options=options))
+        return trainable_state(self._network, get_model_state_dict(self._network, options=options))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """By parameter name in shards, by number in a file, as any optimizer's own ``state_dict``."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
         options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
-        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        state = get_optimizer_state_dict(self._network, optimizer, options=options)
         if self._save_distributed_checkpoint or not state:
             return state
         numbers = {name: number for number, name in enumerate(self._names(optimizer))}
@@ -93,32 +98,36 @@ class ShardedCheckpoints(ModelParallelStrategy):
         content = read_metadata(path)
         stored = ShardReader(path).read_metadata().state_dict_metadata
         prefix = "state_dict."
-        shapes = {key: torch.empty(stored[key].size, device="meta") for key in stored if key.startswith(prefix)}
-        check_trainable_state(self.model, {key.removeprefix(prefix): value for key, value in shapes.items()}, path)
+        shapes = {
+            key.removeprefix(prefix): torch.empty(entry.size, device="meta")
+            for key, entry in stored.items()
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        check_trainable_state(self._network, shapes, path)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
-        state = {"state_dict": trainable_state(self.model, get_model_state_dict(self.model, options=options))}
-        _read_into(state, path)
-        set_model_state_dict(self.model, state["state_dict"], options=options)
+        weights = trainable_state(self._network, get_model_state_dict(self._network, options=options))
+        _read_into({"state_dict": weights}, path)
+        set_model_state_dict(self._network, weights, options=options)
         for i, optimizer in enumerate(self.optimizers):
-            state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
-            _read_into(state, path)
-            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"])
+            state = {f"optimizer_{i}": get_optimizer_state_dict(self._network, optimizer)}
+            _read_into(state, path)  # replaces entries that are not tensors, so it is read from the dictionary again
+            set_optimizer_state_dict(self._network, optimizer, state[f"optimizer_{i}"])
         return content
 
     def _load_file(self, path: Path) -> dict[str, Any]:
         checkpoint = read(path, mmap=True)
         weights = checkpoint.pop("state_dict")
-        check_trainable_state(self.model, weights, path)
+        check_trainable_state(self._network, weights, path)
         options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self.model, weights, options=options)
+        set_model_state_dict(self._network, weights, options=options)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
-            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+            set_optimizer_state_dict(self._network, optimizer, named, options=options)
         return checkpoint
 
     def _names(self, optimizer: Optimizer) -> list[str]:
         """Names of an optimizer's parameters, in its order."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = {parameter: name for name, parameter in self._network.named_parameters()}
         return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 

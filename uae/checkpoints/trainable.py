@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
+
+T = TypeVar("T")
 
 
-def trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def trainable_state(module: nn.Module, state: Mapping[str, T]) -> dict[str, T]:
     """The entries of a state dict that train. Frozen aliases of tied weights go, too."""
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     return {name: value for name, value in state.items() if name in names}
@@ -41,6 +43,6 @@ def check_trainable_state(module: nn.Module, state: Mapping[str, Any], path: str
     if faults:
         name = f"checkpoint {str(path)!r}" if path else "the checkpoint"
         raise ValueError(
-            f"{name} does not fit what trains here: {'; '.join(faults)}; model.finetune (or model.system) differs from the "
-            "run that wrote it"
+            f"{name} does not fit what trains here: {'; '.join(faults)}; model.init_args.finetune or "
+            "model.init_args.system differs from the run that wrote it"
         )

@@ -9,7 +9,7 @@ hyper-parameters stored in a checkpoint never override them. Runs write to ``out
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,7 +53,7 @@ class Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule that a configuration names by ``class_path``."""
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -155,7 +155,7 @@ class CLI(LightningCLI):
             interrupted(f"interrupted at step {self.trainer.global_step}" if self.trainer.is_global_zero else "")
 
 
-def main(args: Sequence[str] | None = None) -> CLI:
+def main(args: list[str] | None = None) -> CLI:
     """Run the command line."""
     with one_line_errors():
         return CLI(args)

@@ -97,9 +97,10 @@ def parameters(class_path: str, group: str | None = None) -> list[str]:
         return []
     names: list[str] = []
     for parent in inspect.getmro(found) if inspect.isclass(found) else ():
-        if "__init__" not in vars(parent) or parent is object:
+        constructor = vars(parent).get("__init__")
+        if constructor is None or parent is object:
             continue
-        given = inspect.signature(parent.__init__).parameters.values()
+        given = inspect.signature(constructor).parameters.values()
         names += [p.name for p in given if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
         if not any(p.kind is p.VAR_KEYWORD for p in given):
             break

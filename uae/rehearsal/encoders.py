@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from uae.rehearsal.tokenizers import clip_tokenizer
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+class Sizes(TypedDict):
+    """Keyword arguments that the configurations of all transformers here share."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+
+class Moments(TypedDict):
+    """Keyword arguments of image processors: mean and standard deviation of the three colour channels."""
+
+    image_mean: list[float]
+    image_std: list[float]
+
+
+SIZES: Sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+IMAGENET: Moments = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def write_clip(folder: Path, positions: int = 77, seed: int = 0) -> None:
@@ -36,8 +53,8 @@ def write_dinov2(folder: Path) -> None:
 
     config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
     spread(Dinov2Model(config), seed=2).save_pretrained(folder)
-    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
-    BitImageProcessor(**sizes, resample=3, **IMAGENET).save_pretrained(folder)
+    crop = {"height": 28, "width": 28}
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=crop, resample=3, **IMAGENET).save_pretrained(folder)
 
 
 def write_dinov3(folder: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from uae.rehearsal.encoders import IMAGENET, Moments
 
 WIDTH = 64  # of every text decoder here; connectors count their heads as width / 64
 END, PAD = "<|im_end|>", "<|endoftext|>"
@@ -26,7 +28,7 @@ SENTENCES = [
 ]
 
 
-def subwords(vocabulary: int = 440, **settings: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def subwords(vocabulary: int = 440, **settings: Any) -> tuple[dict[str, int], Any]:
     """Byte-level byte pairs learned from a few sentences: the vocabulary and the merges. They spell any text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -152,7 +154,7 @@ def qwen2_5_vl(tied: bool, seed: int = 0) -> tuple[Any, Any]:
         text_config={**_decoder(processor.tokenizer, tied), **_rope(sections=True)},
         vision_config=vision,
         tie_word_embeddings=tied,
-        **_marks(processor.tokenizer),
+        **_vision_tokens(processor.tokenizer),
     )
     return randomise(Qwen2_5_VLForConditionalGeneration(config), processor.tokenizer, seed), processor
 
@@ -168,7 +170,7 @@ def qwen3_vl() -> tuple[Any, Any]:
     )
 
     sizes: dict[str, Any] = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
-    moments = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    moments: Moments = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     processor = Qwen3VLProcessor(
         Qwen2VLImageProcessor(size={"shortest_edge": 65536, "longest_edge": 16777216}, **sizes, **moments),
         tokenizer(QWEN),
@@ -181,7 +183,7 @@ def qwen3_vl() -> tuple[Any, Any]:
     }  # fmt: skip
     text = {**_decoder(processor.tokenizer, tied=True), **_rope(sections=True), "head_dim": 16}
     config = Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **_marks(processor.tokenizer)
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **_vision_tokens(processor.tokenizer)
     )
     return randomise(Qwen3VLForConditionalGeneration(config), processor.tokenizer, seed=1), processor
 
@@ -198,11 +200,10 @@ def internvl() -> tuple[Any, Any]:
 
     roles = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     words, side = tokenizer(INTERN, {**roles, "video_token": "<video>"}), {"height": 56, "width": 56}
-    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     processor = InternVLProcessor(
-        GotOcr2ImageProcessor(size=side, crop_to_patches=False, min_patches=1, max_patches=12, **imagenet),
+        GotOcr2ImageProcessor(size=side, crop_to_patches=False, min_patches=1, max_patches=12, **IMAGENET),
         words,
-        InternVLVideoProcessor(size=side, **imagenet),
+        InternVLVideoProcessor(size=side, **IMAGENET),
         image_seq_length=4,
         chat_template=chat_template("<IMG_CONTEXT>\n", "<video>\n"),
     )
@@ -272,10 +273,20 @@ def _rope(sections: bool = False) -> dict[str, Any]:
     return {"rope_parameters": {**rope, **({"mrope_section": [4, 2, 2]} if sections else {})}}
 
 
-def _marks(words: Any) -> dict[str, int]:
-    marks = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-    marks |= {f"vision_{side}": f"<|vision_{side}|>" for side in ("start", "end")}
-    return {f"{name}_token_id": words.convert_tokens_to_ids(token) for name, token in marks.items()}
+class _VisionTokens(TypedDict):
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+
+def _vision_tokens(tokenizer: Any) -> _VisionTokens:
+    return {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    }
 
 
 def _between(token: str) -> str:

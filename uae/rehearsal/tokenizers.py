@@ -22,18 +22,18 @@ def clip_tokenizer() -> Any:
 
 def t5_tokenizer(max_length: int) -> Any:
     """Reads ``max_length`` tokens; the last one is the end."""
-    from transformers import T5TokenizerFast
+    from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (_SPACE, -2.0), *((letter, -3.0) for letter in _PRINTABLE)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
 def gemma_tokenizer() -> Any:
     """Starts with a token of its own."""
-    from transformers import GemmaTokenizerFast
+    from transformers import GemmaTokenizer
 
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *_byte_pieces(), _SPACE, "\n", *_PRINTABLE]
-    return GemmaTokenizerFast(vocab=_numbered(pieces), merges=[], add_bos_token=True)
+    return GemmaTokenizer(vocab=_numbered(pieces), merges=[], add_bos_token=True)
 
 
 def llama_tokenizer() -> Any:

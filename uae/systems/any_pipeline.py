@@ -1,8 +1,9 @@
-"""Any vision-language model with any diffusers text-to-image pipeline: the caption goes over as text."""
+"""A system of any vision-language model and any diffusers text-to-image pipeline. The pipeline reads the caption as text."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from uae.models.captioners.loading import Reading
 from uae.models.renderers.diffusers import Rendering
@@ -11,18 +12,21 @@ from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 from uae.weights.placement import Placement
 
+if TYPE_CHECKING:
+    from uae.models.conditioners.states import EmbeddingCondition
+
 
 class AnyPipeline:
-    """A captioner and a text-to-image pipeline that know nothing of each other, as a `uae.types.System`.
+    """A `uae.types.System` of a captioner and an independent text-to-image pipeline.
 
     Args:
         captioner: Folder or hub id of an image-text-to-text model with a chat template.
         pipeline: Folder or hub id of a diffusers text-to-image pipeline.
-        negative_prompt: What guidance moves away from; None is the pipeline's own default.
-        caption_tokens: Longest caption the pipeline's text encoders read; None is the pipeline's own default.
-        text_encoders: Where the pipeline's text encoders live.
-        reading: How the captioner is loaded and asked.
-        rendering: How images are drawn.
+        negative_prompt: Prompt from which classifier-free guidance moves away; None is the pipeline's own default.
+        caption_tokens: Most tokens of a caption that the pipeline's text encoders read; None is the pipeline's own default.
+        text_encoders: Device and dtype of the pipeline's text encoders.
+        reading: Settings with which the captioner is loaded and prompted.
+        rendering: Size, steps, guidance and memory settings of the renderer.
     """
 
     def __init__(
@@ -40,7 +44,7 @@ class AnyPipeline:
         self.reading, self.rendering = reading, rendering
 
     def blueprint(self) -> Blueprint:
-        """Sizes, without weights."""
+        """The networks of the system without their weights, for memory plans."""
         from uae.systems.blueprints import DRAWS, pipeline_skeletons, vlm_skeleton
 
         draws = self.rendering.placement
@@ -49,7 +53,7 @@ class AnyPipeline:
         return Blueprint(vlm_skeleton(self.captioner, self.reading.dtype), frozen, self.rendering, reading=self.reading)
 
     def build(self) -> UMM:
-        """Load captioner and pipeline."""
+        """Load the captioner and the pipeline on the CPU."""
         from uae.models.captioners.loading import load_captioner
         from uae.models.conditioners.states import TextConditioner
         from uae.models.conditioners.text_encoders import PipelineTextConditioner
@@ -63,8 +67,8 @@ class AnyPipeline:
             return UMM(captioner, TextConditioner(), DiffusersRenderer(pipe, self.rendering))
         conditioner = PipelineTextConditioner(pipe, self.caption_tokens, self.text_encoders)
 
-        @cache  # frozen text encoders: once is enough, but only when they are where they work
-        def negative() -> object:
+        @cache  # the text encoders are frozen; encode at the first use, when they are on their device
+        def negative() -> EmbeddingCondition:
             return conditioner.negative(self.negative_prompt)
 
         return UMM(captioner, conditioner, DiffusersRenderer(pipe, self.rendering, negative))

@@ -1,7 +1,7 @@
-"""Models without weights: architectures on the meta device, for plans that must not download or read gigabytes.
+"""Networks without weights, on the meta device. A memory plan needs their sizes and must not download or read gigabytes.
 
-Sizes come from a checkpoint folder's own ``config.json`` files where the folder is here, else from ``published/``, which
-keeps those of the public models that the shipped configurations name, else from the hub.
+The configuration of a network is read from the checkpoint folder if it exists on this machine, else from the folder
+``published/`` beside this file (for the public models that the shipped configurations name), else from the hub.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ PUBLISHED = Path(__file__).parent / "published"
 
 @dataclass(frozen=True)
 class TokenDrawing:
-    """How the policy itself draws, token by token; for `uae.memory.image_tokens`.
+    """Sizes of a policy that draws images itself, token by token. Read by `uae.memory.image_tokens`.
 
     Args:
-        tokens: S, image tokens that are drawn.
-        written: Tokens that are fed for them, with whatever is written between.
-        codes: V, size of the image vocabulary.
-        pixels: Of an image.
-        sampling: Its guidance doubles the rows of a pass.
-        rows: Images drawn together.
+        tokens: S, number of image tokens that are sampled per image.
+        written: Number of tokens that the model reads while it draws one image, separators between rows included.
+        codes: Number of entries of the image vocabulary.
+        pixels: Number of pixels of one image, height times width.
+        sampling: Settings of the sampler; classifier-free guidance doubles the rows of a forward pass.
+        rows: Number of images drawn in one batch.
     """
 
     tokens: int
@@ -49,20 +49,20 @@ class TokenDrawing:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A system without its weights; what ``System.blueprint()`` returns and `uae.memory.plan` reads.
+    """A system without its weights. ``System.blueprint()`` returns it and `uae.memory.plan` reads it.
 
     Args:
-        policy: The captioner's network as it would be loaded (before any adapter), on the meta device.
-        frozen: Name to network and placement. Parts that draw are called as in a diffusers pipeline (`DRAWS`); all
-            others work while captions are encoded.
-        rendering: How images are drawn; None where nothing on this machine draws.
-        prompt_tokens: Tokens of the longest prompt, its image included. The plan takes more where the data's images
-            alone need more.
-        condition_tokens: L, tokens per row that the renderer attends to.
-        reading: How the captioner is loaded; None is `Reading`'s defaults.
-        policy_reads: The policy's language model encodes the captions, instead of frozen text encoders or besides them.
-        needs_reference: The reference's weights are kept whatever the loss, see `uae.types.UMM`.
-        drawing: Of policies that draw token by token.
+        policy: The captioner's network on the meta device, as it is loaded before any adapter is added.
+        frozen: Name to network and placement of every frozen part. The names in `DRAWS` are the parts that draw images;
+            all other parts are used while captions are encoded.
+        rendering: Settings of the renderer; None if no images are drawn on this machine.
+        prompt_tokens: Number of tokens of the longest prompt, its image included. The plan uses a larger number if the
+            images of the data need more.
+        condition_tokens: L, number of tokens per caption that the renderer attends to.
+        reading: Settings with which the captioner is loaded; None stands for the defaults of `Reading`.
+        policy_reads: True if the policy's language model encodes the captions, alone or beside frozen text encoders.
+        needs_reference: True if the weights at the start of the run are kept whatever the loss is, see `uae.types.UMM`.
+        drawing: Sizes of a policy that draws token by token; None for all others.
     """
 
     policy: nn.Module
@@ -76,12 +76,16 @@ class Blueprint:
     drawing: TokenDrawing | None = None
 
 
-_RENAMED = {"univa_qwen2p5vl": "qwen2_5_vl"}  # UniWorld-V1's own subclass: the same network with a projector beside it
-DRAWS = ("transformer", "unet", "vae")  # names of diffusers; "unet" is the denoiser of older pipelines
+_RENAMED = {"univa_qwen2p5vl": "qwen2_5_vl"}  # UniWorld-V1's class is Qwen2.5-VL with a projector added
+DRAWS = ("transformer", "unet", "vae")  # components of diffusers pipelines; "unet" is the denoiser of older ones
 
 
 def published(name: str) -> dict[str, Any] | None:
-    """The kept files of a hub id, file name (``config.json``, ``vae/config.json``, ...) to content; None if not kept."""
+    """The configuration files of a hub id that ship with this package.
+
+    Returns:
+        File name (``config.json``, ``vae/config.json``, ...) to content; None if this hub id is not among them.
+    """
     file = PUBLISHED / f"{name.replace('/', '--')}.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -91,11 +95,11 @@ def config_of(name: str, subfolder: str | None = None, file: str = "config.json"
 
     Args:
         name: A folder or a hub id, see `uae.files.locations.locate`.
-        subfolder: Part of a pipeline, e.g. "transformer".
-        file: Another file of the same place, e.g. "model_index.json".
+        subfolder: Component of a pipeline, e.g. "transformer"; None reads the file at the top.
+        file: Name of another JSON file to read instead, e.g. "model_index.json".
 
     Raises:
-        FileNotFoundError: It is not in the folder, not kept here, and cannot be had from the hub.
+        FileNotFoundError: The folder lacks the file; or the file ships neither with this package nor can it be downloaded.
     """
     path = f"{subfolder}/{file}" if subfolder else file
     place = locate(name)
@@ -116,13 +120,13 @@ def _from_hub(name: str, path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"{path} of {name!r} is not kept with the package and cannot be had from the hub ({reason}); give a folder "
-            "that has it"
+            f"{path} of {name!r} does not ship with this package and cannot be downloaded from the hub ({reason}); "
+            "give a folder that has it"
         ) from error
 
 
-def vlm_skeleton(name: str, dtype: str = "bfloat16") -> nn.Module:
-    """A vision-language model, in the given dtype."""
+def vlm_skeleton(name: str, dtype: str = "bfloat16") -> Any:
+    """A vision-language model of transformers in the given dtype. Its class follows from the checkpoint's configuration."""
     import transformers
 
     with torch.device("meta"):
@@ -132,25 +136,25 @@ def vlm_skeleton(name: str, dtype: str = "bfloat16") -> nn.Module:
         )
 
 
-def denoiser_skeleton(name: str, subfolder: str | None = "transformer", dtype: str = "bfloat16") -> nn.Module:
-    """A diffusion transformer (or U-Net); ``subfolder=None`` for a folder that holds nothing else."""
+def denoiser_skeleton(name: str, subfolder: str | None = "transformer", dtype: str = "bfloat16") -> Any:
+    """A diffusion transformer or U-Net. ``subfolder=None`` reads a folder that holds this network alone."""
     return _diffusers_skeleton(config_of(name, subfolder), name, dtype)
 
 
 def vae_skeleton(name: str, subfolder: str | None = "vae", dtype: str = "bfloat16") -> nn.Module:
-    """The autoencoder of a pipeline."""
+    """The autoencoder of a diffusers pipeline."""
     return _diffusers_skeleton(config_of(name, subfolder), name, dtype)
 
 
-def pipeline_skeletons(name: str, leave_out: Iterable[str] = (), dtype: str = "bfloat16") -> dict[str, nn.Module]:
+def pipeline_skeletons(name: str, leave_out: Iterable[str] = (), dtype: str = "bfloat16") -> dict[str, Any]:
     """The networks of a diffusers pipeline by the names of its ``model_index.json``.
 
     Args:
         name: A folder or a hub id.
-        leave_out: Parts that a system brings itself or does without, e.g. "text_encoder_3".
-        dtype: Of all parts.
+        leave_out: Names of components to skip, e.g. "text_encoder_3".
+        dtype: Dtype of all networks.
     """
-    parts: dict[str, nn.Module] = {}
+    parts: dict[str, Any] = {}
     for part, (library, kind) in _networks(config_of(name, file="model_index.json")).items():
         if part in leave_out:
             continue
@@ -162,8 +166,8 @@ def pipeline_skeletons(name: str, leave_out: Iterable[str] = (), dtype: str = "b
     return parts
 
 
-def encoder_skeleton(name: str, dtype: str = "float32") -> nn.Module:
-    """An image tower as `uae.encoders.HFEncoder` loads it: float32, without the text side."""
+def encoder_skeleton(name: str, dtype: str = "float32") -> Any:
+    """An image encoder as `uae.encoders.HFEncoder` loads it: float32, without its text encoder."""
     config = config_of(name)
     projected = config.get("model_type") == "clip_vision_model"
     module = _transformers_skeleton(config, name, "CLIPVisionModelWithProjection" if projected else "AutoModel", dtype)
@@ -174,7 +178,7 @@ def encoder_skeleton(name: str, dtype: str = "float32") -> nn.Module:
 
 
 def open_clip_skeleton(name: str) -> nn.Module:
-    """An image tower as `uae.encoders.OpenCLIPEncoder` loads it: float32."""
+    """An image encoder as `uae.encoders.OpenCLIPEncoder` loads it: float32."""
     import open_clip
 
     if name.startswith("local-dir:"):
@@ -191,7 +195,7 @@ def open_clip_skeleton(name: str) -> nn.Module:
 
 
 def _networks(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Part name to library and class, for the parts of a pipeline that have weights."""
+    """Component name to library and class, for the components of a pipeline that have weights."""
     pairs = {name: pair for name, pair in index.items() if isinstance(pair, list) and len(pair) == 2 and pair[1]}
     weightless = ("tokenizer", "scheduler", "feature_extractor", "processor", "image_processor", "safety_checker")
     return {name: tuple(pair) for name, pair in pairs.items() if not name.startswith(weightless)}
@@ -208,7 +212,7 @@ def _transformers_config(config: dict[str, Any], name: str) -> Any:
     return transformers.CONFIG_MAPPING[kind].from_dict(config)
 
 
-def _transformers_skeleton(config: dict[str, Any], name: str, kind: str, dtype: str) -> nn.Module:
+def _transformers_skeleton(config: dict[str, Any], name: str, kind: str, dtype: str) -> Any:
     import transformers
 
     built = _transformers_config(config, name)
@@ -218,11 +222,11 @@ def _transformers_skeleton(config: dict[str, Any], name: str, kind: str, dtype: 
         return getattr(transformers, kind)._from_config(built, dtype=getattr(torch, dtype))
 
 
-def _diffusers_skeleton(config: dict[str, Any], name: str, dtype: str) -> nn.Module:
+def _diffusers_skeleton(config: dict[str, Any], name: str, dtype: str) -> Any:
     import diffusers
 
     kind = getattr(diffusers, config.get("_class_name", ""), None)
     if kind is None:
         raise ValueError(f"a config.json of {name!r} names the class {config.get('_class_name')!r}, unknown to diffusers")
     with torch.device("meta"):
-        return nn.Module.to(kind.from_config(config), getattr(torch, dtype))  # diffusers' own warns on every call
+        return nn.Module.to(kind.from_config(config), getattr(torch, dtype))  # the method of diffusers would warn on every call

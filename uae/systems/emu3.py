@@ -1,4 +1,4 @@
-"""Emu3 as UMM-2: one vocabulary and one output head for what it says and for what it draws, token by token."""
+"""Emu3 as UMM-2: one model with one vocabulary writes captions and draws images, token by token."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
-NEGATIVE = (  # of the official demonstration
+NEGATIVE = (  # the negative prompt of the official demonstration
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 
 
 class Emu3:
-    """An Emu3 checkpoint in transformers' layout as a `uae.types.System`.
+    """A `uae.types.System` of one Emu3 checkpoint in the layout of transformers.
 
     Args:
         checkpoint: Folder or hub id, such as BAAI/Emu3-Gen-hf or BAAI/Emu3-Chat-hf. The original BAAI/Emu3-* need their
             authors' code and are refused.
-        height, width: Of drawn images in pixels, multiples of 8; a token is 8 x 8.
-        guidance: Classifier-free guidance of image tokens; part of the policy. 1 means none, at half the work.
-        image_temperature: Of image tokens; part of the policy. 0 is greedy.
-        cfg_logprob: What log-probs are under guidance, see `uae.models.tokens.policy.TokenSampling`.
-        template: Text around a caption that is drawn; contains one "{caption}".
-        negative_prompt: What guidance leads away from, in the caption's place.
-        rows: Images drawn together; bounds memory, changes nothing else.
-        reading: How the checkpoint is loaded and asked. ``min_pixels`` and ``max_pixels`` bound what it reads.
+        height, width: Size of drawn images in pixels, multiples of 8. One image token covers 8 x 8 pixels.
+        guidance: Classifier-free guidance scale of image tokens, 1 or more; part of the policy. 1 turns it off and halves
+            the work.
+        image_temperature: Sampling temperature of image tokens, 0 or more; part of the policy. 0 is greedy.
+        cfg_logprob: Which log-probs the policy reports under guidance, see `uae.models.tokens.policy.TokenSampling`.
+        template: Prompt from which an image is drawn; contains "{caption}" exactly once.
+        negative_prompt: Text that takes the place of the caption in the pass that guidance moves away from.
+        rows: Number of images drawn in one batch. It bounds memory and changes nothing else.
+        reading: Settings with which the checkpoint is loaded and prompted. ``min_pixels`` and ``max_pixels`` bound the area
+            of the images that it reads.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Emu3:
         self.template, self.negative_prompt, self.rows, self.reading = template, negative_prompt, rows, reading
 
     def blueprint(self) -> Blueprint:
-        """Sizes, without weights."""
+        """The network of the system without its weights, for memory plans."""
         from uae.models.tokens.emu3 import grid
         from uae.models.tokens.janus import as_buffers
         from uae.systems.blueprints import TokenDrawing, vlm_skeleton
@@ -60,7 +62,7 @@ class Emu3:
         check_layout(self.checkpoint)
         policy = vlm_skeleton(self.checkpoint, self.reading.dtype)
         as_buffers(policy.model.vqmodel)
-        read = (self.reading.min_pixels or 512 * 512) // 64  # what the released processor enlarges images to
+        read = (self.reading.min_pixels or 512 * 512) // 64  # the released processor enlarges images to this area
         H, W = grid((self.height, self.width), policy.model.vqmodel.spatial_scale_factor)
         codes, pixels = policy.config.vq_config.codebook_size, self.height * self.width
         drawing = TokenDrawing(H * W, H * (W + 1) - 1, codes, pixels, self.sampling, self.rows)
@@ -68,7 +70,7 @@ class Emu3:
         return Blueprint(policy, prompt_tokens=prompt, reading=self.reading, drawing=drawing)
 
     def build(self) -> UMM:
-        """Load the checkpoint; all three roles are its own."""
+        """Load the checkpoint on the CPU. It plays all three roles: captioner, conditioner and renderer."""
         from uae.models.captioners.loading import load_captioner
         from uae.models.tokens.emu3 import unify
 
@@ -80,18 +82,26 @@ class Emu3:
 
 
 def set_pixels(images: Any, reading: Reading) -> None:
-    """The pixel budget of what is read, by the names of Emu3's image processor."""
+    """Set the bounds on the area of images that Emu3's image processor produces.
+
+    Raises:
+        ValueError: The bounds are not positive or are in the wrong order.
+    """
     least, most = reading.min_pixels or images.min_pixels, reading.max_pixels or images.max_pixels
     if not 0 < least <= most:
         raise ValueError(
-            f"an image cannot have between {least} and {most} pixels; allowed: 0 < reading.min_pixels <= "
-            "reading.max_pixels (the checkpoint's own where not given)"
+            f"an image cannot have between {least} and {most} pixels; allowed: 0 < min_pixels <= max_pixels (the checkpoint's "
+            "own where not given); change model.init_args.system.init_args.reading.min_pixels or .max_pixels"
         )
     images.min_pixels, images.max_pixels = least, most
 
 
 def check_layout(checkpoint: str) -> None:
-    """Raise unless a checkpoint is Emu3 in transformers' layout."""
+    """Check that a checkpoint is Emu3 in the layout of transformers.
+
+    Raises:
+        ValueError: It is in another layout, or another model.
+    """
     from uae.systems.blueprints import config_of
 
     original = checkpoint.startswith("BAAI/Emu3-") and not checkpoint.endswith("-hf")
@@ -102,4 +112,4 @@ def check_layout(checkpoint: str) -> None:
             "BAAI/Emu3-Gen-hf or BAAI/Emu3-Chat-hf"
         )
     if kind != "emu3":
-        raise ValueError(f"{checkpoint!r} is of model_type {kind!r}; allowed: emu3, such as BAAI/Emu3-Gen-hf; {KEY}")
+        raise ValueError(f"{checkpoint!r} is of model_type {kind!r}; allowed: emu3, such as BAAI/Emu3-Gen-hf; change {KEY}")

@@ -1,4 +1,4 @@
-"""Any vision-language model with a renderer outside this process, which draws from the caption's text."""
+"""A system of any vision-language model and a renderer outside this process, which draws from the caption's text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from uae.types import UMM
 
 
 class External:
-    """A captioner rewarded by what another system draws, as a `uae.types.System`.
+    """A `uae.types.System` whose captioner is rewarded for the images that an external program draws.
 
     Args:
         captioner: Folder or hub id of an image-text-to-text model with a chat template.
-        renderer: A ``FolderRenderer`` or ``CallableRenderer`` of `uae.models.renderers.external`.
-        reading: How the captioner is loaded and asked.
+        renderer: A `FolderRenderer` or `CallableRenderer` of `uae.models.renderers.external`.
+        reading: Settings with which the captioner is loaded and prompted.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class External:
         self.captioner, self.renderer, self.reading = captioner, renderer, reading
 
     def build(self) -> UMM:
-        """Load the captioner."""
+        """Load the captioner on the CPU."""
         from uae.models.captioners.loading import load_captioner
         from uae.models.conditioners.states import TextConditioner
 

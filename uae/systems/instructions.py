@@ -1,4 +1,7 @@
-"""Questions put beside images by systems that have none of their own. Any run can ask its own (``reading.instruction``)."""
+"""Instructions of the captioner for systems without an official one.
+
+A run replaces them with ``model.init_args.system.init_args.reading.instruction``.
+"""
 
 IN_DETAIL = (
     "Describe this image in so much detail that someone who cannot see it could draw it again: every object with its "

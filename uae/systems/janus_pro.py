@@ -1,6 +1,8 @@
-"""Janus-Pro as UMM-2: one language model captions an image, and draws it again from the caption, token by token."""
+"""Janus-Pro as UMM-2: one language model captions an image and draws it again from the caption, token by token."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from uae.models.captioners.loading import Reading
 from uae.models.tokens.policy import LogProb, TokenSampling
@@ -8,20 +10,21 @@ from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import IN_DETAIL
 from uae.types import UMM
 
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 
 
 class JanusPro:
-    """A Janus or Janus-Pro checkpoint in transformers' layout as a `uae.types.System`.
+    """A `uae.types.System` of one Janus or Janus-Pro checkpoint in the layout of transformers.
 
     Args:
         checkpoint: Folder or hub id, such as deepseek-community/Janus-Pro-1B or -7B. The original deepseek-ai/Janus-Pro-*
             need their authors' package and are refused.
-        guidance: Classifier-free guidance of image tokens; part of the policy. 1 means none, at half the work.
-        image_temperature: Of image tokens; part of the policy. 0 is greedy.
-        cfg_logprob: What log-probs are under guidance, see `uae.models.tokens.policy.TokenSampling`.
-        rows: Images drawn together; bounds memory, changes nothing else.
-        reading: How the checkpoint is loaded and asked.
+        guidance: Classifier-free guidance scale of image tokens, 1 or more; part of the policy. 1 turns it off and halves
+            the work.
+        image_temperature: Sampling temperature of image tokens, 0 or more; part of the policy. 0 is greedy.
+        cfg_logprob: Which log-probs the policy reports under guidance, see `uae.models.tokens.policy.TokenSampling`.
+        rows: Number of images drawn in one batch. It bounds memory and changes nothing else.
+        reading: Settings with which the checkpoint is loaded and prompted.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class JanusPro:
         self.checkpoint, self.rows, self.reading = checkpoint, rows, reading
 
     def blueprint(self) -> Blueprint:
-        """Sizes, without weights."""
+        """The network of the system without its weights, for memory plans."""
         from uae.models.tokens.janus import as_buffers
         from uae.systems.blueprints import TokenDrawing, vlm_skeleton
 
@@ -51,7 +54,7 @@ class JanusPro:
         return Blueprint(policy, prompt_tokens=read + 128, reading=self.reading, drawing=drawing)
 
     def build(self) -> UMM:
-        """Load the checkpoint; all three roles are its own."""
+        """Load the checkpoint on the CPU. It plays all three roles: captioner, conditioner and renderer."""
         from uae.models.captioners.loading import load_captioner
         from uae.models.tokens.janus import unify
 
@@ -62,7 +65,11 @@ class JanusPro:
 
 
 def check_layout(checkpoint: str) -> None:
-    """Raise unless a checkpoint is Janus in transformers' layout."""
+    """Check that a checkpoint is Janus in the layout of transformers.
+
+    Raises:
+        ValueError: It is in another layout, or another model.
+    """
     from uae.systems.blueprints import config_of
 
     kind = "multi_modality" if checkpoint.startswith("deepseek-ai/") else config_of(checkpoint).get("model_type")
@@ -74,14 +81,18 @@ def check_layout(checkpoint: str) -> None:
         )
     if kind != "janus":
         raise ValueError(
-            f"{checkpoint!r} is of model_type {kind!r}; allowed: janus, such as deepseek-community/Janus-Pro-1B; {KEY}"
+            f"{checkpoint!r} is of model_type {kind!r}; allowed: janus, such as deepseek-community/Janus-Pro-1B; change {KEY}"
         )
 
 
-def check_spaces(tokenizer: object) -> None:
-    """Raise where a version of transformers takes the byte-level tokenizer for Llama's, which loses all spaces."""
+def check_spaces(tokenizer: Any) -> None:
+    """Check that the tokenizer keeps spaces. Some versions of transformers load it as Llama's, which loses them.
+
+    Raises:
+        ValueError: The tokenizer loses spaces.
+    """
     text = "two red squares"
-    back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)  # type: ignore[attr-defined, operator]
+    back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
     if back != text:
         raise ValueError(
             f"the tokenizer reads {text!r} as {back!r}: this transformers ignores tokenizer.json; upgrade it, or set tokenizer_class "

@@ -1,4 +1,4 @@
-"""The key layouts of official checkpoints: one state dict to its parts, and parts to the libraries' own models."""
+"""Official checkpoints whose weights have names of their own: split into parts and loaded into the libraries' models."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from uae.weights.from_state import diffusion_model, qwen_model, qwen_names
 from uae.weights.low_rank import Factors, merge_adapter, split_adapter
-from uae.weights.state import load_into, read_state, save_state
+from uae.weights.state import load_into, read_state
 
 State = dict[str, Tensor]
-KEY = "system.init_args.checkpoint"
-WRAPPER = "base_model.model."  # what PEFT puts before the names of whatever it wraps
+KEY = "model.init_args.system.init_args.checkpoint"
+WRAPPER = "base_model.model."  # prefix that PEFT adds to the names of the model it wraps
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The entries under a prefix, without it."""
+    """The entries of a state dict whose names start with a prefix; the prefix is removed."""
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
@@ -29,18 +29,18 @@ def below(state: Mapping[str, Tensor], prefix: str) -> State:
 
 @dataclass(frozen=True)
 class UAEParts:
-    """A state dict of UAE's language model, taken apart."""
+    """The parts of a state dict of UAE's language model."""
 
-    language_model: State  # old or new names, see `qwen_names`
-    factors: Factors  # of the adapter, by the same names; empty without
+    language_model: State  # names of any version of transformers, see `qwen_names`
+    factors: Factors  # the LoRA factors by the same names; empty if there is no adapter
     projector: State  # 0.weight, 0.bias, 2.weight, 2.bias
 
 
 def uae_parts(state: Mapping[str, Tensor]) -> UAEParts:
-    """Take apart what the official training wrote: the inner ``model`` (or all of it) wrapped by PEFT, and the projector.
+    """Split a state dict of the official training, in which PEFT wraps the inner ``model`` or all of the language model.
 
     Raises:
-        ValueError: See `uae.weights.low_rank.split_adapter`.
+        ValueError: The adapter is incomplete or no plain LoRA, see `uae.weights.low_rank.split_adapter`.
     """
     weights, factors = split_adapter({name.replace(WRAPPER, ""): value for name, value in state.items()})
     projector = below(weights, "projector.")
@@ -50,26 +50,24 @@ def uae_parts(state: Mapping[str, Tensor]) -> UAEParts:
 def uae_language_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,
-    merge: bool = True,
     alpha: float = 64,
     attention: str | None = None,
 ) -> tuple[Any, State]:
-    """UAE's language model in its library's class, and its projector.
+    """UAE's language model in its class of transformers with the adapter merged, and the weights of its projector.
 
-    ``llm_lora``, where it exists, goes over ``llm``, as in the official code.
+    Weights in ``llm_lora``, if the folder exists, replace those in ``llm``, as in the official code.
 
     Args:
-        folder: With ``llm`` (which has the ``config.json``) and perhaps ``llm_lora``.
-        dtype: Of the model; None is the checkpoint's.
-        merge: Add the adapter to the weights. False leaves it out, see `uae_adapter`.
-        alpha: The adapter's scale is ``alpha / rank``; officially 64 (rank 32).
-        attention: Implementation in transformers; None is the library's choice.
+        folder: Folder with the subfolder ``llm`` (which has the ``config.json``) and optionally ``llm_lora``.
+        dtype: Dtype of the model; None is the checkpoint's.
+        alpha: Numerator of the adapter's scale ``alpha / rank``; officially 64 (rank 32).
+        attention: Name of the attention implementation in transformers; None is the library's choice.
 
     Returns:
         A ``Qwen2_5_VLForConditionalGeneration`` and the projector's state (empty if the checkpoint has none).
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+        FileNotFoundError, ValueError: The weights are missing or do not fit, see `read_state` and `load_into`.
     """
     folder = Path(folder)
     source = str(folder / "llm")
@@ -82,56 +80,19 @@ def uae_language_model(
         source = f"{source} under {str(folder / 'llm_lora')}"
         weights |= qwen_names(model, over.language_model)
         factors, projector = over.factors, projector | over.projector
-    if merge:
-        factors = {
-            layer.removesuffix(".weight"): pair for layer, pair in qwen_names(model, _as_weights(factors)).items()
-        }
-        weights = merge_adapter(weights, factors, lambda _, rank: alpha / rank)
-    load_into(model, weights, source, KEY)
-    # An adapter trained on merged weights fits no folder that transformers reads: its base must not claim to be one.
-    model.name_or_path = str(folder if factors and merge else folder / "llm")
+    as_weights = {f"{layer}.weight": pair for layer, pair in factors.items()}  # the library renames weights only
+    factors = {name.removesuffix(".weight"): pair for name, pair in qwen_names(model, as_weights).items()}
+    load_into(model, merge_adapter(weights, factors, lambda _, rank: alpha / rank), source, KEY)
+    # PEFT records this name as the base of new adapters. The merged weights are in no folder that transformers reads.
+    model.name_or_path = str(folder if factors else folder / "llm")
     return model, projector
 
 
-def uae_adapter(folder: str | Path, target: str | Path, alpha: float = 64) -> Path:
-    """Write the adapter in UAE's ``llm_lora`` as a PEFT adapter folder, so that training can continue it.
-
-    Raises:
-        ValueError: There is none, or its layers differ in rank.
-    """
-    import peft
-
-    folder, target = Path(folder), Path(target)
-    model = qwen_model(folder / "llm", torch.float32)
-    factors = qwen_names(model, _as_weights(uae_parts(read_state(folder / "llm_lora")).factors))
-    ranks = sorted({A.shape[0] for A, _ in factors.values()})
-    if len(ranks) != 1:
-        raise ValueError(
-            f"ranks {ranks or 'none'} in {str(folder / 'llm_lora')!r}; an adapter folder needs exactly one rank"
-        )
-    layers = [name.removesuffix(".weight") for name in factors]
-    config = peft.LoraConfig(
-        r=ranks[0],
-        lora_alpha=alpha,
-        target_modules=layers,
-        inference_mode=True,
-        base_model_name_or_path=str(folder / "llm"),
-    )
-    state = {
-        f"{WRAPPER}{layer}.lora_{side}.weight": factor
-        for layer, pair in zip(layers, factors.values(), strict=True)
-        for side, factor in zip("AB", pair, strict=True)
-    }
-    save_state(target, "adapter_model", state)
-    config.save_pretrained(str(target))
-    return target
-
-
 def uae_transformer(folder: str | Path, dtype: torch.dtype) -> Any:
-    """UAE's SD3 transformer: ``dit`` in diffusers layout, with the PEFT adapter ``dit_lora`` (if there) merged.
+    """UAE's Stable Diffusion 3 transformer: ``dit`` in the layout of diffusers, the adapter ``dit_lora`` (if any) merged.
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+        FileNotFoundError, ValueError: The weights are missing or do not fit, see `read_state` and `load_into`.
     """
     import peft
     from diffusers import SD3Transformer2DModel
@@ -154,7 +115,7 @@ def uae_transformer(folder: str | Path, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class UniWorldParts:
-    """A state dict of UniWorld-V1, taken apart."""
+    """The parts of a state dict of UniWorld-V1."""
 
     language_model: State
     projectors: dict[str, State]  # denoise_projector, siglip_projector, vae_projector: 0.* and 2.*
@@ -162,7 +123,7 @@ class UniWorldParts:
 
 
 def uniworld_parts(state: Mapping[str, Tensor]) -> UniWorldParts:
-    """Take apart a state dict with ``denoise_tower.{denoiser,<name>_projector}.*`` beside Qwen2.5-VL's names."""
+    """Split a state dict of UniWorld-V1: ``denoise_tower.{denoiser,<name>_projector}.*`` and Qwen2.5-VL's own names."""
     tower = below(state, "denoise_tower.")
     names = sorted({name.partition(".")[0] for name in tower} - {"denoiser"})
     language_model = {name: value for name, value in state.items() if not name.startswith("denoise_tower.")}
@@ -175,7 +136,7 @@ def uniworld_language_model(
     """UniWorld-V1's ``Qwen2_5_VLForConditionalGeneration`` and the states of its projectors by name.
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state` and `load_into`.
+        FileNotFoundError, ValueError: The weights are missing or do not fit, see `read_state` and `load_into`.
     """
     folder = Path(folder)
     parts = uniworld_parts(read_state(folder))
@@ -191,11 +152,11 @@ def uniworld_transformer(folder: str | Path, dtype: torch.dtype, flux: str | Pat
 
     Args:
         folder: The checkpoint; its ``config.json`` holds FLUX's configuration under ``denoise_tower.denoiser_config``.
-        dtype: Of the model.
-        flux: Folder of FLUX.1-dev, read for the configuration where the checkpoint's names a file of its authors.
+        dtype: Dtype of the model.
+        flux: Folder of FLUX.1-dev, whose configuration is used if the checkpoint's has only the path of a file.
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state` and `load_into`; or there is no configuration.
+        FileNotFoundError, ValueError: The weights or FLUX's configuration are missing, or the weights do not fit.
     """
     import json
 
@@ -206,7 +167,7 @@ def uniworld_transformer(folder: str | Path, dtype: torch.dtype, flux: str | Pat
     if not isinstance(config, dict):
         if flux is None:
             raise ValueError(
-                f"{str(folder / 'config.json')!r} has no denoise_tower.denoiser_config; set system.init_args.flux"
+                f"{str(folder / 'config.json')!r} has no denoise_tower.denoiser_config; set model.init_args.system.init_args.flux"
             )
         config = FluxTransformer2DModel.load_config(Path(flux, "transformer"), local_files_only=True)
     state = uniworld_parts(read_state(folder)).transformer
@@ -218,21 +179,21 @@ def uniworld_transformer(folder: str | Path, dtype: torch.dtype, flux: str | Pat
 
 @dataclass(frozen=True)
 class OpenUniParts:
-    """A state dict of OpenUni, taken apart. What was frozen in its training may be absent."""
+    """The parts of a state dict of OpenUni. Parts that were frozen in its training may be empty."""
 
-    meta_queries: Tensor  # [queries, D]
+    meta_queries: Tensor  # [Q, D]
     connector: State
     projector: State
     transformer: State = field(default_factory=dict)  # Sana in diffusers' names
     language_model: State = field(default_factory=dict)  # of the original InternVL or Qwen code
-    found: str = ""  # what was there, in words
+    found: str = ""  # the parts that exist and their numbers of tensors, e.g. "connector (96), meta_queries (1)"
 
 
 def openuni_parts(state: Mapping[str, Tensor], alpha: float = 8) -> OpenUniParts:
-    """Take apart a ``.pth`` of OpenUni; an adapter on the transformer (scale ``alpha / rank``) is merged.
+    """Split the state dict of an OpenUni ``.pth``. An adapter on the transformer (scale ``alpha / rank``) is merged.
 
     Raises:
-        ValueError: Queries, connector or projector are missing, or something else is there.
+        ValueError: Queries, connector or projector are missing, or there are tensors of unknown parts.
     """
     known = {"meta_queries", "connector", "projector", "transformer", "lmm", "vae", "vit_mean", "vit_std"}
     counts: dict[str, int] = {}
@@ -261,12 +222,8 @@ def _dtype_of(state: State) -> torch.dtype:
     return next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
 
 
-def _as_weights(factors: Factors) -> Any:
-    return {f"{layer}.weight": pair for layer, pair in factors.items()}
-
-
 def _check_adapter(wrapped: Any, state: State, source: str) -> None:
-    """PEFT leaves what an adapter file lacks as it was initialised; raise instead."""
+    """Raise if an adapter file is incomplete: PEFT would silently leave the missing factors at their initial values."""
     from peft import get_peft_model_state_dict
 
     expected, found = set(get_peft_model_state_dict(wrapped)), set(state)

@@ -1,4 +1,4 @@
-"""MetaQuery and its released look-alike OpenUni: learned queries behind the caption, a connector, Sana."""
+"""MetaQuery and OpenUni (of the same design, with released weights): learned queries after the caption, connector, Sana."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from uae.systems.blueprints import Blueprint
 from uae.systems.instructions import COMPLETELY
 from uae.types import UMM
 
-KEY = "system.init_args.checkpoint"
-METAQUERY_SYSTEM = (  # the prompt its queries were trained behind
+KEY = "model.init_args.system.init_args.checkpoint"
+METAQUERY_SYSTEM = (  # the system prompt that MetaQuery's queries were trained with
     "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
 )
 
 
 class _Queries:
-    """What the two systems share.
+    """The common part of `OpenUni` and `MetaQuery`.
 
     Args:
-        checkpoint: Of queries, connector and (where it was trained) transformer.
-        captioner: Folder or hub id of the language model the queries were trained with.
-        pipeline: Folder or hub id of the Sana pipeline, for autoencoder, scheduler, and the transformer if it was frozen.
-        condition_weights: "live": captions are read with the weights in training. "start": with those the run started
-            from, so that the environment stands still.
-        condition_tokens: Longest caption that is read, with its template, in tokens.
-        reading: How the captioner is loaded and asked.
-        rendering: How images are drawn.
+        checkpoint: File or folder of the queries, the connector and, if it was trained, the diffusion transformer.
+        captioner: Folder or hub id of the vision-language model that the queries were trained with.
+        pipeline: Folder or hub id of the Sana pipeline. It supplies the autoencoder, the scheduler and, if the checkpoint
+            has none, the transformer.
+        condition_weights: Weights that read the captions for the renderer. "live": those in training. "start": those the
+            run started from, so that the renderer's reading does not change during training.
+        condition_tokens: Most tokens of a caption and its template that are read; longer captions are cut.
+        reading: Settings with which the captioner is loaded and prompted.
+        rendering: Size, steps, guidance and memory settings of the renderer.
     """
 
     def __init__(
@@ -53,15 +54,20 @@ class _Queries:
         self.reading, self.rendering = reading, rendering
 
     def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-        """A `uae.models.conditioners.queries.QueryConditioner`, and the transformer's trained weights (empty if it was frozen)."""
+        """The `uae.models.conditioners.queries.QueryConditioner`, and the transformer's trained weights (empty if none)."""
         raise NotImplementedError
 
     def connector(self, width: int, width_out: int) -> nn.Module:
-        """Connector and projector of the usual size, without weights."""
+        """Connector and projector in the released size, with random weights.
+
+        Args:
+            width: Width of the language model's hidden states.
+            width_out: Width of the renderer's embeddings.
+        """
         raise NotImplementedError
 
     def blueprint(self) -> Blueprint:
-        """Sizes, without weights."""
+        """The networks of the system without their weights, for memory plans."""
         from uae.systems.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
 
         place = self.rendering.placement
@@ -83,7 +89,7 @@ class _Queries:
         )
 
     def build(self) -> UMM:
-        """Load the parts; Sana's own text encoder is never read."""
+        """Load the parts on the CPU. Sana's own text encoder is not loaded."""
         from uae.models.captioners.loading import load_captioner
         from uae.models.pipelines.loading import load_pipeline
         from uae.models.renderers.diffusers import DiffusersRenderer
@@ -104,10 +110,10 @@ class _Queries:
 
 
 class OpenUni(_Queries):
-    """A released ``.pth`` of OpenUni as a `uae.types.System`. It is read as tensors only: no code of it runs."""
+    """A `uae.types.System` of a released ``.pth`` file of OpenUni (arXiv 2505.23661). No code in the file is run."""
 
     def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Queries, encoder and one linear layer of the released file."""
+        """Queries, connector and linear projector of the released file."""
         from uae.models.conditioners.connectors import OpenUniConnector
         from uae.models.conditioners.queries import QueryConditioner
         from uae.models.conditioners.states import chat_template
@@ -120,42 +126,41 @@ class OpenUni(_Queries):
         if parts.meta_queries.shape[1] != width:
             raise ValueError(
                 f"the queries in {str(file)!r} have width {parts.meta_queries.shape[1]}, the language model {width}; set "
-                "system.init_args.captioner to the model they were trained with"
+                "model.init_args.system.init_args.captioner to the model they were trained with"
             )
         layers = 1 + max(int(name.split(".")[1]) for name in parts.connector if name.startswith("layers."))
         connector = OpenUniConnector(width, len(parts.connector["layers.0.mlp.fc1.weight"]), layers)
         load_into(connector, parts.connector, f"{file}: connector", KEY)
         projector = nn.Linear(width, len(parts.projector["weight"]))
         load_into(projector, parts.projector, f"{file}: projector", KEY)
-        words = captioner.processor
-        opening = "<img>" if "<img>" in words.tokenizer.get_vocab() else ""  # InternVL has it, Qwen has not
+        processor = captioner.processor
+        opening = "<img>" if "<img>" in processor.tokenizer.get_vocab() else ""  # InternVL has this token, Qwen does not
         conditioner = QueryConditioner(
             lambda: captioner.language_model,
-            words.tokenizer,
+            processor.tokenizer,
             parts.meta_queries.float(),
             connector,
             projector,
-            template=chat_template(words, system=False, text="Generate an image: {caption}") + opening,
-            unconditional=chat_template(words, system=False, text="Generate an image.") + opening,
+            template=chat_template(processor, system=False, text="Generate an image: {caption}") + opening,
+            unconditional=chat_template(processor, system=False, text="Generate an image.") + opening,
             max_tokens=self.condition_tokens,
             weights=weights,
         )
         return conditioner, parts.transformer
 
-
     def connector(self, width: int, width_out: int) -> nn.Module:
-        """Six layers, as in every release."""
+        """Six layers, as in every release of OpenUni."""
         from uae.models.conditioners.connectors import OpenUniConnector
 
-        inner_width = {896: 3072, 1536: 8960}.get(width, 4 * width)  # of the releases around InternVL3-1B and -2B
+        inner_width = {896: 3072, 1536: 8960}.get(width, 4 * width)  # in the releases for InternVL3-1B and -2B
         return nn.Sequential(OpenUniConnector(width, inner_width), nn.Linear(width, width_out))
 
 
 class MetaQuery(_Queries):
-    """What MetaQuery's training code saves (no weights are released) as a `uae.types.System`."""
+    """A `uae.types.System` of a folder that MetaQuery's training code saved (arXiv 2504.06256; no weights are released)."""
 
     def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Queries are the last rows of the word embeddings: begin, end, then one token per query."""
+        """Queries are the last rows of the token embeddings: a begin token, an end token, then one token per query."""
         from uae.models.conditioners.connectors import metaquery_connector
         from uae.models.conditioners.queries import QueryConditioner
         from uae.models.conditioners.states import chat_template
@@ -165,10 +170,10 @@ class MetaQuery(_Queries):
         folder = local_folder(self.checkpoint, KEY)
         count = json.loads((folder / "config.json").read_text())["num_metaqueries"]
         state = read_state(folder)
-        words = next((name for name in state if name.endswith("embed_tokens.weight")), None)
-        if words is None:
+        embeddings = next((name for name in state if name.endswith("embed_tokens.weight")), None)
+        if embeddings is None:
             raise ValueError(f"{str(folder)!r} has no embed_tokens.weight, whose last rows are the queries; correct {KEY}")
-        rows_QD, parts = state[words][-count - 2 :].float(), below(state, "model.connector.")
+        rows_QD, parts = state[embeddings][-count - 2 :].float(), below(state, "model.connector.")
         width = rows_QD.shape[1]
         layers = 1 + max(int(name.split(".")[2]) for name in parts if name.startswith("0.layers."))
         connector = metaquery_connector(width, len(parts["1.weight"]), layers)
@@ -177,7 +182,7 @@ class MetaQuery(_Queries):
         conditioner = QueryConditioner(
             lambda: captioner.language_model,
             tokenizer,
-            torch.cat([rows_QD[:1], rows_QD[2:]]),  # the end token is behind the queries: none of them sees it
+            torch.cat([rows_QD[:1], rows_QD[2:]]),  # the end token follows the queries, so no query attends to it
             connector,
             None,
             template=chat_template(captioner.processor, system=METAQUERY_SYSTEM) + "\n",
@@ -195,11 +200,15 @@ class MetaQuery(_Queries):
 
 
 def check_width(conditioner: Any, pipe: Any) -> None:
-    """Raise unless the queries' projector fits the transformer."""
+    """Check that the output of the queries' projector is as wide as the transformer's input.
+
+    Raises:
+        ValueError: The widths differ.
+    """
     last = [module for module in conditioner.modules() if isinstance(module, nn.Linear)][-1]
     expected = pipe.transformer.config.caption_channels
     if last.out_features != expected:
         raise ValueError(
             f"the projector's output has width {last.out_features}, the transformer takes {expected}; set "
-            "system.init_args.pipeline to the pipeline the queries were trained with"
+            "model.init_args.system.init_args.pipeline to the pipeline the queries were trained with"
         )

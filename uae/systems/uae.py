@@ -1,7 +1,7 @@
-"""UAE, the paper's own UMM-1: Qwen2.5-VL-3B, an MLP projector, Stable Diffusion 3.5 Large.
+"""UAE, the paper's own UMM-1: Qwen2.5-VL-3B, an MLP projector and Stable Diffusion 3.5 Large.
 
-The caption is read by the language model that wrote it (as the content of a message of role ``generate``); all its final
-hidden states, through the projector, take the place of every text encoder of Stable Diffusion.
+The language model that wrote the caption reads it again, as the content of a message of role ``generate``. Its final hidden
+states go through the projector and replace the output of all text encoders of Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from uae.files.locations import here, local_folder
 from uae.models.captioners.loading import Reading
@@ -26,29 +26,30 @@ INSTRUCTION = (
     "your words alone: objects with their attributes, counts, places and relations, background, light, viewpoint and style. "
     'Put any text in the image between "double quotes", word for word.'
 )
-NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."  # the official inference code's
-KEY = "system.init_args.checkpoint"
-PUBLISHED = "Qwen/Qwen2.5-VL-3B-Instruct", "stabilityai/stable-diffusion-3.5-large"  # of these sizes
+NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."  # from the official inference code
+KEY = "model.init_args.system.init_args.checkpoint"
+PUBLISHED_LLM, PUBLISHED_SD3 = "Qwen/Qwen2.5-VL-3B-Instruct", "stabilityai/stable-diffusion-3.5-large"  # of UAE's sizes
 
 
 class UAE:
-    """The official checkpoint folder as a `uae.types.System`.
+    """A `uae.types.System` of the official checkpoint folder.
 
-    Folder: ``llm`` (Qwen2.5-VL with ``projector.*``), ``llm_lora`` (shards of the trained language model; optional),
+    Subfolders: ``llm`` (Qwen2.5-VL with ``projector.*``), ``llm_lora`` (shards of the trained language model; optional),
     ``llm_model_preprocessor`` (optional), ``dit`` and ``dit_lora`` (the transformer and its adapter; optional),
-    ``SD3_model`` (autoencoder, scheduler, CLIPs, and the transformer where there is no ``dit``).
+    ``SD3_model`` (autoencoder, scheduler, CLIP text encoders, and the transformer if there is no ``dit``).
 
     Args:
-        checkpoint: Folder, or hub id of one.
-        condition_on: "text": the caption is read again without the image. "answer_states": the states of the caption's
-            tokens behind image and question, as in the official cold start. They attend to the image, so what a caption
-            leaves out can reach the decoder: a leak, for parity and ablation only.
-        condition_weights: "live": the caption is read with the weights in training, as in the official code. "start": with
-            those the run started from, so that the environment stands still.
-        condition_tokens: Longest caption that is read, with its template, in tokens.
-        negative_prompt: What guidance moves away from.
-        reading: How the captioner is loaded and asked.
-        rendering: How images are drawn.
+        checkpoint: The folder, or the hub id of such a folder.
+        condition_on: Source of the renderer's condition. "text": the caption is read again without the image.
+            "answer_states": the hidden states of the caption's tokens in the sequence of image, question and caption, as in
+            the official cold start. These states attend to the image, so content that the caption does not mention can
+            reach the renderer. This leak makes "answer_states" suitable for comparisons and ablations only.
+        condition_weights: Weights that read the captions for the renderer. "live": those in training, as in the official
+            code. "start": those the run started from, so that the renderer's reading does not change during training.
+        condition_tokens: Most tokens of a caption and its template that are read; longer captions are cut.
+        negative_prompt: Prompt from which classifier-free guidance moves away.
+        reading: Settings with which the captioner is loaded and prompted.
+        rendering: Size, steps, guidance and memory settings of the renderer.
     """
 
     def __init__(
@@ -66,20 +67,20 @@ class UAE:
         self.condition_tokens, self.reading, self.rendering = condition_tokens, reading, rendering
 
     def blueprint(self) -> Blueprint:
-        """Sizes, without weights: the checkpoint's where it is here, else the published ones."""
+        """The networks of the system without weights: of the checkpoint if it is on this machine, else of the published sizes."""
         from uae.models.conditioners.states import mlp_projector
         from uae.systems.blueprints import denoiser_skeleton, vae_skeleton, vlm_skeleton
         from uae.weights.from_state import qwen_model
 
         folder = here(self.checkpoint)
-        llm, sd3 = (folder / "llm", folder / "SD3_model") if folder else PUBLISHED
         dtype = self.reading.dtype
-        policy = qwen_model(llm, getattr(torch, dtype)) if folder else vlm_skeleton(llm, dtype)
-        transformer = denoiser_skeleton(str(sd3))
+        policy = qwen_model(folder / "llm", getattr(torch, dtype)) if folder else vlm_skeleton(PUBLISHED_LLM, dtype)
+        sd3 = str(folder / "SD3_model") if folder else PUBLISHED_SD3
+        transformer = denoiser_skeleton(sd3)
         width = policy.config.get_text_config().hidden_size
         with torch.device("meta"):
             projector = mlp_projector(width, 4 * width, transformer.config.joint_attention_dim).bfloat16()
-        frozen = {"projector": projector, "transformer": transformer, "vae": vae_skeleton(str(sd3))}
+        frozen = {"projector": projector, "transformer": transformer, "vae": vae_skeleton(sd3)}
         return Blueprint(
             policy,
             {name: (module, self.rendering.placement) for name, module in frozen.items()},
@@ -91,7 +92,7 @@ class UAE:
         )
 
     def build(self) -> UMM:
-        """Load the parts; neither T5 nor the CLIPs stay in memory."""
+        """Load the parts on the CPU. Neither T5 nor the CLIP text encoders stay in memory."""
         from transformers import AutoProcessor
 
         from uae.models.captioners.loading import assemble_captioner
@@ -104,10 +105,10 @@ class UAE:
         model, projector = uae_language_model(
             folder, getattr(torch, self.reading.dtype), attention=self.reading.attention
         )
-        words = folder / "llm_model_preprocessor"
-        words = words if words.is_dir() else folder / "llm"
+        preprocessor = folder / "llm_model_preprocessor"
+        preprocessor = preprocessor if preprocessor.is_dir() else folder / "llm"
         with refused(self.checkpoint):
-            processor = AutoProcessor.from_pretrained(words, local_files_only=True, trust_remote_code=False)
+            processor = AutoProcessor.from_pretrained(preprocessor, local_files_only=True, trust_remote_code=False)
         captioner = assemble_captioner(model, processor, self.reading, INSTRUCTION, image_first=False)
         conditioner, unconditional = self._conditioners(
             captioner, load_projector(projector, model.config.get_text_config().hidden_size, KEY), folder
@@ -122,11 +123,12 @@ class UAE:
         return UMM(captioner, conditioner, renderer, needs_reference=frozen)
 
     def _conditioners(self, captioner: Any, projector: nn.Module, folder: Path) -> tuple[Any, Any]:
-        """What captions go through, and what the negative sentence goes through."""
+        """The conditioner of captions and the conditioner of the negative prompt."""
         from uae.models.conditioners.answer_states import AnswerStateConditioner
         from uae.models.conditioners.states import HiddenStateConditioner, chat_template
+        from uae.models.conditioners.text_encoders import empty_pooled
 
-        pooled_P = empty_pooled(folder / "SD3_model")
+        pooled_P = empty_pooled(folder / "SD3_model", ("", "_2"), projected=True)
         reads = HiddenStateConditioner(
             lambda: captioner.language_model,
             captioner.processor.tokenizer,
@@ -141,7 +143,7 @@ class UAE:
         return AnswerStateConditioner(captioner, projector, pooled_P, self.condition_tokens), reads
 
     def _pipeline(self, folder: Path) -> Any:
-        """Stable Diffusion 3 with the trained transformer and without its text encoders."""
+        """The Stable Diffusion 3 pipeline with the trained transformer and without text encoders."""
         from uae.models.pipelines.loading import load_pipeline
         from uae.systems.layouts import uae_transformer
         from uae.weights.placement import torch_dtype
@@ -153,7 +155,11 @@ class UAE:
 
 
 def check_folders(folder: Path) -> None:
-    """Raise unless the parts that nothing can replace are there."""
+    """Check that the required subfolders exist.
+
+    Raises:
+        FileNotFoundError: A required subfolder is missing.
+    """
     missing = [name for name in ("llm", "SD3_model") if not (folder / name).is_dir()]
     if missing:
         found = sorted(child.name for child in folder.iterdir() if child.is_dir())
@@ -161,18 +167,3 @@ def check_folders(folder: Path) -> None:
             f"UAE checkpoint {str(folder)!r} lacks {', '.join(missing)} (it has {', '.join(found) or 'no folder'}); "
             f"{KEY} must be a folder with llm and SD3_model, and dit, dit_lora, llm_lora, llm_model_preprocessor if trained"
         )
-
-
-@torch.no_grad()
-def empty_pooled(folder: Path) -> Tensor:
-    """The pooled vector ``[P]`` of the empty caption under both CLIPs: a constant of the official system."""
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection
-
-    pooled = []
-    for suffix in ("", "_2"):
-        words = folder / f"tokenizer{suffix}"
-        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True, trust_remote_code=False)
-        clip = CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{suffix}", local_files_only=True)
-        ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-        pooled.append(clip.float()(ids).text_embeds[0])
-    return torch.cat(pooled)

@@ -1,7 +1,7 @@
-"""UniWorld-V1: Qwen2.5-VL-7B, an MLP projector, FLUX.1-dev.
+"""UniWorld-V1: Qwen2.5-VL-7B, an MLP projector and FLUX.1-dev.
 
-The caption, as the content of a user's message without a system turn, is read by the language model; all its final hidden
-states go through the projector and stand beside T5's states of the same caption. FLUX's guidance is a distilled embedding.
+The language model reads the caption as a user's message without a system message. Its final hidden states go through the
+projector and are concatenated with T5's states of the same caption. FLUX takes its guidance scale as an input.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from uae.types import UMM
 from uae.weights.placement import Placement
 from uae.weights.remote_code import refused
 
-KEY = "system.init_args.checkpoint"
+KEY = "model.init_args.system.init_args.checkpoint"
 PUBLISHED = "Qwen/Qwen2.5-VL-7B-Instruct"  # of this size
-T5_TOKENS = 256  # officially
+T5_TOKENS = 256  # as in the official code
 
 
 class UniWorldV1:
-    """The official checkpoint with FLUX.1-dev's own parts as a `uae.types.System`.
+    """A `uae.types.System` of the official checkpoint and the remaining parts of FLUX.1-dev.
 
     Args:
         checkpoint: Folder or hub id: Qwen2.5-VL with ``denoise_tower.{denoise_projector,denoiser,...}``.
-        flux: Folder or hub id of FLUX.1-dev, for autoencoder, scheduler, T5 and CLIP.
-        with_t5: T5 (256 tokens) and CLIP read the caption, too, as officially. False leaves the language model's states
-            as the only path, and CLIP's vector is that of the empty caption.
-        siglip: Folder or hub id of google/siglip2-so400m-patch16-512. It shows the decoder the *source image* beside the
-            caption, as when UniWorld edits: a leak past the text, an upper bound for ablations only. None leaves it out.
-        condition_tokens: Longest caption that the language model reads, with its template, in tokens.
-        text_encoders: Where T5 and CLIP live.
-        reading: How the captioner is loaded and asked.
-        rendering: How images are drawn.
+        flux: Folder or hub id of FLUX.1-dev, which supplies autoencoder, scheduler, T5 and CLIP.
+        with_t5: Whether T5 (256 tokens) and CLIP also read the caption, as in the official code. If False, the language
+            model's states are the only path, and CLIP's vector is that of the empty caption.
+        siglip: Folder or hub id of google/siglip2-so400m-patch16-512. It gives the renderer features of the *source image*
+            beside the caption, as in UniWorld's image editing. This leaks past the text: use it as an upper bound in
+            ablations only. None leaves it out.
+        condition_tokens: Most tokens of a caption and its template that the language model reads; longer captions are cut.
+        text_encoders: Device and dtype of T5 and CLIP.
+        reading: Settings with which the captioner is loaded and prompted.
+        rendering: Size, steps, guidance and memory settings of the renderer.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class UniWorldV1:
         self.reading, self.rendering = reading, rendering
 
     def blueprint(self) -> Blueprint:
-        """Sizes, without weights: the checkpoint's where it is here, else the published ones."""
+        """The networks of the system without weights: of the checkpoint if it is on this machine, else of the published sizes."""
         from uae.models.conditioners.states import mlp_projector
         from uae.systems.blueprints import encoder_skeleton, pipeline_skeletons, vlm_skeleton
         from uae.weights.from_state import qwen_model
@@ -87,7 +88,7 @@ class UniWorldV1:
         )
 
     def build(self) -> UMM:
-        """Load the parts."""
+        """Load the parts on the CPU."""
         from transformers import AutoProcessor
 
         from uae.models.captioners.loading import assemble_captioner
@@ -95,7 +96,7 @@ class UniWorldV1:
         from uae.systems.layouts import uniworld_language_model
 
         folder = local_folder(self.checkpoint, KEY)
-        flux = local_folder(self.flux, "system.init_args.flux")
+        flux = local_folder(self.flux, "model.init_args.system.init_args.flux")
         model, projectors = uniworld_language_model(
             folder, getattr(torch, self.reading.dtype), self.reading.attention
         )
@@ -107,7 +108,7 @@ class UniWorldV1:
         return UMM(captioner, conditioner, DiffusersRenderer(pipe, self.rendering))
 
     def _pipeline(self, folder: Path, flux: Path) -> Any:
-        """FLUX with UniWorld's transformer; its text encoders only where they read captions."""
+        """The FLUX pipeline with UniWorld's transformer. Its text encoders are loaded only if they read captions."""
         from uae.models.pipelines.loading import load_pipeline
         from uae.systems.layouts import uniworld_transformer
         from uae.weights.placement import torch_dtype
@@ -116,12 +117,12 @@ class UniWorldV1:
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
         absent = {} if self.with_t5 else dict.fromkeys(names)
         transformer = uniworld_transformer(folder, torch_dtype(placement), flux)
-        return load_pipeline(str(flux), placement, "system.init_args.flux", transformer=transformer, **absent)
+        return load_pipeline(str(flux), placement, "model.init_args.system.init_args.flux", transformer=transformer, **absent)
 
     def _conditioner(self, captioner: Any, projectors: dict[str, Any], pipe: Any, flux: Path) -> Any:
         from uae.models.conditioners.joined import JoinedConditioner
         from uae.models.conditioners.states import HiddenStateConditioner, chat_template
-        from uae.models.conditioners.text_encoders import PipelineTextConditioner
+        from uae.models.conditioners.text_encoders import PipelineTextConditioner, empty_pooled
 
         reads = HiddenStateConditioner(
             lambda: captioner.language_model,
@@ -129,21 +130,23 @@ class UniWorldV1:
             self._projector(projectors["denoise_projector"], captioner.language_model.config.hidden_size),
             template=chat_template(captioner.processor, role="user", system=False),
             max_tokens=self.condition_tokens,
-            pooled="none" if self.with_t5 else empty_pooled(flux),
+            pooled="none" if self.with_t5 else empty_pooled(flux, ("",), projected=False),
         )
         text = [PipelineTextConditioner(pipe, T5_TOKENS, self.text_encoders)] if self.with_t5 else []
-        image = [self._source_image(projectors)] if self.siglip is not None else []
+        image = [self._source_image(projectors, self.siglip)] if self.siglip is not None else []
         return JoinedConditioner([*text, reads, *image], pooled_from=0) if text or image else reads
 
-    def _source_image(self, projectors: dict[str, Any]) -> Any:
+    def _source_image(self, projectors: dict[str, Any], siglip: str) -> Any:
         from transformers import AutoImageProcessor, SiglipVisionModel
 
         from uae.models.conditioners.source_image import SourceImageConditioner
         from uae.weights.placement import torch_dtype
 
         if "siglip_projector" not in projectors:
-            raise ValueError(f"the checkpoint has no siglip_projector; set system.init_args.siglip to null, or correct {KEY}")
-        folder = local_folder(self.siglip, "system.init_args.siglip")
+            raise ValueError(
+                f"the checkpoint has no siglip_projector; set model.init_args.system.init_args.siglip to null, or correct {KEY}"
+            )
+        folder = local_folder(siglip, "model.init_args.system.init_args.siglip")
         dtype = torch_dtype(self.rendering.placement)
         tower = SiglipVisionModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
         images = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -155,14 +158,3 @@ class UniWorldV1:
         from uae.weights.placement import torch_dtype
 
         return load_projector(state, width_in, KEY, "silu").to(torch_dtype(self.rendering.placement))
-
-
-@torch.no_grad()
-def empty_pooled(flux: Path) -> Tensor:
-    """The pooled vector ``[P]`` of the empty caption under FLUX's CLIP."""
-    from transformers import AutoTokenizer, CLIPTextModel
-
-    tokenizer = AutoTokenizer.from_pretrained(flux / "tokenizer", local_files_only=True, trust_remote_code=False)
-    clip = CLIPTextModel.from_pretrained(flux / "text_encoder", local_files_only=True)
-    ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-    return clip.float()(ids).pooler_output[0]

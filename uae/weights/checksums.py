@@ -18,7 +18,7 @@ def verify(folder: Path) -> None:
     listed = folder / "checksums.json"
     if not listed.is_file():
         raise FileNotFoundError(
-            f"no cold-started weights in {folder}: run `make pretrain` or correct model.system.init_args.weights"
+            f"no cold-started weights in {folder}: run `make pretrain` or correct model.init_args.system.init_args.weights"
         )
     expected, found = json.loads(listed.read_text()), checksums(folder)
     wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))

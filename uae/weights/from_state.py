@@ -6,15 +6,17 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from uae.weights.state import load_into
 
+T = TypeVar("T")
 
-def qwen_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+def qwen_names(model: Any, state: Mapping[str, T]) -> dict[str, T]:
     """Names as the model has them in memory, from those of any version of transformers, by its own table of renamings."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

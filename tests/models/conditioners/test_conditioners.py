@@ -76,7 +76,7 @@ def test_padding_appends_masked_zeros():
 
 def test_a_caption_that_is_too_long_is_cut_and_counted(conditioner):
     conditioner.max_tokens = 15
-    with pytest.warns(UserWarning, match="1 of 3 captions .* max_tokens=15: raise max_tokens"):
+    with pytest.warns(UserWarning, match="1 of 3 captions .* max_tokens=15: raise model.init_args.system.init_args.condition_tokens"):
         condition = conditioner.encode(TEXTS)
     cut = plain(conditioner, TEXTS[1].removesuffix(" background"))  # the end of sequence is still there
     assert condition.mask_NL.sum(1).tolist() == [4, 15, 1]

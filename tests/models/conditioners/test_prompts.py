@@ -102,7 +102,7 @@ def test_a_long_caption_loses_its_own_end(pieces):
     rows, cut = prompt_ids(pieces, template, [short, long], len(whole[1]))
     assert (rows, cut) == (whole, 0)
     limit = len(whole[0]) + 3
-    with pytest.warns(UserWarning, match=rf"1 of 2 captions are longer .* max_tokens={limit}: raise max_tokens") as told:
+    with pytest.warns(UserWarning, match=rf"1 of 2 captions are longer .* max_tokens={limit}: raise model.init_args.system.init_args.condition_tokens") as told:
         rows, cut = prompt_ids(pieces, template, [short, long], limit)
     assert len(told) == cut == 1
     assert rows == [whole[0], whole[1][: limit - tail] + whole[1][-tail:]]
@@ -119,7 +119,7 @@ def test_every_limit_keeps_the_templates_tail(pieces):
         with pytest.warns(UserWarning, match="cut"):
             (row,), cut = prompt_ids(pieces, template, [long], limit)
         assert (len(row), row[-1], cut) == (limit, end, 1)
-    with pytest.raises(ValueError, match=rf"max_tokens={least}, but the template alone takes {least}: raise"):
+    with pytest.raises(ValueError, match=rf"max_tokens={least}, but the template alone takes {least} tokens: raise"):
         prompt_ids(pieces, template, [long], least)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from uae.miniature.tiny import VOCABULARY
 from uae.models.conditioners.connectors import OpenUniConnector, metaquery_connector
-from uae.models.conditioners.queries import QueryConditioner, new_queries
+from uae.models.conditioners.queries import QueryConditioner
 from uae.models.finetune import LoRA
 
 TEXTS = ["a red square", "a tiny blue ring at top left and a white cross on a navy background", ""]
@@ -26,8 +26,9 @@ def openuni(fresh):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = OpenUniConnector(WIDTH, 96, layers=2), nn.Linear(WIDTH, OUT)
+        queries_QD = torch.randn(QUERIES, WIDTH) * WIDTH**-0.5
         return QueryConditioner(
-            lambda: fresh.language_model, fresh.processor.tokenizer, new_queries(QUERIES, WIDTH), *parts, TEMPLATE, NOTHING
+            lambda: fresh.language_model, fresh.processor.tokenizer, queries_QD, *parts, TEMPLATE, NOTHING
         )
 
 

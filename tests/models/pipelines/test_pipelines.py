@@ -217,7 +217,7 @@ def test_parts_are_replaced_or_left_out():
 def test_what_is_missing_is_named(tmp_path):
     shutil.copytree(folder("sana"), tmp_path / "sana")
     shutil.rmtree(tmp_path / "sana" / "vae")
-    with pytest.raises(FileNotFoundError, match=r"sana lacks the subfolder vae; .*change system.init_args.pipeline"):
+    with pytest.raises(FileNotFoundError, match=r"sana lacks the subfolder vae; .*change model.init_args.system.init_args.pipeline"):
         load_pipeline(str(tmp_path / "sana"), FLOAT32)
     load_pipeline(str(tmp_path / "sana"), FLOAT32, vae=load("sana").vae)
     with pytest.raises(ValueError, match="has no part unet; allowed: scheduler, text_encoder"):

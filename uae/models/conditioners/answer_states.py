@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from uae.models.conditioners.prompts import warn_truncated
-from uae.models.conditioners.states import EmbeddingCondition, keep_pooled, projected
+from uae.models.conditioners.states import EmbeddingCondition, Pooling, pooling, projected
 from uae.types import Rollout
 
 
@@ -29,13 +29,13 @@ class AnswerStateConditioner(nn.Module):
         self,
         captioner: Any,
         projector: nn.Module,
-        pooled: Literal["mean", "none"] | Tensor = "mean",
+        pooled: Pooling = "mean",
         max_tokens: int = 512,
     ) -> None:
         super().__init__()
         self.truncated = 0
         self.captioner, self.projector, self.max_tokens = captioner, projector, max_tokens
-        keep_pooled(self, pooled)
+        self.pooled = pooling(pooled)
 
     def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
         """The rollout's N captions to embeddings, right-padded. ``texts`` are not read: the rollout has their tokens.
@@ -46,7 +46,7 @@ class AnswerStateConditioner(nn.Module):
         if rollout is None:
             raise ValueError(
                 "answer states exist only where a caption was written beside its image, and there is no rollout: condition "
-                "on text (system.init_args.condition_on: text) to draw from captions alone"
+                "on text (model.init_args.system.init_args.condition_on: text) to draw from captions alone"
             )
         if list(texts) != rollout.texts:
             raise ValueError("answer states are of the rollout's own captions, but other texts were given with it")

@@ -50,11 +50,10 @@ class _OpenUniAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear = nn.Linear(width, width)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-            self.add_module(name, linear)
 
     def forward(self, hidden_NQD: Tensor) -> Tensor:
         query, key, value = (_split(p(hidden_NQD), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))

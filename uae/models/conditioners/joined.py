@@ -45,10 +45,12 @@ class JoinedConditioner(nn.Module):
 
     def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
         """N captions to the tokens of all parts, right-padded, on the first part's device."""
-        conditions = [part.encode(texts, rollout) for part in self._order]
-        for part, condition in zip(self._order, conditions, strict=True):
+        conditions: list[EmbeddingCondition] = []
+        for part in self._order:
+            condition = part.encode(texts, rollout)
             if not isinstance(condition, EmbeddingCondition):
                 raise ValueError(f"{type(part).__name__} gives no embeddings, so it cannot be part of a joined conditioner")
+            conditions.append(condition)
         widths = [condition.embeds_NLD.shape[2] for condition in conditions]
         if len(set(widths)) > 1:
             raise ValueError(f"the joined conditioner's parts have widths {widths}; they must be equal")

@@ -81,7 +81,8 @@ def prompt_ids(tokenizer: Any, template: str, texts: list[str], max_tokens: int)
     least = len(_tokenized(tokenizer, [head + tail])[0])
     if least >= max_tokens:
         raise ValueError(
-            f"max_tokens={max_tokens}, but the template alone takes {least}: raise the conditioner's max_tokens"
+            f"max_tokens={max_tokens}, but the template alone takes {least} tokens: raise "
+            "model.init_args.system.init_args.condition_tokens"
         )
     for n, opened in zip(long, _tokenized(tokenizer, [head + texts[n] for n in long]), strict=True):
         closing = max(len(rows[n]) - len(opened), 0)  # tokens of the tail, as they are behind this caption
@@ -94,7 +95,7 @@ def warn_truncated(cut: int, total: int, max_tokens: int) -> None:
     """Say that captions were cut."""
     warnings.warn(
         f"{cut} of {total} captions are longer than the conditioner reads and were cut to max_tokens={max_tokens}: "
-        "raise max_tokens, or lower sampling.max_tokens",
+        "raise model.init_args.system.init_args.condition_tokens, or lower model.init_args.sampling.max_tokens",
         stacklevel=3,
     )
 

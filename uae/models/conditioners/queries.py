@@ -30,7 +30,7 @@ class QueryConditioner(LanguageReader):
         language_model: Decoder-only, called with ``inputs_embeds`` and ``attention_mask``; or a function that returns the
             one to call, see `LanguageReader`.
         tokenizer: Its tokenizer.
-        queries_QD: The queries in the language model's embedding space; see `new_queries`.
+        queries_QD: The queries in the language model's embedding space, ``[Q, D]``.
         connector: Maps ``[N, Q, D]`` to the same length, see `uae.models.conditioners.connectors`.
         projector: Maps its output to the renderer's embedding width; None where the connector does (MetaQuery).
         template: Text around the caption; must contain one "{caption}".
@@ -93,8 +93,3 @@ class QueryConditioner(LanguageReader):
             mask_NL = nn.functional.pad(prompt_NP, (0, Q)).index_put((every_N1, at_NQ), torch.ones_like(at_NQ))
             hidden_NLD = reader(inputs_embeds=inputs_NLD, attention_mask=mask_NL, use_cache=False).last_hidden_state
         return hidden_NLD[every_N1, at_NQ[:, self.lead :]]
-
-
-def new_queries(count: int, width: int) -> nn.Parameter:
-    """Untrained queries ``[Q, D]``: normal, of standard deviation 1 / sqrt(D) (OpenUni)."""
-    return nn.Parameter(torch.randn(count, width) * width**-0.5)

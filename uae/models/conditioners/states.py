@@ -14,6 +14,8 @@ from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_
 from uae.models.conditioners.prompts import chat_template as chat_template  # beside what it is an argument of
 from uae.types import Rollout
 
+Pooling = Literal["mean", "none"] | Tensor  # how a conditioner makes one vector per caption, or that vector
+
 
 @dataclass(frozen=True)
 class TextCondition:
@@ -99,16 +101,15 @@ class LanguageReader(nn.Module):
     ) -> None:
         super().__init__()
         self.truncated = 0
-        owned = isinstance(language_model, nn.Module)  # which is callable, too
-        self.language_model = language_model if owned else None
-        self._borrow = None if owned else language_model
+        self.language_model = language_model if isinstance(language_model, nn.Module) else None
+        self._borrow = None if isinstance(language_model, nn.Module) else language_model
         self.weights = weights
 
     @contextmanager
-    def reading(self) -> Iterator[nn.Module]:
+    def reading(self) -> Iterator[Any]:
         """The model to call, with the weights to call it with."""
         with self.weights():
-            yield self._borrow() if self._borrow is not None else self.language_model
+            yield self.language_model if self._borrow is None else self._borrow()
 
 
 class HiddenStateConditioner(LanguageReader):
@@ -133,14 +134,14 @@ class HiddenStateConditioner(LanguageReader):
         projector: nn.Module,
         template: str = PLACEHOLDER,
         max_tokens: int = 512,
-        pooled: Literal["mean", "none"] | Tensor = "mean",
+        pooled: Pooling = "mean",
         weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__(language_model, weights)
         check_template(template)
         self.projector = projector
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
-        keep_pooled(self, pooled)
+        self.pooled = pooling(pooled)
 
     def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
         """N captions to embeddings, right-padded; a row does not depend on the padding."""
@@ -162,19 +163,22 @@ def right_padded(rows: list[list[int]], tokenizer: Any, device: Any) -> tuple[Te
     return ids_NL, mask_NL
 
 
-def keep_pooled(conditioner: nn.Module, pooled: Literal["mean", "none"] | Tensor) -> None:
-    """Remember how a conditioner pools; a constant vector moves with it, but is no weight of its own."""
+def pooling(pooled: Pooling) -> Pooling:
+    """The value a conditioner keeps for its argument ``pooled``.
+
+    A vector becomes a buffer ``[1, P]``, which moves with the conditioner and is not part of its state dict.
+
+    Raises:
+        ValueError: ``pooled`` is neither "mean" nor "none" nor a tensor.
+    """
     if isinstance(pooled, Tensor):
-        conditioner.register_buffer("pooled", pooled.detach().reshape(1, -1), persistent=False)
-    elif pooled in ("mean", "none"):
-        conditioner.pooled = pooled
-    else:
+        return nn.Buffer(pooled.detach().reshape(1, -1), persistent=False)
+    if pooled not in ("mean", "none"):
         raise ValueError(f"conditioner pooled={pooled!r}; allowed: mean, none or a vector")
+    return pooled
 
 
-def projected(
-    projector: nn.Module, hidden_NLD: Tensor, mask_NL: Tensor, pooled: Literal["mean", "none"] | Tensor
-) -> EmbeddingCondition:
+def projected(projector: nn.Module, hidden_NLD: Tensor, mask_NL: Tensor, pooled: Pooling) -> EmbeddingCondition:
     """Hidden states through a projector, where and in what precision it works; zero where the mask is."""
     weight = next(projector.parameters(), hidden_NLD)
     mask_NL = mask_NL.to(weight.device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from uae.models.pipelines.contracts import EMBEDS, MASKS, POOLED, contract_of, t
 from uae.types import Rollout
 from uae.weights.placement import Placement, at_work, settle, torch_dtype
 
-KEY = "caption_tokens"  # what systems call the limit
+KEY = "model.init_args.system.init_args.caption_tokens"
 
 
 class PipelineTextConditioner:
@@ -43,10 +44,13 @@ class PipelineTextConditioner:
                 fixed = (
                     "" if "max_sequence_length" in self.options else f"; {name} reads a fixed number, set it to null"
                 )
-                raise ValueError(f"{KEY}={max_tokens} must be at least 1{fixed}; change {KEY}")
+                raise ValueError(f"caption_tokens={max_tokens} must be at least 1{fixed}; change {KEY}")
             self.options["max_sequence_length"] = max_tokens
         if placement.dtype == "float8":
-            raise ValueError("text encoders cannot store 8-bit weights; set text_encoders.dtype to bfloat16")
+            raise ValueError(
+                "text encoders cannot store 8-bit weights; set "
+                "model.init_args.system.init_args.text_encoders.dtype to bfloat16"
+            )
         self.device: torch.device | None = None
         for module in self.modules():
             module.requires_grad_(False).eval().to(torch_dtype(placement))
@@ -105,7 +109,8 @@ class PipelineTextConditioner:
             choice = f"raise {KEY}, or " if "max_sequence_length" in self.options else ""
             warnings.warn(
                 f"{longer} of {len(texts)} captions are longer than the {limit} tokens that {type(self.pipe).__name__} reads "
-                f"(the longest has {max(lengths)}); the rest is cut. To change this, {choice}lower sampling.max_tokens",
+                f"(the longest has {max(lengths)}); the rest is cut. To change this, {choice}lower "
+                "model.init_args.sampling.max_tokens",
                 stacklevel=3,
             )
 
@@ -132,6 +137,28 @@ class PipelineTextConditioner:
             lead = "\n".join(instruction)
             return len(tokenizer(lead, verbose=False)["input_ids"]) - 2, lead + "{}"
         return 0, "{}"
+
+
+@torch.no_grad()
+def empty_pooled(pipeline: Path, suffixes: Sequence[str], projected: bool) -> Tensor:
+    """The pooled vector ``[P]`` of the empty caption: what a decoder gets if no CLIP reads its captions.
+
+    Args:
+        pipeline: Folder of a pipeline with ``tokenizer`` and ``text_encoder`` subfolders.
+        suffixes: Endings of those subfolders' names, one per CLIP text encoder; the vectors are concatenated.
+        projected: Take the projected embedding (Stable Diffusion 3) instead of the pooled state (FLUX).
+    """
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+    pooled = []
+    for suffix in suffixes:
+        folder = pipeline / f"tokenizer{suffix}"
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        clip: Any = CLIPTextModelWithProjection if projected else CLIPTextModel
+        output = clip.from_pretrained(pipeline / f"text_encoder{suffix}", local_files_only=True).float()(ids)
+        pooled.append((output.text_embeds if projected else output.pooler_output)[0])
+    return torch.cat(pooled)
 
 
 def _parameters(pipe: Any) -> Any:

@@ -137,10 +137,10 @@ def _attends_jointly(transformer: Any) -> bool:
     return bool(processors) and all(isinstance(processor, known) for processor in processors)
 
 
-def _encoded(kind: type) -> tuple[str, ...]:
+def _encoded(kind: Any) -> tuple[str, ...]:
     if kind.__name__ in _ENCODED:
         return _ENCODED[kind.__name__]
-    takes = inspect.signature(kind.encode_prompt).parameters  # type: ignore[attr-defined]
+    takes = inspect.signature(kind.encode_prompt).parameters
     mask = next((name for name in MASKS if name in takes), None)
     if "do_classifier_free_guidance" not in takes:
         return (EMBEDS, *((POOLED,) if POOLED in takes else ()), *((mask,) if mask else ()))

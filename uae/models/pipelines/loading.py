@@ -15,7 +15,7 @@ from uae.weights.placement import Placement, torch_dtype
 from uae.weights.remote_code import refused
 
 
-def load_pipeline(name: str, placement: Placement, key: str = "system.init_args.pipeline", **parts: Any) -> Any:
+def load_pipeline(name: str, placement: Placement, key: str = "model.init_args.system.init_args.pipeline", **parts: Any) -> Any:
     """A text-to-image pipeline of the class that its checkpoint names, on the CPU, with the checkpoint's scheduler.
 
     Args:

@@ -22,7 +22,7 @@ class MaskedJointAttention:
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -49,7 +49,7 @@ class MaskedJointAttention:
 
 
 def _heads(
-    attn: torch.nn.Module, x: Tensor, projections: tuple[str, ...], norms: tuple[str, str]
+    attn: Any, x: Tensor, projections: tuple[str, ...], norms: tuple[str, str]
 ) -> tuple[Tensor, ...]:
     """Query, key and value ``[N, heads, tokens, width]`` of one stream."""
     query, key, value = (getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in projections)

@@ -8,6 +8,8 @@ from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
+KEY = "model.init_args.system.init_args.renderer.init_args"
+
 
 def import_client(client: str | Callable[..., Any]) -> Callable[..., Any]:
     """The function itself, from "package.module:function" or "package.module.function".
@@ -23,10 +25,10 @@ def import_client(client: str | Callable[..., Any]) -> Callable[..., Any]:
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"client={client!r} cannot be imported ({one_line(error)}); allowed: package.module:function; "
-                "set the renderer's client"
+                f"set {KEY}.client"
             ) from error
     if not callable(function):
-        raise ValueError(f"client={client!r} is no function; allowed: package.module:function; set the renderer's client")
+        raise ValueError(f"client={client!r} is no function; allowed: package.module:function; set {KEY}.client")
     return function
 
 
@@ -42,7 +44,7 @@ def client_name(client: str | Callable[..., Any], version: str) -> str:
     name = f"{getattr(client, '__module__', '')}:{getattr(client, '__qualname__', type(client).__qualname__)}"
     if not version and (not isinstance(client, FunctionType) or "<" in name or name.startswith("__main__:")):
         raise ValueError(
-            f"the client {name!r} has no name of its own to file its pictures under; set the renderer's version"
+            f"the client {name!r} has no name of its own to file its pictures under; set {KEY}.version"
         )
     return name
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from uae.files.pictures import UnreadableImageError, read_picture
 from uae.models.conditioners.states import TextCondition
 from uae.models.renderers.answers import PictureCache, as_pixels, picture_of
-from uae.models.renderers.clients import client_name, import_client, one_line
+from uae.models.renderers.clients import KEY, client_name, import_client, one_line
+from uae.types import Condition
 
 
 class ExternalRenderer:
@@ -32,7 +33,7 @@ class ExternalRenderer:
 
     def __init__(self, height: int, width: int) -> None:
         if height < 1 or width < 1:
-            raise ValueError(f"height={height}, width={width}; allowed: 1 or more; set the renderer's height and width")
+            raise ValueError(f"height={height}, width={width}; allowed: 1 or more; set {KEY}.height and {KEY}.width")
         self.height, self.width = height, width
         self.device = torch.device("cpu")
 
@@ -54,7 +55,7 @@ class ExternalRenderer:
         self.device = torch.device(device)
         return self
 
-    def render(self, condition: TextCondition, seeds: Sequence[int], grad: bool = False) -> Tensor:
+    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False) -> Tensor:
         """Images float32 ``[N, 3, height, width]`` in [0, 1].
 
         Args:
@@ -68,13 +69,13 @@ class ExternalRenderer:
         name = type(self).__name__
         if grad:
             raise ValueError(
-                f"{name} has no gradients, its pictures come from outside; train without render gradients "
-                "or set the system's renderer to a diffusers pipeline"
+                f"{name} has no gradients, because its pictures come from outside; train without render gradients, or change "
+                "model.init_args.system to a system that draws with a diffusers pipeline"
             )
         if not isinstance(condition, TextCondition):
             raise ValueError(
                 f"{name} draws from captions (TextCondition), got {type(condition).__name__}; "
-                "set the system's conditioner to uae.models.conditioners.states.TextConditioner"
+                "use uae.models.conditioners.states.TextConditioner as the conditioner of the system"
             )
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
@@ -115,8 +116,7 @@ class FolderRenderer(ExternalRenderer):
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(set(texts))} captions have no picture in {self.folder!r}, e.g. "
-                f"{', '.join(repr(text) for text in missing[:3])}; add them to its metadata.jsonl or set the renderer's "
-                "folder"
+                f"{', '.join(repr(text) for text in missing[:3])}; add them to its metadata.jsonl or change {KEY}.folder"
             )
         chosen = [files[text][seed % len(files[text])] for text, seed in zip(texts, seeds, strict=True)]
         opened: dict[Path, Image.Image] = {}
@@ -124,14 +124,16 @@ class FolderRenderer(ExternalRenderer):
             try:
                 opened[file] = opened[file] if file in opened else read_picture(file)
             except UnreadableImageError as error:
-                raise ValueError(f"{one_line(error)}: replace {file.name} in the renderer's folder={self.folder!r}") from None
+                raise ValueError(
+                    f"{one_line(error)}: replace {file.name} in {self.folder!r} or change {KEY}.folder"
+                ) from None
         return [opened[file] for file in chosen]
 
 
 def _files_by_text(folder: Path, name: str) -> dict[str, list[Path]]:
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
-        raise FileNotFoundError(f"no metadata.jsonl in {name!r}; set the renderer's folder to an imagefolder with one")
+        raise FileNotFoundError(f"no metadata.jsonl in {name!r}; set {KEY}.folder to an imagefolder with one")
     files: dict[str, list[Path]] = {}
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -142,14 +144,14 @@ def _files_by_text(folder: Path, name: str) -> dict[str, list[Path]]:
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"line {number} of {name}/metadata.jsonl must be a JSON object with file_name and text; "
-                "correct it or set the renderer's folder"
+                f"correct it or change {KEY}.folder"
             ) from None
         files.setdefault(text, []).append(file)
     absent = [file.name for named in files.values() for file in named if not file.is_file()]
     if absent:
         raise FileNotFoundError(
             f"{len(absent)} files of {name}/metadata.jsonl are not there, e.g. {', '.join(absent[:3])}; "
-            "add them or set the renderer's folder"
+            f"add them or change {KEY}.folder"
         )
     return files
 
@@ -189,11 +191,11 @@ class CallableRenderer(ExternalRenderer):
         least = {"retries": (retries, 0), "workers": (workers, 1), "longest_pause": (longest_pause, 0)}
         for key, (value, minimum) in least.items():
             if value < minimum:
-                raise ValueError(f"{key}={value}; allowed: {minimum} or more; set the renderer's {key}")
+                raise ValueError(f"{key}={value}; allowed: {minimum} or more; set {KEY}.{key}")
         if requests_per_minute is not None and requests_per_minute <= 0:
             raise ValueError(
                 f"requests_per_minute={requests_per_minute}; allowed: a positive number, or null for no limit; "
-                "set the renderer's requests_per_minute"
+                f"set {KEY}.requests_per_minute"
             )
         self.client, self.version = client, version
         self.name = client_name(client, version)
@@ -222,8 +224,8 @@ class CallableRenderer(ExternalRenderer):
         if errors:
             raise RuntimeError(
                 f"{len(errors)} of {len(unique)} pictures could not be had from the client {self.name!r} in "
-                f"{self.retries + 1} tries each (first: {one_line(errors[0])}); the others are kept: run again, or set the "
-                "renderer's client, retries or requests_per_minute"
+                f"{self.retries + 1} tries each (first: {one_line(errors[0])}); the others are kept: run again, or change "
+                f"{KEY}.client, .retries or .requests_per_minute"
             ) from errors[0]
         return [found[row] for row in rows]
 

@@ -11,6 +11,8 @@ import torch
 from uae.models.pipelines.contracts import Contract, denoiser_of
 from uae.weights.placement import Placement
 
+KEY = "model.init_args.system.init_args.rendering"
+
 
 @dataclass(frozen=True)
 class Rendering:
@@ -48,33 +50,35 @@ def check(rendering: Rendering, pipe: Any, contract: Contract, has_negative: boo
         size = getattr(rendering, key)
         if size < 1 or size % multiple:
             raise ValueError(
-                f"rendering.{key}={size} must be a multiple of {multiple} for {name}; change rendering.{key}"
+                f"rendering.{key}={size} must be a multiple of {multiple} for {name}; change {KEY}.{key}"
             )
     for key in ("steps", "rows"):
         if getattr(rendering, key) < 1:
-            raise ValueError(f"rendering.{key}={getattr(rendering, key)} must be at least 1; change rendering.{key}")
+            raise ValueError(f"rendering.{key}={getattr(rendering, key)} must be at least 1; change {KEY}.{key}")
     if rendering.guidance > 1:
         _check_guidance(rendering.guidance, pipe, contract, has_negative)
     distils = contract.distilled and getattr(denoiser_of(pipe).config, "guidance_embeds", True)
     if rendering.distilled_guidance is not None and not distils:
         raise ValueError(
             f"rendering.distilled_guidance={rendering.distilled_guidance}, but this {name} is not distilled for guidance; "
-            "set rendering.distilled_guidance to null (and rendering.guidance for classifier-free guidance)"
+            f"set {KEY}.distilled_guidance to null (and {KEY}.guidance for classifier-free guidance)"
         )
 
 
 def _check_guidance(guidance: float, pipe: Any, contract: Contract, has_negative: bool) -> None:
     name = type(pipe).__name__
     if contract.guidance is None:
-        instead = " (and rendering.distilled_guidance instead)" if contract.distilled else ""
+        instead = f" (and {KEY}.distilled_guidance instead)" if contract.distilled else ""
         raise ValueError(
-            f"rendering.guidance={guidance}, but {name} has no classifier-free guidance; set rendering.guidance to 1{instead}"
+            f"rendering.guidance={guidance}, but {name} has no classifier-free guidance; set {KEY}.guidance to 1{instead}"
         )
     if has_negative and not contract.negatives:
         raise ValueError(f"{name} takes no negative condition (it has its own); leave the negative out")
     reads = getattr(pipe, "tokenizer", None) is not None
     if not has_negative and not (contract.own_negative and reads):
-        raise ValueError(f"guidance={guidance} needs a negative condition; give one or set rendering.guidance to 1")
+        raise ValueError(
+            f"rendering.guidance={guidance} needs a negative condition; give one or set {KEY}.guidance to 1"
+        )
 
 
 def _multiple(pipe: Any) -> int:
@@ -92,7 +96,7 @@ def spare_memory(pipe: Any, rendering: Rendering) -> None:
         denoiser = denoiser_of(pipe)
         if not hasattr(denoiser, "enable_layerwise_casting"):
             kind = type(denoiser).__name__
-            raise ValueError(f"{kind} cannot store 8-bit weights; set rendering.placement.dtype to bfloat16")
+            raise ValueError(f"{kind} cannot store 8-bit weights; set {KEY}.placement.dtype to bfloat16")
         denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     for key, switch in (("slice_vae", "enable_slicing"), ("tile_vae", "enable_tiling")):
         if getattr(rendering, key):
@@ -100,5 +104,5 @@ def spare_memory(pipe: Any, rendering: Rendering) -> None:
                 getattr(pipe.vae, switch)()
             except (AttributeError, NotImplementedError):
                 raise ValueError(
-                    f"{type(pipe).__name__} has no autoencoder that can; set rendering.{key} to false"
+                    f"the autoencoder of {type(pipe).__name__} cannot do this; set {KEY}.{key} to false"
                 ) from None
