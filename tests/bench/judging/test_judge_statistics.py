@@ -7,12 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from uae.bench.judging.statistics.agreement import krippendorff, sign_test
+from uae.bench.judging.statistics.agreement import krippendorff
 from uae.bench.judging.statistics.bradley_terry import ELO, VIRTUAL, strengths
 from uae.bench.judging.statistics.comparisons import Comparison, count
 from uae.bench.judging.statistics.length_control import PRIOR, at_equal_length, sigmoid
 from uae.bench.judging.statistics.resampling import weights
 from uae.bench.judging.statistics.win_rates import WinRates, elo, mean_rate, pair_summary, strangers
+from uae.bench.paired import sign_test
 from uae.metrics.intervals import bootstrap
 
 ANSWERS = ("first", "second", "tie", "invalid", None)

@@ -22,7 +22,7 @@ from uae.bench.fingerprints import git_blob, sha256
 from uae.bench.generate import Drawing, Job, command, seeds_of
 from uae.bench.geneval.detector import read_upright
 from uae.bench.ledger import Ledger
-from uae.bench.result import Score, check_output, score, write_result
+from uae.bench.result import Case, Score, check_output, score, write_result
 from uae.bench.score_table import score_table
 from uae.bench.system import working_device
 from uae.metrics.intervals import bootstrap
@@ -119,6 +119,7 @@ def score_images(
         summarize(scores),
         kept.header,
         {"questions": sha256(csv)},
+        {"overall": [Case(name, value) for name, value in scores.items.items()]},
         dropped={**scores.dropped, **unreadable},
         items=scores.items,
     )

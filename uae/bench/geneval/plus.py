@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from uae.bench.arguments import run as run_command
 from uae.bench.fingerprints import sha256
@@ -20,10 +19,8 @@ from uae.bench.judging.judges import Judge, read_judges
 from uae.bench.judging.prompt import Prompt, read_prompt
 from uae.bench.judging.requests import Plan, Question, image_digest, question, read_plan, write_plan
 from uae.bench.judging.stages import ask, open_cache, status
-from uae.bench.result import check_output, write_result
-from uae.bench.result import score as as_score
+from uae.bench.result import Case, by_group, check_output, summarize, write_result
 from uae.bench.score_table import score_table
-from uae.metrics.intervals import mean_of_means, wilson
 
 BENCHMARK = "geneval_plus"
 JUDGE = "configs/bench/judges/gpt_4_1.yaml"
@@ -118,14 +115,15 @@ def score(folder: str, output: str, system: str | None = None, cache: str | None
     answers, tags = open_cache(folder, cache), plan.about["tags"]
     said = {question.about["line"]: answers.answer(question, plan.prompt) for question in plan.questions}
     verdicts = [verdict(said, line) for line in range(1, len(tags) + 1)]
-    done = status(plan, answers)
+    done, cases = status(plan, answers), scored_cases(tags, verdicts)
     result = write_result(
         output,
         BENCHMARK,
         system or plan.about["images"],
-        summarize(tags, verdicts),
+        summarize(cases),
         {"judges": done["models"], "prompt": [plan.prompt.name, plan.prompt.version, plan.prompt.digest]},
-        dict(plan.inputs),
+        plan.inputs,
+        cases,
         **done,
         missing=[line for line in range(1, len(tags) + 1) if line not in said],
         failed=[line for line, found in enumerate(verdicts, start=1) if found == FAILED],
@@ -145,15 +143,14 @@ def verdict(said: Mapping[int, str | None], line: int) -> int:
     return int(answer) if answer in ("0", "1") else FAILED
 
 
-def summarize(tags: Sequence[str], verdicts: Sequence[int]) -> dict[str, Any]:
-    """The mean of the tags' accuracies, each tag, and the share of correct images; `FAILED` is wrong."""
-    tag_N, correct_N = np.array(tags), np.array(verdicts) == 1
-    groups = {tag: correct_N[tag_N == tag] for tag in dict.fromkeys(tags)}
-    return {
-        "overall": as_score(mean_of_means([(group, np.arange(len(group))) for group in groups.values()]), len(tags)),
-        **{tag: as_score(wilson(int(group.sum()), len(group)), len(group)) for tag, group in groups.items()},
-        "correct images": as_score(wilson(int(correct_N.sum()), len(tags)), len(tags)),
-    }
+def scored_cases(tags: Sequence[str], verdicts: Sequence[int]) -> dict[str, list[Case]]:
+    """Name of each score to its cases: the mean of the tags' accuracies, each tag, and all images alike; `FAILED` is wrong."""
+    everything = [
+        Case(str(line), float(verdict == 1), group=tag)
+        for line, (tag, verdict) in enumerate(zip(tags, verdicts, strict=True), start=1)
+    ]
+    correct = [replace(case, group="") for case in everything]
+    return {"overall": everything, **by_group(everything), "correct images": correct}
 
 
 def checklist(row: Mapping[str, Any]) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from uae.bench.arguments import listed, run
-from uae.bench.report.paired import differences
+from uae.bench.paired import paired_differences, unlikeness
 from uae.bench.report.plot import plot as draw
 from uae.bench.report.published import number, published
 from uae.bench.report.table import Column, Table, comma_separated, latex, markdown
-from uae.bench.result import read_result
+from uae.bench.result import cases_of, read_result
 
 FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {".md": markdown, ".csv": comma_separated, ".tex": latex}
 
@@ -106,16 +106,32 @@ def _table(benchmark: str, entries: Sequence[Entry], baseline: str, paper: bool,
     notes = [] if base or len(entries) == 1 else [f"{baseline} has no result here: no differences"]
     columns = []
     for entry in entries:
-        found: Any = {}
-        if base is not None and entry is not base:
-            found, more = differences(entry.result, base.result, entry.file, base.file)
-            notes += more
-        columns.append(Column(entry.system, entry.result["scores"], found))
+        column, more = _column(entry, base)
+        columns.append(column)
+        notes += more
     rows, caveat = published(benchmark) if paper else ([], "")
     rows = [row for row in rows if any(number(row, name) for name in names)]
     if paper:
         notes.append(caveat if rows else "the paper has no number for this benchmark, or not for these inputs or encoders")
     return Table(benchmark, names, columns, baseline, rows, notes)
+
+
+def _column(entry: Entry, base: Entry | None) -> tuple[Column, list[str]]:
+    """A system's column with its differences to the baseline, and notes for the reader."""
+    system, ours = entry.system, entry.result
+    if base is None or entry is base:
+        return Column(system, ours["scores"]), []
+    systems = f"{system} and {base.system}"
+    if unlike := unlikeness(ours, base.result):
+        return Column(system, ours["scores"]), [f"{systems} are not compared: {'; '.join(unlike)}"]
+    scores, theirs = ours["scores"], base.result["scores"]
+    gaps = {name: score["value"] - theirs[name]["value"] for name, score in scores.items() if name in theirs}
+    found = paired_differences(cases_of(ours), cases_of(base.result))
+    paired = {name: difference for name, difference in found.items() if name in gaps}
+    notes = [] if paired else [f"{systems} have no cases to pair: differences without interval"]
+    if any(difference.n < scores[name]["n"] for name, difference in paired.items()):
+        notes.append(f"{systems} share only some cases")
+    return Column(system, scores, gaps, paired), notes
 
 
 def _alike(benchmarks: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from uae.bench.arguments import run
 from uae.bench.result import Score, check_output, read_result, write_result
-from uae.bench.score.comparison import check_comparable, paired_difference
+from uae.bench.score.comparison import check_comparable, paired_difference, scored_cases
 from uae.bench.score.contact_sheet import draw
 from uae.bench.score.encoder_sets import EncoderSet, configured, described, official, read_encoders
 from uae.bench.score.feature_cache import FeatureCache, default_folder
@@ -75,7 +75,7 @@ def score_folders(
         raise ValueError(_nothing(sources, reconstructions, pairs, found))
     content = _content(found, pairs, chosen, resamples) | {"backend": backend}
     if other is not None:
-        rows = paired_difference({"system": name, **content}, other, resamples)
+        rows = paired_difference(content["cases"], other, resamples)
         content["comparison"] = {"other": other["system"], "difference": rows}
     result = write_result(output, system=name, **content)
     table = markdown(result)
@@ -120,6 +120,7 @@ def _content(found: Similarities, pairs: Pairs, chosen: EncoderSet, resamples: i
         "benchmark": benchmark(chosen),
         "scores": summarize(found, chosen.held_out, resamples),
         "inputs": inputs,
+        "cases": scored_cases(found, chosen.held_out),
         **official_layout(found, pairs),
         "per_image": per_image,
         "left_out": {

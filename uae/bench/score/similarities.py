@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,12 +122,9 @@ def summarize(found: Similarities, held_out: tuple[str, ...], resamples: int, se
     (mismatched pairs) and ``calibrated/<name>`` = (mean - floor) / (1 - floor), whose interval counts both as uncertain.
     Every number is of the same resampled images.
     """
-    columns = {"overall": list(found.encoders)} | ({"held_out": list(held_out)} if held_out else {})
-    columns |= {name: [name] for name in found.encoders}
     scores: dict[str, Score] = {}
     floors: dict[str, Score] = {}
-    for name, chosen in columns.items():
-        at = [found.encoders.index(encoder) for encoder in chosen]
+    for name, at in columns(found.encoders, held_out).items():
         cosine_N, floor_N = found.cosine_NE[:, at].mean(1), found.floor_NE[:, at].mean(1)
         scores[name] = score(bootstrap(cosine_N, resamples, seed), len(cosine_N))
         known_N = floor_N[np.isfinite(floor_N)]
@@ -135,6 +132,12 @@ def summarize(found: Similarities, held_out: tuple[str, ...], resamples: int, se
             floors[f"floor/{name}"] = score(bootstrap(known_N, resamples, seed), len(known_N))
             floors[f"calibrated/{name}"] = score(bootstrap(_calibrated(cosine_N, floor_N), resamples, seed), len(cosine_N))
     return scores | floors
+
+
+def columns(encoders: Sequence[str], held_out: Sequence[str]) -> dict[str, list[int]]:
+    """Name of each score to the positions of the encoders whose mean it is."""
+    groups = {"overall": encoders, **({"held_out": held_out} if held_out else {}), **{name: [name] for name in encoders}}
+    return {title: [encoders.index(name) for name in names] for title, names in groups.items()}
 
 
 def _calibrated(cosine_N: np.ndarray, floor_N: np.ndarray) -> np.ndarray:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from uae.bench.judging.statistics.agreement import krippendorff, sign_test
+from uae.bench.judging.statistics.agreement import krippendorff
 from uae.bench.judging.statistics.bradley_terry import ELO, strengths
 from uae.bench.judging.statistics.comparisons import Comparison, count
 from uae.bench.judging.statistics.length_control import at_equal_length, sigmoid
 from uae.bench.judging.statistics.resampling import interval, ratio
+from uae.bench.paired import sign_test
 from uae.bench.result import Score, score
 from uae.metrics.intervals import Interval
 
