@@ -70,7 +70,7 @@ def harness(monkeypatch):
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, f"lmms_eval{name}", module)
     monkeypatch.delitem(sys.modules, "uae.bench.understanding.lmms_eval_model", raising=False)
-    project = (CONFIG.parents[2] / "pyproject.toml").read_text()
+    project = (CONFIG.parents[1] / "pyproject.toml").read_text()
     entry = re.search(r'\[project.entry-points."lmms_eval.models"\]\nuae = "(.+):(.+)"', project)
     manifest = getattr(importlib.import_module(entry[1]), entry[2])()
     module, name = manifest.simple_class_path.rsplit(".", 1)
