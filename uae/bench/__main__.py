@@ -18,7 +18,7 @@ COMMANDS = {
     "geneval": "GenEval: do images show the objects, counts, colors and places of their prompts",
     "geneval_plus": "GenEval++: the same for longer prompts, told by a judge",
     "dpg": "DPG-Bench: do images show what dense prompts ask for",
-    "understanding": "MMBench, MMMU and MMT-Bench from saved predictions, per subtask",
+    "understanding": "MMMU and MMT-Bench from the samples of lmms-eval, per subtask",
     "report": "several results in one table, beside the paper's",
 }
 
