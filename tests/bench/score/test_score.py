@@ -11,7 +11,7 @@ from tests.bench.pictures import shapes, upright, write_all
 from uae.bench.__main__ import main
 from uae.bench.result import cases_of, read_result
 from uae.bench.score.comparison import check_comparable, paired_difference
-from uae.bench.score.contact_sheet import choose
+from uae.bench.score.contact_sheet import worst_median_best
 from uae.encoders.tower import Tower
 from uae.metrics.intervals import bootstrap
 from uae.rehearsal.encoders import ENCODERS
@@ -297,7 +297,7 @@ def test_folders_without_a_pair_are_refused(score, folders, capsys):
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [1, 0, 0]), (2, [1, 0, 1]), (3, [1, 1, 1]), (40, [4, 4, 4])])
 def test_a_contact_sheet_shows_no_pair_twice(count, expected):
-    chosen = choose(np.random.default_rng(0).permutation(count).astype(float))
+    chosen = worst_median_best(np.random.default_rng(0).permutation(count).astype(float))
     assert [len(positions) for positions in chosen.values()] == expected
     shown = [n for positions in chosen.values() for n in positions]
     assert len(shown) == len(set(shown))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from uae.bench.arguments import run
 from uae.bench.fingerprints import sha256
-from uae.bench.generate import Drawing, Job, command, seeds_of
+from uae.bench.generate import Drawing, DrawingJob, generate_command, seeds_of
 from uae.bench.geneval.colors import MODEL, WEIGHTS
 from uae.bench.geneval.detection import DETECTOR
 from uae.bench.geneval.detector import Detector, read_upright
@@ -56,7 +56,7 @@ def generate(
     batch_size: int = 8,
     part: str = "1/1",
     device: str | None = None,
-) -> Job:
+) -> DrawingJob:
     """Draw prompts in GenEval's layout. Other options are the system's: --config FILE, --ckpt_path FILE, --key value.
 
     DIR/00000/samples/0000.png beside DIR/00000/metadata.jsonl; what is drawn already stays.
@@ -79,7 +79,7 @@ def generate(
         Drawing(folder / case.name, case.metadata["prompt"], seeds_of(seed, case.number, 1, first=case.sample))
         for case in _cases(listed, samples)
     ]
-    return Job(folder, drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
+    return DrawingJob(folder, drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
 
 
 def score_images(
@@ -236,6 +236,6 @@ def _extra(images: str | None, cases: Sequence[SampleImage]) -> list[str]:
 def main(args: list[str]) -> None:
     """``generate`` or ``score``."""
     if args[:1] == ["generate"]:
-        command("geneval", generate, args[1:])
+        generate_command("geneval", generate, args[1:])
     else:
         run("geneval", {"generate": generate, "score": score_images}, args)

@@ -14,10 +14,10 @@ from typing import Any
 
 from uae.bench.arguments import run as run_command
 from uae.bench.fingerprints import sha256
-from uae.bench.generate import Drawing, Job, command, seeds_of
+from uae.bench.generate import Drawing, DrawingJob, generate_command, seeds_of
 from uae.bench.judging.judges import Judge, read_judges
 from uae.bench.judging.prompt import Prompt, read_prompt
-from uae.bench.judging.requests import Plan, Question, image_digest, question, read_plan, write_plan
+from uae.bench.judging.requests import JudgeRequest, JudgingPlan, image_digest, judge_request, read_plan, write_plan
 from uae.bench.judging.stages import ask, open_cache, status
 from uae.bench.result import Case, by_group, check_output, summarize, write_result
 from uae.bench.score_table import score_table
@@ -34,7 +34,7 @@ FAILED = -1  # the judge gave no usable answer: counts as wrong
 
 def generate(
     prompts: str, images: str, seed: int = 0, batch_size: int = 8, part: str = "1/1", device: str | None = None
-) -> Job:
+) -> DrawingJob:
     """Draw one image per prompt: DIR/1.png is of the file's first line.
 
     All other options describe the system, as behind ``python -m uae.cli predict``: --config FILE, --ckpt_path FILE,
@@ -50,7 +50,7 @@ def generate(
     """
     rows = enumerate(read_lines(prompts), start=1)
     drawings = [Drawing(Path(images, f"{line}.png"), row["prompt"], seeds_of(seed, line, 1)) for line, row in rows]
-    return Job(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
+    return DrawingJob(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
 
 
 def run(
@@ -69,8 +69,8 @@ def run(
     Args:
         prompts: Geneval++.jsonl: a line per image with tag, include, maybe exclude, and prompt.
         images: Folder of images named after the prompts' lines: 1.jpg (or .png, .jpeg, .webp) is of the first line.
-        folder: Where the questions and answers are kept.
-        max_cost_usd: Spend at most this much on these questions, earlier runs included.
+        folder: Where the requests and answers are kept.
+        max_cost_usd: Spend at most this much on these requests, earlier runs included.
         dry_run: Only tell how many calls there are and what they cost.
         judge: File of one judge.
         prompt: File of what it is told.
@@ -81,22 +81,22 @@ def run(
     if len(judges) != 1:
         raise ValueError(f"GenEval++ has one judge, {judge!r} names {len(judges)}; give a file with one")
     files = image_files(images, len(rows))
-    questions = _questions(next(iter(judges.values())), asked, rows, files)
+    requests = _requests(next(iter(judges.values())), asked, rows, files)
     about = {"benchmark": BENCHMARK, "tags": [row["tag"] for row in rows], "images": Path(images).resolve().name}
     inputs = {"prompts": sha256(prompts), "judges": sha256(judge), "prompt": sha256(prompt)}
-    write_plan(folder, Plan(judges, asked, questions, inputs, about))
+    write_plan(folder, JudgingPlan(judges, asked, requests, inputs, about))
     missing = [line for line in range(1, len(rows) + 1) if line not in files]
     if missing:
         print(f"MISSING, counted as wrong: {len(missing)} of {len(rows)} images, e.g. {', '.join(map(str, missing[:5]))}")
     ask(folder, max_cost_usd, dry_run, cache, retry_errors)
 
 
-def _questions(
+def _requests(
     judge: Judge, prompt: Prompt, rows: Sequence[Mapping[str, Any]], files: Mapping[int, Path]
-) -> tuple[Question, ...]:
+) -> tuple[JudgeRequest, ...]:
     given = {line: {"prompt": rows[line - 1]["prompt"], "checklist": checklist(rows[line - 1])} for line in sorted(files)}
     return tuple(
-        question(judge, prompt, texts, str(files[line]), image_digest(files[line]), {"line": line})
+        judge_request(judge, prompt, texts, str(files[line]), image_digest(files[line]), {"line": line})
         for line, texts in given.items()
     )
 
@@ -113,7 +113,7 @@ def score(folder: str, output: str, system: str | None = None, cache: str | None
     check_output(output)
     plan = read_plan(folder)
     answers, tags = open_cache(folder, cache), plan.about["tags"]
-    said = {question.about["line"]: answers.answer(question, plan.prompt) for question in plan.questions}
+    said = {request.about["line"]: answers.answer(request, plan.prompt) for request in plan.requests}
     verdicts = [verdict(said, line) for line in range(1, len(tags) + 1)]
     done, cases = status(plan, answers), scored_cases(tags, verdicts)
     result = write_result(
@@ -216,6 +216,6 @@ def image_files(folder: str | Path, lines: int) -> dict[int, Path]:
 def main(args: Sequence[str]) -> Any:
     """The command."""
     if args and args[0] == "generate":
-        return command(BENCHMARK, generate, args[1:])
+        return generate_command(BENCHMARK, generate, args[1:])
     functions = {"generate": generate, "run": run, "score": score}  # the first for --help
     return run_command(BENCHMARK, functions, args)

@@ -15,7 +15,7 @@ PAPER = "paper: "
 
 
 @dataclass(frozen=True)
-class Column:
+class SystemColumn:
     """One system.
 
     Args:
@@ -32,7 +32,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class BenchmarkTable:
     """One benchmark.
 
     Args:
@@ -46,7 +46,7 @@ class Table:
 
     benchmark: str
     names: Sequence[str]
-    columns: Sequence[Column]
+    columns: Sequence[SystemColumn]
     baseline: str
     published: Sequence[Published] = ()
     notes: Sequence[str] = ()
@@ -76,7 +76,7 @@ def _score(score: Score | None) -> str:
     return f"{100 * score['value']:.2f} [{100 * score['low']:.2f}, {100 * score['high']:.2f}] n={score['n']}" if score else ""
 
 
-def _difference(column: Column, name: str) -> str:
+def _difference(column: SystemColumn, name: str) -> str:
     if name not in column.differences:
         return ""
     if name not in column.paired:
@@ -91,7 +91,7 @@ def _published(row: Published, name: str) -> str:
     return "" if found is None else f"{100 * found[0]:.2f}{'?' * found[1]}"
 
 
-def markdown(tables: Sequence[Table]) -> str:
+def markdown(tables: Sequence[BenchmarkTable]) -> str:
     """For a page."""
     lines = []
     for table in tables:
@@ -102,7 +102,7 @@ def markdown(tables: Sequence[Table]) -> str:
     return "\n".join(lines)
 
 
-def latex(tables: Sequence[Table]) -> str:
+def latex(tables: Sequence[BenchmarkTable]) -> str:
     """For a paper: one ``table`` each, of booktabs' rules."""
     lines = ["% \\usepackage{booktabs}"]
     for table in tables:
@@ -119,7 +119,7 @@ def _escaped(text: str) -> str:
     return "".join(signs.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
 
 
-def comma_separated(tables: Sequence[Table]) -> str:
+def comma_separated(tables: Sequence[BenchmarkTable]) -> str:
     """For a program: one line per number, unrounded."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -139,7 +139,7 @@ def comma_separated(tables: Sequence[Table]) -> str:
     return file.getvalue()
 
 
-def _difference_cells(column: Column, name: str) -> list[float | str]:
+def _difference_cells(column: SystemColumn, name: str) -> list[float | str]:
     """Difference, its ends, number of cases and p-value; empty where there is none."""
     gap = column.paired.get(name)
     if gap is None:

@@ -16,7 +16,7 @@ from uae.bench.arguments import listed, run
 from uae.bench.fingerprints import sha256
 from uae.bench.result import Case, check_output, summarize, write_result
 from uae.bench.score_table import score_table
-from uae.bench.understanding.samples import Benchmark, Question, read_samples
+from uae.bench.understanding.samples import Benchmark, ScoredQuestion, read_samples
 
 TITLES: dict[Benchmark, str] = {"mmmu": "MMMU", "mmt": "MMT-Bench"}
 SELECTED = "selected subtasks"
@@ -56,11 +56,11 @@ def score_samples(
         cases,
         subtasks={"pattern": subtasks, "matched": selected} if selected else None,
     )
-    print(table(result))
+    print(subtask_table(result))
     return result
 
 
-def select(questions: Sequence[Question], pattern: str) -> dict[str, int]:
+def select(questions: Sequence[ScoredQuestion], pattern: str) -> dict[str, int]:
     """Subtasks whose name the pattern finds (case aside), and the number of questions of each.
 
     Raises:
@@ -76,7 +76,7 @@ def select(questions: Sequence[Question], pattern: str) -> dict[str, int]:
     return found
 
 
-def scored_cases(questions: Sequence[Question], selected: dict[str, int]) -> dict[str, list[Case]]:
+def scored_cases(questions: Sequence[ScoredQuestion], selected: dict[str, int]) -> dict[str, list[Case]]:
     """Name of each score to its cases: all questions, the selected subtasks, the meta-tasks, the subtasks.
 
     A meta-task is the mean of its subtasks (MMT-Bench's own rule), every other score the mean of its questions.
@@ -93,13 +93,13 @@ def scored_cases(questions: Sequence[Question], selected: dict[str, int]) -> dic
     return cases
 
 
-def fingerprint(questions: Sequence[Question]) -> str:
+def fingerprint(questions: Sequence[ScoredQuestion]) -> str:
     """Digest of the questions as they were asked, whatever the answers: results with equal ones can be compared."""
     lines = sorted(repr((question.name, question.prompt, question.target)) for question in questions)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def table(result: dict[str, Any]) -> str:
+def subtask_table(result: dict[str, Any]) -> str:
     """The printed table: all scores, or only those of the selected subtasks."""
     if result["subtasks"] is None:
         return score_table(result)

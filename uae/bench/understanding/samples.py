@@ -18,7 +18,7 @@ SHOWN = 5  # broken lines that an error names
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoredQuestion:
     """One question with the score of the model's answer.
 
     Args:
@@ -38,7 +38,7 @@ class Question:
     target: str
 
 
-def read_samples(benchmark: Benchmark, files: Sequence[str | Path], questions: str | Path | None) -> list[Question]:
+def read_samples(benchmark: Benchmark, files: Sequence[str | Path], questions: str | Path | None) -> list[ScoredQuestion]:
     """All questions of some samples files.
 
     Args:
@@ -70,14 +70,14 @@ def read_samples(benchmark: Benchmark, files: Sequence[str | Path], questions: s
     return found
 
 
-def _mmmu(sample: Mapping[str, Any], _: Sequence[Mapping[str, Any]] | None) -> Question:
+def _mmmu(sample: Mapping[str, Any], _: Sequence[Mapping[str, Any]] | None) -> ScoredQuestion:
     """``mmmu_acc`` holds the answer as lmms-eval understood it; its aggregation only compares it with the right one."""
     metric = sample["mmmu_acc"]
     right = any(_equal(metric["answer"], answer) for answer in metric["parsed_pred"])
-    return Question(metric["id"], float(right), metric["subdomain"], "", sample["input"], sample["target"])
+    return ScoredQuestion(metric["id"], float(right), metric["subdomain"], "", sample["input"], sample["target"])
 
 
-def _mmt(sample: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None) -> Question:
+def _mmt(sample: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None) -> ScoredQuestion:
     """``accuracy`` holds the score twice: as ``overall`` and under the name of the meta-task."""
     metric, number = sample["accuracy"], sample["doc_id"]
     group = next(name for name in metric if name != "overall")
@@ -85,10 +85,11 @@ def _mmt(sample: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None) ->
         raise ValueError("does not name its subtask: give the questions of the split by --questions")
     if number >= len(rows) or rows[number]["question"].strip() not in sample["input"] or rows[number]["answer"] != sample["target"]:
         raise ValueError(f"is not question {number} of --questions: give the questions of the same split, in their order")
-    return Question(str(number), metric["overall"], rows[number]["category"], group, sample["input"], sample["target"])
+    return ScoredQuestion(str(number), metric["overall"], rows[number]["category"], group, sample["input"], sample["target"])
 
 
-READERS: dict[Benchmark, Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]] | None], Question]] = {"mmmu": _mmmu, "mmt": _mmt}
+Reader = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]] | None], ScoredQuestion]
+READERS: dict[Benchmark, Reader] = {"mmmu": _mmmu, "mmt": _mmt}
 
 
 def _equal(right: str, answer: str) -> bool:
