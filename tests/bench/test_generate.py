@@ -15,7 +15,7 @@ from PIL import Image
 
 from uae.bench import generate
 from uae.bench.dpg import command as dpg
-from uae.bench.generate import Drawing, Job, draw, save, seeds_of, split
+from uae.bench.generate import Drawing, DrawingJob, draw_missing, save, seeds_of, split_options
 from uae.bench.geneval import command as geneval
 from uae.bench.system import load
 from uae.checkpoints.files import METADATA, VERSION
@@ -42,7 +42,7 @@ def prompts(tmp_path):
 
 def job(folder, texts=TEXTS, seeds=1, **changes):
     drawings = [Drawing(folder / f"{i}.png", text, seeds_of(0, i, seeds)) for i, text in enumerate(texts)]
-    return Job(folder, drawings, {"seed": 0}, **changes)
+    return DrawingJob(folder, drawings, {"seed": 0}, **changes)
 
 
 def pixels(folder):
@@ -58,12 +58,12 @@ def equal(a, b):
 
 
 def test_images_depend_on_prompt_and_seed_alone(system, tmp_path):
-    draw(system, job(tmp_path / "whole", seeds=1, batch_size=8))
-    draw(system, job(tmp_path / "single", seeds=1, batch_size=1))
+    draw_missing(system, job(tmp_path / "whole", seeds=1, batch_size=8))
+    draw_missing(system, job(tmp_path / "single", seeds=1, batch_size=1))
     whole = pixels(tmp_path / "whole")
     assert equal(whole, pixels(tmp_path / "single"))
     for part in ("2/2", "1/2"):
-        draw(system, job(tmp_path / "parts", part=part))
+        draw_missing(system, job(tmp_path / "parts", part=part))
         assert len(pixels(tmp_path / "parts")) == {"2/2": 1, "1/2": 3}[part]
     assert equal(whole, pixels(tmp_path / "parts"))
     condition = system.umm.conditioner.encode(TEXTS)
@@ -73,10 +73,10 @@ def test_images_depend_on_prompt_and_seed_alone(system, tmp_path):
 
 
 def test_a_grid_is_row_by_row(system, tmp_path):
-    draw(system, job(tmp_path / "grid", seeds=4, batch_size=3))
-    tiles = Job(tmp_path / "tiles", [Drawing(tmp_path / f"tiles/{i}_{k}.png", text, seeds_of(0, i, 1, first=k))
+    draw_missing(system, job(tmp_path / "grid", seeds=4, batch_size=3))
+    tiles = DrawingJob(tmp_path / "tiles", [Drawing(tmp_path / f"tiles/{i}_{k}.png", text, seeds_of(0, i, 1, first=k))
                                      for i, text in enumerate(TEXTS) for k in range(4)], {"seed": 0})  # fmt: skip
-    draw(system, tiles)
+    draw_missing(system, tiles)
     grid, single = pixels(tmp_path / "grid"), pixels(tmp_path / "tiles")
     for i in range(3):
         rows = [np.concatenate([single[f"{i}_{k}.png"] for k in row], 1) for row in ((0, 1), (2, 3))]
@@ -124,7 +124,7 @@ def test_another_system_or_other_prompts_do_not_mix(system, prompts, tmp_path, m
 
 def test_an_interrupted_drawing_goes_on(system, tmp_path, monkeypatch):
     whole, torn = job(tmp_path / "whole", seeds=4, batch_size=2), job(tmp_path / "torn", seeds=4, batch_size=2)
-    draw(system, whole)
+    draw_missing(system, whole)
     render, calls = system.umm.renderer.render, []
 
     def dies(condition, seeds):
@@ -135,9 +135,9 @@ def test_an_interrupted_drawing_goes_on(system, tmp_path, monkeypatch):
 
     monkeypatch.setattr(system.umm.renderer, "render", dies)
     with pytest.raises(KeyboardInterrupt):
-        draw(system, torn)
+        draw_missing(system, torn)
     assert list(pixels(tmp_path / "torn")) == ["0.png"]  # two batches make a grid; the third's half grid is not there
-    draw(system, torn)
+    draw_missing(system, torn)
     assert sum(calls) - 2 == 12 + 2  # what died, and the half of a grid that went with it, again; nothing else
     assert equal(pixels(tmp_path / "torn"), pixels(tmp_path / "whole"))
 
@@ -207,7 +207,7 @@ def test_what_cannot_draw_is_refused():
     ],
 )
 def test_options_go_to_whom_they_belong(words, own, system):
-    assert split(words, {"--images", "--seed"}) == (own, system)
+    assert split_options(words, {"--images", "--seed"}) == (own, system)
 
 
 @pytest.mark.parametrize(
@@ -228,4 +228,4 @@ def test_mistakes_are_told_before_anything_is_loaded(prompts, tmp_path, words, s
 def test_two_prompts_of_one_name_are_refused(system, tmp_path):
     twice = [Drawing(tmp_path / "a.png", text, (0,)) for text in TEXTS]
     with pytest.raises(ValueError, match="two prompts would be drawn to"):
-        draw(system, Job(tmp_path, twice, {}))
+        draw_missing(system, DrawingJob(tmp_path, twice, {}))

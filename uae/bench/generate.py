@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from uae.bench.arguments import run
-from uae.bench.system import Loaded, load
+from uae.bench.system import LoadedSystem, load
 from uae.files.whole import write_whole
 from uae.seeds import seed_of
 
@@ -40,7 +40,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Job:
+class DrawingJob:
     """What a command wants drawn.
 
     Args:
@@ -65,7 +65,7 @@ def seeds_of(seed: int, number: int | str, samples: int, first: int = 0) -> tupl
     return tuple(seed_of(seed, "prompt", number, sample) for sample in range(first, first + samples))
 
 
-def command(name: str, describe: Callable[..., Job], words: Sequence[str]) -> None:
+def generate_command(name: str, describe: Callable[..., DrawingJob], words: Sequence[str]) -> None:
     """``generate`` of a benchmark: its own options describe the job, all others the system, as ``uae.cli`` takes them.
 
     Args:
@@ -73,11 +73,11 @@ def command(name: str, describe: Callable[..., Job], words: Sequence[str]) -> No
         describe: Its parameters are the command's options.
         words: What the user typed behind ``generate``.
     """
-    job, system = described(f"{name} generate", describe, words, "draw with")
-    draw(load(system, job.device), job)
+    job, system = parse_job(f"{name} generate", describe, words, "draw with")
+    draw_missing(load(system, job.device), job)
 
 
-def described(name: str, describe: Callable[..., Any], words: Sequence[str], purpose: str) -> tuple[Any, list[str]]:
+def parse_job(name: str, describe: Callable[..., Any], words: Sequence[str], purpose: str) -> tuple[Any, list[str]]:
     """A job from a command's own options, and the words that are the system's.
 
     Args:
@@ -89,14 +89,14 @@ def described(name: str, describe: Callable[..., Any], words: Sequence[str], pur
     Raises:
         ValueError: No system is given.
     """
-    own, system = split(words, {f"--{option}" for option in signature(describe).parameters})
+    own, system = split_options(words, {f"--{option}" for option in signature(describe).parameters})
     job = run(name, describe, own)
     if "--config" not in {word.partition("=")[0] for word in system}:
         raise ValueError(f"no system to {purpose}: give --config FILE, a complete run as configs/tiny.yaml")
     return job, system
 
 
-def split(words: Sequence[str], options: set[str]) -> tuple[list[str], list[str]]:
+def split_options(words: Sequence[str], options: set[str]) -> tuple[list[str], list[str]]:
     """The words that give one of ``options`` a value (or ask for help), and the others; in the order given."""
     own: list[str] = []
     others: list[str] = []
@@ -110,15 +110,15 @@ def split(words: Sequence[str], options: set[str]) -> tuple[list[str], list[str]
     return own, others
 
 
-def draw(system: Loaded, job: Job) -> None:
+def draw_missing(system: LoadedSystem, job: DrawingJob) -> None:
     """Draw what is missing; every file appears whole or not at all.
 
     Raises:
         ValueError: The folder holds another system's images, two drawings share a path, or ``part`` is none.
     """
-    check(job)
-    sign(job.folder, {**system.identity, **job.origin})
-    first, parts = share(job.part)
+    check_job(job)
+    claim_folder(job.folder, {**system.identity, **job.origin})
+    first, parts = parse_part(job.part)
     mine = list(job.drawings)[first::parts]
     missing = [drawing for drawing in mine if not drawing.path.is_file()]
     done = {drawing.path: [] for drawing in missing}  # type: dict[Path, list[Tensor]]
@@ -134,7 +134,7 @@ def draw(system: Loaded, job: Job) -> None:
     print(f"{len(missing)} images drawn, {len(mine) - len(missing)} were there: {job.folder}")
 
 
-def check(job: Job) -> None:
+def check_job(job: DrawingJob) -> None:
     """Refuse what could only go wrong later.
 
     Raises:
@@ -148,10 +148,10 @@ def check(job: Job) -> None:
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"two prompts would be drawn to {str(twice)!r}: give every prompt a name of its own")
-    share(job.part)
+    parse_part(job.part)
 
 
-def share(part: str) -> tuple[int, int]:
+def parse_part(part: str) -> tuple[int, int]:
     """``"2/8"`` as (1, 8).
 
     Raises:
@@ -163,7 +163,7 @@ def share(part: str) -> tuple[int, int]:
     return int(i) - 1, int(n)
 
 
-def sign(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
+def claim_folder(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
     """Write down who draws into a folder (unless ``write`` is off), or check that it is who drew before.
 
     Raises:
@@ -197,7 +197,7 @@ def save(images: Sequence[Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def _render(system: Loaded, prompts: list[str], seeds: list[int]) -> Tensor:
+def _render(system: LoadedSystem, prompts: list[str], seeds: list[int]) -> Tensor:
     with system.precision():
         return system.umm.renderer.render(system.umm.conditioner.encode(prompts), seeds)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from callbacks.predictions import Predictions, collect, finished
 from uae.bench.fingerprints import sha256
-from uae.bench.generate import described, sign
+from uae.bench.generate import claim_folder, parse_job
 from uae.bench.system import check_auto_encoder
 from uae.cli import CLI
 from uae.data.folder import FolderSource, list_images
@@ -32,7 +32,7 @@ ROLE = "predict:"  # ids, and with them seeds, as in `uae.cli predict`
 
 
 @dataclass(frozen=True)
-class Job:
+class ReconstructionJob:
     """What to reconstruct.
 
     Args:
@@ -50,13 +50,13 @@ class Job:
     batch_size: int | None = None
 
 
-def job(
+def reconstruction_job(
     sources: str,
     output: str,
     image_size: int | None = None,
     fit: Literal["crop", "pad", "squash"] | None = None,
     batch_size: int | None = None,
-) -> Job:
+) -> ReconstructionJob:
     """Caption and reconstruct a folder of images. All other options are those of uae.cli predict (--config, --ckpt_path, ...).
 
     Args:
@@ -66,7 +66,7 @@ def job(
         fit: How a source becomes square; the default is the configuration's data.fit.
         batch_size: Images per batch and process; the default is the configuration's data.eval_batch_size.
     """
-    return Job(sources, output, image_size, fit, batch_size)
+    return ReconstructionJob(sources, output, image_size, fit, batch_size)
 
 
 class Remaining(ImageData):
@@ -97,7 +97,7 @@ class Reconstruction(CLI):
         words: The rest of the command line.
     """
 
-    def __init__(self, job: Job, words: Sequence[str]) -> None:
+    def __init__(self, job: ReconstructionJob, words: Sequence[str]) -> None:
         self.job, self.left = job, list[str]()
         super().__init__(["predict", *words, "--trainer.logger=false"])
 
@@ -112,9 +112,9 @@ class Reconstruction(CLI):
             "model": config.model.as_dict(), "checkpoint": _checkpoint(config.ckpt_path),
             "sources": str(Path(self.job.sources).expanduser().resolve()), "reading": asdict(reading),
         }  # fmt: skip
-        sign(output, identity, write=False)
+        claim_folder(output, identity, write=False)
         # Signed when weights and checkpoint are in place: a run that fails before leaves the folder to the next one.
-        self.trainer.callbacks.append(LambdaCallback(on_predict_start=lambda *_: sign(output, identity)))  # type: ignore[attr-defined]
+        self.trainer.callbacks.append(LambdaCallback(on_predict_start=lambda *_: claim_folder(output, identity)))  # type: ignore[attr-defined]
         done = finished(output)
         self.left, broken = readable(Path(self.job.sources).expanduser(), [n for n in names if n not in done], reading)
         self.datamodule = Remaining(
@@ -143,7 +143,7 @@ class Reconstruction(CLI):
             print(f"{len(collect(Path(self.job.output)))} captions and reconstructions in {self.job.output}")
 
 
-def _reading(job: Job, data: Any) -> Reading:
+def _reading(job: ReconstructionJob, data: Any) -> Reading:
     """How sources are read: as the job says, else as the configured data are."""
     configured = getattr(data, "reading", None)
     size = getattr(configured, "size", None) if job.image_size is None else job.image_size
@@ -179,7 +179,7 @@ def readable(root: Path, names: Sequence[str], reading: Reading, workers: int = 
 
 def main(args: Sequence[str]) -> None:
     """The command."""
-    asked, system = described("run", job, args, "run")
+    asked, system = parse_job("run", reconstruction_job, args, "run")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         Reconstruction(asked, system)

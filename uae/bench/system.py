@@ -25,7 +25,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedSystem:
     """A system on its device.
 
     Args:
@@ -47,7 +47,7 @@ class Loaded:
         return self.module.umm
 
 
-class _Described(CLI):
+class _ParsedConfiguration(CLI):
     """The command line of ``predict`` up to the point where something would run."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ class _Unscored:
         return self
 
 
-def load(words: Sequence[str], device: str | None = None) -> Loaded:
+def load(words: Sequence[str], device: str | None = None) -> LoadedSystem:
     """Build a system and give it a checkpoint's weights.
 
     Args:
@@ -77,7 +77,7 @@ def load(words: Sequence[str], device: str | None = None) -> Loaded:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        described = _Described(["predict", *words])
+        described = _ParsedConfiguration(["predict", *words])
     config, module = described.config["predict"], described.model
     check_auto_encoder(module)
     module.reward, module.unified_score = _Unscored(), None  # type: ignore[assignment]
@@ -89,7 +89,7 @@ def load(words: Sequence[str], device: str | None = None) -> Loaded:
     for part in (module.umm.captioner, module.umm.conditioner, module.umm.renderer):  # type: ignore[union-attr]
         part.to(place)
     identity = {"model": _plain(config.model), "checkpoint": None if config.ckpt_path is None else sha256(config.ckpt_path)}
-    return Loaded(module, place, identity, _precision(config.trainer.precision, place))
+    return LoadedSystem(module, place, identity, _precision(config.trainer.precision, place))
 
 
 def check_auto_encoder(module: Any) -> None:

@@ -11,7 +11,7 @@ from tests.bench.geneval.test_detection import picture
 from tests.bench.understanding import seeing
 from uae.bench.dpg import command as dpg
 from uae.bench.dpg.command import cut_tiles
-from uae.bench.dpg.rules import COLUMNS, Question, read_questions, score_items, score_tile
+from uae.bench.dpg.rules import COLUMNS, YesNoQuestion, read_questions, score_items, score_tile
 from uae.bench.dpg.visual_questions import TransformersAnswerer
 from uae.bench.result import read_result
 
@@ -33,7 +33,7 @@ def written(path, *items):
 
 def tree(**parents):
     """q1=(), q2=(1,) and so on, in the order given."""
-    return {int(name[1:]): Question(name, above, "entity - whole") for name, above in parents.items()}
+    return {int(name[1:]): YesNoQuestion(name, above, "entity - whole") for name, above in parents.items()}
 
 
 def yes(*numbers, of):
@@ -71,9 +71,9 @@ def test_random_trees_against_a_search_of_ancestors():
             return answers[n] and all(holds(parent) for parent in parents[n])
 
         expected = sum(map(holds, parents)) / size
-        shuffled = {n: Question("", parents[n], "") for n in order}
+        shuffled = {n: YesNoQuestion("", parents[n], "") for n in order}
         assert score_tile("a", shuffled, answers, "fixed") == pytest.approx(expected)
-        sorted_item = {n: Question("", parents[n], "") for n in sorted(order)}
+        sorted_item = {n: YesNoQuestion("", parents[n], "") for n in sorted(order)}
         assert score_tile("a", sorted_item, answers, "official") == pytest.approx(expected)  # parents first: no difference
 
 
@@ -89,7 +89,7 @@ def test_the_first_row_is_lost_and_its_item_with_it(tmp_path):
     assert list(official["first"]) == [2]
     assert list(fixed["first"]) == [1, 2]
     assert official["second"] == fixed["second"]
-    assert fixed["second"][3] == Question("is there 3 ?", (1, 2), "relation - spatial")
+    assert fixed["second"][3] == YesNoQuestion("is there 3 ?", (1, 2), "relation - spatial")
     answers = {name: [dict.fromkeys(item, True)] * 4 for name, item in fixed.items()}
     scores = score_items(official, answers, "official")
     assert scores.items == {"second": 1.0}

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tests.bench.understanding import seeing
 from uae.bench.geneval import detection
-from uae.bench.geneval.colors import ColorReader, alone, check_activation
+from uae.bench.geneval.colors import ColorReader, check_activation, cut_out
 from uae.bench.geneval.detection import Mask2Former, extent, instances, scaled
 from uae.bench.geneval.rules import COLORS
 
@@ -162,7 +162,7 @@ def test_colors_are_zero_shot_answers_about_objects_on_gray(clip):
 def test_an_object_alone():
     mask = np.zeros((4, 6), bool)
     mask[1, 2] = True
-    cut = np.array(alone(Image.new("RGB", (6, 4), "red"), (2, 1, 4, 3), mask))
+    cut = np.array(cut_out(Image.new("RGB", (6, 4), "red"), (2, 1, 4, 3), mask))
     assert cut.tolist() == [[[255, 0, 0], [153] * 3], [[153] * 3] * 2]
 
 

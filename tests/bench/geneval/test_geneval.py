@@ -3,7 +3,6 @@ import os
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,10 +12,10 @@ from uae.bench.fingerprints import git_blob
 from uae.bench.geneval import command as geneval
 from uae.bench.geneval import detection
 from uae.bench.geneval import detector as geneval_detector
-from uae.bench.geneval.command import Case, share, summarize
+from uae.bench.geneval.command import SampleImage, scored_cases
 from uae.bench.geneval.prompts import CLASSES, PUBLISHED, read_prompts, variant
 from uae.bench.geneval.rules import TAGS, Verdict
-from uae.bench.result import read_result
+from uae.bench.result import Case, mean_score, read_result, summarize
 
 PROMPTS = [  # written for this test
     {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": "one cow"},
@@ -82,21 +81,21 @@ def test_missing_prompts_say_where_to_get_them(tmp_path):
 # -------------------------------------------------------------------------------------------------------- scores
 
 
-def cases_of(answers):
+def images_of(answers):
     """Tag to lists of verdicts per prompt."""
-    cases, verdicts = [], []
+    images, verdicts = [], []
     for tag, rows in answers.items():
         for row in rows:
-            number = cases[-1].number + 1 if cases else 0
+            number = images[-1].number + 1 if images else 0
             for sample, correct in enumerate(row):
-                cases.append(Case(number, sample, {"tag": tag}, f"{number}/{sample}"))
+                images.append(SampleImage(number, sample, {"tag": tag}, f"{number}/{sample}"))
                 verdicts.append(Verdict(correct))
-    return cases, verdicts
+    return images, verdicts
 
 
 def test_the_score_is_the_mean_of_the_tasks_means():
     answers = {"counting": [[True, False]] * 2, "colors": [[False, False]] * 10, "position": [[True, True], [False, True]]}
-    scores = summarize(*cases_of(answers))
+    scores = summarize(scored_cases(*images_of(answers)))
     assert [scores[tag]["value"] for tag in ("counting", "colors", "position")] == [0.5, 0, 0.75]
     assert next(iter(scores)) == "overall"
     assert scores["overall"]["value"] == pytest.approx((0.5 + 0 + 0.75) / 3)
@@ -109,7 +108,7 @@ def test_many_fabricated_verdicts_against_plain_sums():
     rng = random.Random(0)
     sizes = zip(TAGS, (80, 99, 80, 94, 100, 100), strict=True)
     answers = {tag: [[rng.random() < 0.6 for _ in range(4)] for _ in range(n)] for tag, n in sizes}
-    scores = summarize(*cases_of(answers))
+    scores = summarize(scored_cases(*images_of(answers)))
     means = [sum(map(sum, rows)) / (4 * len(rows)) for rows in answers.values()]
     assert scores["overall"]["value"] == pytest.approx(sum(means) / 6, abs=1e-12)
     assert (scores["overall"]["n"], scores["counting"]["n"]) == (2212, 320)
@@ -118,10 +117,11 @@ def test_many_fabricated_verdicts_against_plain_sums():
 
 
 def test_images_of_a_prompt_are_one_case():
-    alike = np.repeat(np.arange(100) % 2, 4).astype(float)
-    wide, narrow = share(alike, np.repeat(np.arange(100), 4)), share(alike, np.arange(400))
-    assert wide.high - wide.low > 1.8 * (narrow.high - narrow.low)
-    assert share(np.ones(40), np.repeat(np.arange(10), 4)).low == pytest.approx(0.722, abs=1e-3)  # Wilson, of 10 prompts
+    wide = mean_score([Case(str(i), float(i // 4 % 2), cluster=str(i // 4)) for i in range(400)])
+    narrow = mean_score([Case(str(i), float(i // 4 % 2)) for i in range(400)])
+    assert wide["high"] - wide["low"] > 1.8 * (narrow["high"] - narrow["low"])
+    solved = mean_score([Case(str(i), 1.0, cluster=str(i // 4)) for i in range(40)])
+    assert solved["low"] == pytest.approx(0.722, abs=1e-3)  # Wilson, of 10 prompts
 
 
 # ---------------------------------------------------------------------------------------------------- end to end

@@ -10,6 +10,7 @@ from PIL import Image
 from tests.bench.judging.fake_judges import judge_entry, serving, write_judges
 from uae.bench.__main__ import main
 from uae.bench.geneval import plus as geneval_plus
+from uae.bench.result import summarize
 
 PROMPT = str(Path(__file__).parents[3] / "configs/bench/judges/prompts/geneval_plus.yaml")
 TAGS = ("counting", "color_attr", "size_spatial_attr")
@@ -79,7 +80,7 @@ def test_missing_and_failed_are_wrong_and_tags_weigh_equally(case, tmp_path, cap
 
 
 def test_tags_weigh_equally_whatever_their_size():
-    found = geneval_plus.summarize(["a"] * 8 + ["b"] * 2, [1] * 8 + [-1, 0])
+    found = summarize(geneval_plus.scored_cases(["a"] * 8 + ["b"] * 2, [1] * 8 + [-1, 0]))
     assert found["overall"]["value"] == 0.5
     assert found["correct images"]["value"] == 0.8
     assert found["a"] == pytest.approx({"value": 1.0, "n": 8, "low": 0.6756, "high": 1.0}, abs=1e-4)

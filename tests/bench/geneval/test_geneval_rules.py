@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from uae.bench.geneval.rules import COLORS, RELATIONS, TAGS, Detection, in_question, judge, relations
+from uae.bench.geneval.rules import COLORS, RELATIONS, TAGS, Detection, judge, objects_needing_color, relations
 
 NAMES = ("cat", "dog", "car")
 
@@ -169,8 +169,8 @@ def test_colors_are_those_of_the_surest():
 
 
 def test_only_colors_in_question_need_to_be_known():
-    assert in_question(RED, {"cat": [0.5, 0.9, 0.2], "dog": [0.9]}) == {"cat": [1]}
-    assert in_question(RED, {"cat": [0.2]}) == {}
+    assert objects_needing_color(RED, {"cat": [0.5, 0.9, 0.2], "dog": [0.9]}) == {"cat": [1]}
+    assert objects_needing_color(RED, {"cat": [0.2]}) == {}
     with pytest.raises(ValueError, match="no color of cat"):
         judge(RED, some(1))
     assert not judge(RED, some(1, 0.2)).correct

@@ -30,13 +30,13 @@ def build(tmp_path):
 
 
 def keys(plan):
-    return [question.key for question in plan.questions]
+    return [question.key for question in plan.requests]
 
 
 def test_both_orders_of_every_pair(build):
     systems = {"a": {"1.png": "x", "2.png": "y"}, "b": {"1.png": "p", "2.png": "q"}, "c": {"1.png": "m", "2.png": "n"}}
     plan = build(systems, system="b")
-    asked = [(q.about["image"], q.about["a"], q.about["b"], q.about["order"], dict(q.given)) for q in plan.questions]
+    asked = [(q.about["image"], q.about["a"], q.about["b"], q.about["order"], dict(q.given)) for q in plan.requests]
     expected = []
     for image in ("1.png", "2.png"):
         for rival in ("a", "c"):
@@ -44,8 +44,8 @@ def test_both_orders_of_every_pair(build):
             expected.append((image, "b", rival, "ab", {"first": ours, "second": theirs}))
             expected.append((image, "b", rival, "ba", {"first": theirs, "second": ours}))
     assert asked == expected
-    assert len(build(systems, all_pairs=True).questions) == 2 * 3 * 2
-    assert read_plan(Path(plan.questions[0].image).parents[1] / "work").questions
+    assert len(build(systems, all_pairs=True).requests) == 2 * 3 * 2
+    assert read_plan(Path(plan.requests[0].image).parents[1] / "work").requests
 
 
 def test_keys_are_of_all_that_an_answer_depends_on(build, tmp_path):
@@ -74,7 +74,7 @@ def test_nothing_is_dropped_silently_and_equal_captions_are_ties(build, tmp_path
     systems = {"a": {"1.png": "x", "2.png": "same", "3.png": "z"}, "b": {"1.png": "y", "2.png": "**same**", "4.png": "w"}}
     write_captions(tmp_path, systems)
     plan = build(systems)
-    assert len(plan.questions) == 2
+    assert len(plan.requests) == 2
     assert plan.about["without_caption"] == {"a": ["4.png"], "b": ["3.png"]}
     assert [case[-1] for case in plan.about["cases"]] == [False, True]
     (tmp_path / "images" / "1.png").unlink()

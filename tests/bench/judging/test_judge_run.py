@@ -25,7 +25,7 @@ from tests.bench.judging.fake_judges import (
     serving,
 )
 from uae.bench.judging import command as judge
-from uae.bench.judging.asking import Purse
+from uae.bench.judging.asking import Budget
 from uae.bench.judging.stages import open_cache
 
 
@@ -213,13 +213,13 @@ def test_output_tokens_count_reasoning_that_is_in_the_total_alone(judging, monke
 
 def test_money_is_set_aside_for_calls_under_way():
     async def spend(cost):
-        purse = Purse(cap=0.1, spent=0.0)
-        assert await purse.promise(0.06)
-        second = asyncio.ensure_future(purse.promise(0.06))
+        budget = Budget(cap=0.1, spent=0.0)
+        assert await budget.promise(0.06)
+        second = asyncio.ensure_future(budget.promise(0.06))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert not second.done()  # it depends on what the first will have cost
-        await purse.pay(0.06, cost)
+        await budget.pay(0.06, cost)
         return await second
 
     assert asyncio.run(spend(0.04))

@@ -7,12 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from uae.bench.judging.statistics.agreement import krippendorff, sign_test
+from uae.bench.judging.statistics.agreement import krippendorff
 from uae.bench.judging.statistics.bradley_terry import ELO, VIRTUAL, strengths
-from uae.bench.judging.statistics.comparisons import Comparison, count
+from uae.bench.judging.statistics.comparisons import Comparison, answer_counts
 from uae.bench.judging.statistics.length_control import PRIOR, at_equal_length, sigmoid
-from uae.bench.judging.statistics.resampling import weights
-from uae.bench.judging.statistics.win_rates import WinRates, elo, mean_rate, pair_summary, strangers
+from uae.bench.judging.statistics.resampling import resample_weights
+from uae.bench.judging.statistics.win_rates import WinRates, elo, judges_of_other_families, mean_rate, pair_summary
+from uae.bench.paired import sign_test
 from uae.metrics.intervals import bootstrap
 
 ANSWERS = ("first", "second", "tie", "invalid", None)
@@ -34,7 +35,7 @@ def panel(images=30, judges="xyz", rivals="BC", seed=0, answers=ANSWERS):
 
 def rates_of(comparisons, resamples=200):
     images = sorted({c.image for c in comparisons})
-    return WinRates(comparisons, images, weights(len(images), resamples, 0))
+    return WinRates(comparisons, images, resample_weights(len(images), resamples, 0))
 
 
 def reference_score(ab, ba):
@@ -58,7 +59,7 @@ def test_a_pairs_score(ab, ba):
 
 def test_counts_are_those_of_a_plain_loop():
     given = panel()
-    found = count(given)
+    found = answer_counts(given)
     n = wins = changed = both = firsts = seconds = answered = invalid = 0
     for c in given:
         score = reference_score(c.ab, c.ba)
@@ -78,8 +79,8 @@ def test_counts_are_those_of_a_plain_loop():
     assert found["invalid"] == invalid / answered
     assert found["flagged"]
     few = [compare("first", "second")] * 19 + [compare("invalid", "second")]
-    assert not count(few)["flagged"]
-    assert count([*few, *few, compare("invalid", "invalid")] + [compare("invalid", "tie")] * 2)["flagged"]
+    assert not answer_counts(few)["flagged"]
+    assert answer_counts([*few, *few, compare("invalid", "invalid")] + [compare("invalid", "tie")] * 2)["flagged"]
 
 
 def test_a_judge_of_positions_alone_says_nothing():
@@ -121,9 +122,9 @@ def test_headlines_weigh_rivals_equally():
 
 def test_judges_of_a_systems_family_are_strangers_to_others_only():
     judges, families = {"gpt": "openai", "mini": "openai", "claude": "anthropic"}, {"B": "openai"}
-    assert strangers(judges, families, ("A", "B")) == ["claude"]
-    assert strangers(judges, families, ("A", "C")) == ["gpt", "mini", "claude"]
-    assert strangers(judges, families, ("B", "A")) == ["claude"]
+    assert judges_of_other_families(judges, families, ("A", "B")) == ["claude"]
+    assert judges_of_other_families(judges, families, ("A", "C")) == ["gpt", "mini", "claude"]
+    assert judges_of_other_families(judges, families, ("B", "A")) == ["claude"]
 
 
 def test_intervals_draw_images_with_all_their_answers():

@@ -1,5 +1,4 @@
 import csv
-import json
 import math
 
 import numpy as np
@@ -8,9 +7,9 @@ from PIL import Image
 
 from tests.bench.pictures import shapes
 from uae.bench.__main__ import main
-from uae.bench.report.paired import mcnemar
+from uae.bench.paired import sign_test
 from uae.bench.report.published import TABLES, number, published
-from uae.bench.result import read_result, write_result
+from uae.bench.result import Case, cases_of, read_result, write_result
 from uae.metrics.intervals import bootstrap, wilson
 
 
@@ -21,15 +20,15 @@ def score(right, n):
 def understanding(folder, system, right, name="MMT-Bench (val_mi) [lmms-eval]", questions="q", backend=None):
     """A result of 20 questions; ``right`` says which."""
     names = ("small_object_detection", "person_reid")
-    rows = [
-        {"key": str(i), "subtask": names[i % 2], "group": "localization", "correct": int(i in right)} for i in range(20)
-    ]
+    everything = [Case(str(i), float(i in right), group=names[i % 2]) for i in range(20)]
+    alike = [Case(case.name, case.value) for case in everything]
+    cases = {"overall": alike, "meta-task localization": everything, names[0]: alike[::2], names[1]: alike[1::2]}
     odd = len([i for i in right if i % 2])
     scores = {"overall": score(len(right), 20), "meta-task localization": score(len(right), 20),
               "person_reid": score(odd, 10), "small_object_detection": score(len(right) - odd, 10)}  # fmt: skip
     path = folder / f"{system}.json"
     inputs = {"questions": questions, "file": system}
-    write_result(path, name, system, scores, backend or {"harness": "lmms-eval"}, inputs, per_case=rows)
+    write_result(path, name, system, scores, backend or {"harness": "lmms-eval"}, inputs, cases)
     return path
 
 
@@ -52,7 +51,7 @@ def test_known_answers(before_after, tmp_path, capsys):
     assert rows["small_object_detection"][3].startswith("+60.00 [")
     assert rows["small_object_detection"][3].endswith(f"n=10 p={2 / 2**6:.2g}")  # six better, none worse
     assert rows["overall"][3].startswith("+35.00 [")
-    assert rows["overall"][3].endswith(f"n=20 p={mcnemar(8, 1):.2g}")
+    assert rows["overall"][3].endswith(f"n=20 p={sign_test(8, 1):.2g}")
     assert rows["small_object_detection"][4:] == ["5.00", "45.00"]
     assert rows["person_reid"][4:] == ["15.00", "75.00"]
     titles = text.splitlines()[2]
@@ -67,7 +66,7 @@ def test_the_interval_is_that_of_the_paired_differences(before_after, tmp_path):
     with (tmp_path / "r.csv").open() as file:
         rows = {(row["score"], row["system"]): row for row in csv.DictReader(file)}
     one = rows["overall", "before"]
-    ours, other = ({row["key"]: row["correct"] for row in read_result(path)["per_case"]} for path in before_after)
+    ours, other = ({case.name: case.value for case in cases_of(read_result(path))["overall"]} for path in before_after)
     gap = bootstrap(np.array([ours[key] - other[key] for key in sorted(ours)]), clusters_N=np.array(sorted(ours)))
     assert [float(one[f"difference{end}"]) for end in ("", "_low", "_high")] == pytest.approx([100 * x for x in gap])
     assert one["difference_to"] == "after"
@@ -108,13 +107,12 @@ def test_geneval_is_paired_by_task_with_prompts_as_clusters(tmp_path, capsys):
     right = {"a": [0] * 12 + [1] * 4, "b": [1] * 4 + [0] * 8 + [1] * 4}  # four images per prompt
     for name, correct in right.items():
         tags = ["colors"] * 12 + ["counting"] * 4
-        files = [f"{i // 4:05d}/samples/{i % 4:04d}.png" for i in range(16)]
-        rows = [{"filename": files[i], "tag": tag, "correct": bool(correct[i])} for i, tag in enumerate(tags)]
+        cases = [Case(f"{i // 4}/{i % 4}", float(correct[i]), f"{i // 4}", tag) for i, tag in enumerate(tags)]
         colors, counting = sum(correct[:12]) / 12, sum(correct[12:]) / 4
         values = {"overall": ((colors + counting) / 2, 16), "colors": (colors, 12)}
         scores = {key: {"value": value, "low": 0.0, "high": 1.0, "n": n} for key, (value, n) in values.items()}
-        write_result(tmp_path / f"{name}.json", "GenEval [hf]", name, scores, {"name": "hf"}, {"prompts": "x"})
-        (tmp_path / f"{name}.images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_result(tmp_path / f"{name}.json", "GenEval [hf]", name, scores, {"name": "hf"}, {"prompts": "x"},
+                     {"overall": cases, "colors": cases[:12]})  # fmt: skip
     report(tmp_path / "a.json", tmp_path / "b.json")
     shown = capsys.readouterr().out
     assert "+16.67 [+0.00, +50.00] n=16 |" in shown  # of two tasks; over images it would be 25
@@ -153,10 +151,10 @@ def test_mistakes_are_one_line(before_after, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
-def test_mcnemar():
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(8, 0) == pytest.approx(2 / 256)
-    assert mcnemar(3, 5) == mcnemar(5, 3) == pytest.approx(2 * sum(math.comb(8, k) for k in range(4)) / 256)
+def test_sign_test():
+    assert sign_test(0, 0) == 1.0
+    assert sign_test(8, 0) == pytest.approx(2 / 256)
+    assert sign_test(3, 5) == sign_test(5, 3) == pytest.approx(2 * sum(math.comb(8, k) for k in range(4)) / 256)
 
 
 def test_published_numbers_are_consistent_and_only_for_the_papers_inputs():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from uae.bench.score.command import benchmark
-from uae.bench.score.encoder_sets import configured, described, official, read_encoders
+from uae.bench.score.encoder_sets import encoder_configuration, encoder_record, paper_encoders, read_encoders
 from uae.encoders import HFEncoder, LayoutEncoder
 from uae.rehearsal.encoders import ENCODERS
 from uae.weights.placement import Placement
@@ -14,10 +14,10 @@ FILES = Path(__file__).parents[3] / "configs" / "bench"
 
 
 def test_the_files_are_what_they_say():
-    default = official()
+    default = paper_encoders()
     written = read_encoders(FILES / "official.yaml")
-    assert {name: configured(one) for name, one in written.encoders.items()} == {
-        name: configured(one) for name, one in default.encoders.items()
+    assert {name: encoder_configuration(one) for name, one in written.encoders.items()} == {
+        name: encoder_configuration(one) for name, one in default.encoders.items()
     }
     assert written.held_out == default.held_out == read_encoders(FILES / "held_out.yaml").held_out == ("dinov2", "dinov3")
     assert set(read_encoders(FILES / "held_out.yaml").encoders) == {"dinov2", "dinov3"}
@@ -59,4 +59,4 @@ def test_a_fingerprint_is_of_what_is_computed_not_of_where_it_lies(tmp_path):
     with torch.no_grad():
         next(moved._loaded.module.parameters()).view(-1)[0] += 1e-6
     assert len({mark, half, other_pixels, moved.fingerprint()}) == 4
-    assert described(LayoutEncoder(3))["fingerprint"] != described(LayoutEncoder(4))["fingerprint"]
+    assert encoder_record(LayoutEncoder(3))["fingerprint"] != encoder_record(LayoutEncoder(4))["fingerprint"]

@@ -9,9 +9,9 @@ from transformers import AutoImageProcessor, AutoModel
 
 from tests.bench.pictures import shapes, upright, write_all
 from uae.bench.__main__ import main
-from uae.bench.result import read_result
-from uae.bench.score.comparison import paired_difference
-from uae.bench.score.contact_sheet import choose
+from uae.bench.result import cases_of, read_result
+from uae.bench.score.comparison import check_comparable, paired_difference
+from uae.bench.score.contact_sheet import worst_median_best
 from uae.encoders.tower import Tower
 from uae.metrics.intervals import bootstrap
 from uae.rehearsal.encoders import ENCODERS
@@ -228,23 +228,23 @@ def test_two_systems_are_compared_on_the_images_they_share(score, folders):
     rows = {row["name"]: row for row in ours["per_image"]}
     gaps = [rows[row["name"]]["overall"] - row["overall"] for row in other["per_image"]]
     expected = bootstrap(np.array(gaps), 300, 1)
-    difference = paired_difference(ours, other, 300, 1)
+    difference = paired_difference(cases_of(ours), other, 300, 1)
     assert difference["overall"]["n"] == 4
     assert [difference["overall"][end] for end in ("value", "low", "high")] == pytest.approx(expected)
     clip = [rows[row["name"]]["cosine"]["clip"] - row["cosine"]["clip"] for row in other["per_image"]]
     assert difference["clip"]["value"] == pytest.approx(np.mean(clip))
-    assert paired_difference(ours, ours)["overall"] == {"value": 0.0, "n": 14, "low": 0.0, "high": 0.0}
+    assert paired_difference(cases_of(ours), ours)["overall"] == {"value": 0.0, "n": 14, "low": 0.0, "high": 0.0}
 
     foreign = json.loads(json.dumps(other))
     foreign["backend"]["encoders"]["clip"]["fingerprint"] = "0"
     with pytest.raises(ValueError, match="different weights or preprocessing of clip"):
-        paired_difference(ours, foreign)
-    for row in other["per_image"]:
-        row["source_sha256"] = "0"
+        check_comparable(ours, foreign)
+    for row in (row for rows in other["cases"].values() for row in rows):
+        row["name"] = "0"
     with pytest.raises(ValueError, match="no source image in common"):
-        paired_difference(ours, other)
+        paired_difference(cases_of(ours), other)
     with pytest.raises(ValueError, match="only results"):
-        paired_difference(ours, {**other, "benchmark": "geneval"})
+        check_comparable(ours, {**other, "benchmark": "geneval"})
 
 
 def test_the_difference_is_printed_and_stored(score, tmp_path, capsys):
@@ -297,7 +297,7 @@ def test_folders_without_a_pair_are_refused(score, folders, capsys):
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [1, 0, 0]), (2, [1, 0, 1]), (3, [1, 1, 1]), (40, [4, 4, 4])])
 def test_a_contact_sheet_shows_no_pair_twice(count, expected):
-    chosen = choose(np.random.default_rng(0).permutation(count).astype(float))
+    chosen = worst_median_best(np.random.default_rng(0).permutation(count).astype(float))
     assert [len(positions) for positions in chosen.values()] == expected
     shown = [n for positions in chosen.values() for n in positions]
     assert len(shown) == len(set(shown))

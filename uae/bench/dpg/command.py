@@ -16,13 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from uae.bench.arguments import run
-from uae.bench.dpg.rules import FETCH, Item, Mode, Scores, read_questions, score_items
+from uae.bench.dpg.rules import FETCH, DPGScores, Item, Mode, read_questions, score_items
 from uae.bench.dpg.visual_questions import MODEL, Answerer, TransformersAnswerer
 from uae.bench.fingerprints import git_blob, sha256
-from uae.bench.generate import Drawing, Job, command, seeds_of
+from uae.bench.generate import Drawing, DrawingJob, generate_command, seeds_of
 from uae.bench.geneval.detector import read_upright
 from uae.bench.ledger import Ledger
-from uae.bench.result import Score, check_output, score, write_result
+from uae.bench.result import Case, Score, check_output, score, write_result
 from uae.bench.score_table import score_table
 from uae.bench.system import working_device
 from uae.metrics.intervals import bootstrap
@@ -42,7 +42,7 @@ def generate(
     batch_size: int = 8,
     part: str = "1/1",
     device: str | None = None,
-) -> Job:
+) -> DrawingJob:
     """Draw prompts in DPG-Bench's layout. Other options are the system's: --config FILE, --ckpt_path FILE, --key value.
 
     One grid of images per prompt, DIR/<name of the prompt file>.png; what is drawn already stays.
@@ -64,7 +64,7 @@ def generate(
         Drawing(Path(images) / f"{file.stem}.png", file.read_text(encoding="utf-8").strip(), seeds_of(seed, file.stem, tiles))
         for file in files
     ]
-    return Job(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed, "tiles": tiles}, batch_size, part, device)
+    return DrawingJob(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed, "tiles": tiles}, batch_size, part, device)
 
 
 def score_images(
@@ -119,6 +119,7 @@ def score_images(
         summarize(scores),
         kept.header,
         {"questions": sha256(csv)},
+        {"overall": [Case(name, value) for name, value in scores.items.items()]},
         dropped={**scores.dropped, **unreadable},
         items=scores.items,
     )
@@ -211,7 +212,7 @@ def collect(questions: Mapping[str, Item], names: Sequence[str], kept: Ledger, t
     return collected
 
 
-def summarize(scores: Scores) -> dict[str, Score]:
+def summarize(scores: DPGScores) -> dict[str, Score]:
     """The score, then broad categories, then all categories, with intervals over items."""
     if not scores.items:
         raise ValueError("no item has a score: the images are named as no item of --csv")
@@ -243,6 +244,6 @@ def _side(tiles: int) -> int:
 def main(args: list[str]) -> None:
     """``generate`` or ``score``."""
     if args[:1] == ["generate"]:
-        command("dpg", generate, args[1:])
+        generate_command("dpg", generate, args[1:])
     else:
         run("dpg", {"generate": generate, "score": score_images}, args)

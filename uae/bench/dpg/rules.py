@@ -25,7 +25,7 @@ FETCH = (
 
 
 @dataclass(frozen=True)
-class Question:
+class YesNoQuestion:
     """One question about an image, answered by yes or no.
 
     Args:
@@ -44,11 +44,11 @@ class Question:
         return self.category.split("-")[0].strip()
 
 
-Item = dict[int, Question]  # number to question, in the order of the file
+Item = dict[int, YesNoQuestion]  # number to question, in the order of the file
 
 
 @dataclass
-class Scores:
+class DPGScores:
     """What answers are worth.
 
     Args:
@@ -107,8 +107,8 @@ def score_tile(name: str, item: Item, answers: Mapping[int, bool], mode: Mode) -
     return sum(worth.values()) / len(worth)
 
 
-def score_items(questions: Mapping[str, Item], answers: Mapping[str, Sequence[Mapping[int, bool]]], mode: Mode) -> Scores:
-    """Scores of items and categories.
+def score_items(questions: Mapping[str, Item], answers: Mapping[str, Sequence[Mapping[int, bool]]], mode: Mode) -> DPGScores:
+    """Score items and categories.
 
     Args:
         questions: See `read_questions`.
@@ -116,7 +116,7 @@ def score_items(questions: Mapping[str, Item], answers: Mapping[str, Sequence[Ma
             leaves them out, the fixed one counts them 0.
         mode: Which rules.
     """
-    scores = Scores()
+    scores = DPGScores()
     for name, tiles in answers.items():
         item = questions.get(name)
         if item is None:
@@ -137,11 +137,11 @@ def score_items(questions: Mapping[str, Item], answers: Mapping[str, Sequence[Ma
     return scores
 
 
-def _question(row: Mapping[str, str], line: int, path: str | Path) -> tuple[str, int, Question]:
+def _question(row: Mapping[str, str], line: int, path: str | Path) -> tuple[str, int, YesNoQuestion]:
     try:
         parents = tuple(number for part in row["dependency"].split(",") if (number := int(part)) != 0)
         category = row["tuple"].split("(")[0].strip()
-        return row["item_id"], int(row["proposition_id"]), Question(row["question_natural_language"], parents, category)
+        return row["item_id"], int(row["proposition_id"]), YesNoQuestion(row["question_natural_language"], parents, category)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"row {line} of {str(path)!r} is no question ({error}); correct --csv") from error
 

@@ -69,7 +69,7 @@ class ColorReader:
         """
         if not len(boxes):
             return []
-        crops = torch.stack([self.transform(alone(image, box, mask)) for box, mask in zip(boxes, masks, strict=True)])
+        crops = torch.stack([self.transform(cut_out(image, box, mask)) for box, mask in zip(boxes, masks, strict=True)])
         with torch.autocast(self.device.type, enabled=False):
             features_ND = F.normalize(self.model.encode_image(crops.to(self.device)), dim=-1)
             return [COLORS[place] for place in (features_ND @ self._classifier(name)).argmax(1).tolist()]
@@ -84,7 +84,7 @@ class ColorReader:
         return self._classifiers[name]
 
 
-def alone(image: Image.Image, box: Sequence[float], mask: np.ndarray) -> Image.Image:
+def cut_out(image: Image.Image, box: Sequence[float], mask: np.ndarray) -> Image.Image:
     """An object on flat gray, cut out at its box."""
     left, top, right, bottom = box[:4]
     blank = Image.new("RGB", image.size, color=GRAY)

@@ -8,33 +8,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from uae.bench.arguments import run
 from uae.bench.fingerprints import sha256
-from uae.bench.generate import Drawing, Job, command, seeds_of
+from uae.bench.generate import Drawing, DrawingJob, generate_command, seeds_of
 from uae.bench.geneval.colors import MODEL, WEIGHTS
 from uae.bench.geneval.detection import DETECTOR
 from uae.bench.geneval.detector import Detector, read_upright
 from uae.bench.geneval.prompts import read_prompts, variant
 from uae.bench.geneval.rules import TAGS, Detection, Verdict, judge
 from uae.bench.ledger import Ledger
-from uae.bench.result import Score, check_output, score, write_result
+from uae.bench.result import Case, check_output, summarize, write_result
 from uae.bench.score_table import score_table
 from uae.bench.system import working_device
 from uae.files.whole import write_whole
-from uae.metrics.intervals import Interval, bootstrap, mean_of_means, wilson
 
 METADATA = "metadata.jsonl"
 
 
 @dataclass(frozen=True)
-class Case:
+class SampleImage:
     """One image to score.
 
     Args:
@@ -58,7 +56,7 @@ def generate(
     batch_size: int = 8,
     part: str = "1/1",
     device: str | None = None,
-) -> Job:
+) -> DrawingJob:
     """Draw prompts in GenEval's layout. Other options are the system's: --config FILE, --ckpt_path FILE, --key value.
 
     DIR/00000/samples/0000.png beside DIR/00000/metadata.jsonl; what is drawn already stays.
@@ -81,7 +79,7 @@ def generate(
         Drawing(folder / case.name, case.metadata["prompt"], seeds_of(seed, case.number, 1, first=case.sample))
         for case in _cases(listed, samples)
     ]
-    return Job(folder, drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
+    return DrawingJob(folder, drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
 
 
 def score_images(
@@ -127,8 +125,9 @@ def score_images(
     verdicts = [_verdict(case, kept, unreadable) for case in cases]
     name = system or (Path(images).resolve().name if images else file.stem)
     benchmark = f"{variant(prompts)} [{kept.header.get('name', 'unnamed detector')}]"
+    scored = scored_cases(cases, verdicts)
     result = write_result(
-        output, benchmark, name, summarize(cases, verdicts), kept.header, {"prompts": sha256(prompts)},
+        output, benchmark, name, summarize(scored), kept.header, {"prompts": sha256(prompts)}, scored,
         not_seen=unreadable, not_scored=_extra(images, cases),
     )  # fmt: skip
     rows = [_row(case, verdict) for case, verdict in zip(cases, verdicts, strict=True)]
@@ -137,7 +136,7 @@ def score_images(
     return result
 
 
-def check_folder(cases: Sequence[Case], folder: Path) -> None:
+def check_folder(cases: Sequence[SampleImage], folder: Path) -> None:
     """Raise unless a folder may hold the images of these prompts.
 
     Raises:
@@ -150,7 +149,7 @@ def check_folder(cases: Sequence[Case], folder: Path) -> None:
         _check_metadata(folder / f"{case.number:05d}" / METADATA, case.metadata)
 
 
-def detect_all(cases: Sequence[Case], folder: Path, detector: Detector, kept: Ledger) -> dict[str, str]:
+def detect_all(cases: Sequence[SampleImage], folder: Path, detector: Detector, kept: Ledger) -> dict[str, str]:
     """Put the detections of every image into the ledger that are not there; the images that cannot be read, and why."""
     unreadable = {}
     for case in tqdm(cases, unit="image", desc="detecting"):
@@ -171,37 +170,29 @@ def detect_all(cases: Sequence[Case], folder: Path, detector: Detector, kept: Le
     return unreadable
 
 
-def summarize(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> dict[str, Score]:
-    """The score (the mean of the tasks' accuracies over images), the tasks, and what must not be taken for the score."""
-    tag_N = np.array([case.metadata["tag"] for case in cases])
-    prompt_N = np.array([case.number for case in cases])
-    correct_N = np.array([verdict.correct for verdict in verdicts], dtype=np.float64)
-    tags = [tag for tag in TAGS if tag in tag_N]
-    groups = [(correct_N[tag_N == tag], prompt_N[tag_N == tag]) for tag in tags]
-    per_tag = {tag: score(share(*group), len(group[0])) for tag, group in zip(tags, groups, strict=True)}
-    prompts = np.unique(prompt_N)
-    solved = sum(correct_N[prompt_N == prompt].any() for prompt in prompts)
+def scored_cases(images: Sequence[SampleImage], verdicts: Sequence[Verdict]) -> dict[str, list[Case]]:
+    """Name of each score to its cases, the benchmark's score first.
+
+    ``overall`` is the mean of the tasks' accuracies over images; the images of a prompt are one cluster. ``prompts with a correct
+    image`` is higher and must not be taken for the score.
+    """
+    tasks: dict[str, list[Case]] = {tag: [] for tag in TAGS}
+    solved: dict[str, bool] = {}
+    for image, verdict in zip(images, verdicts, strict=True):
+        prompt, tag = f"{image.number:05d}", image.metadata["tag"]
+        tasks[tag].append(Case(image.name, float(verdict.correct), prompt, tag))
+        solved[prompt] = solved.get(prompt, False) or verdict.correct
+    tasks = {tag: cases for tag, cases in tasks.items() if cases}
+    everything = [case for cases in tasks.values() for case in cases]
     return {
-        "overall": score(mean_of_means(groups), len(cases)),
-        **per_tag,
-        "correct images": score(share(correct_N, prompt_N), len(cases)),
-        "prompts with a correct image": score(wilson(solved, len(prompts)), len(prompts)),
+        "overall": everything,
+        **tasks,
+        "correct images": [replace(case, group="") for case in everything],
+        "prompts with a correct image": [Case(prompt, float(any_correct)) for prompt, any_correct in solved.items()],
     }
 
 
-def share(correct_N: np.ndarray, prompt_N: np.ndarray) -> Interval:
-    """Of correct images, with an interval that knows which images share a prompt.
-
-    Wilson's where every prompt has one image, and where the bootstrap over prompts has nothing to draw from: all are
-    correct, or none.
-    """
-    prompts, mean = len(np.unique(prompt_N)), correct_N.mean()
-    if prompts == len(correct_N) or mean in (0, 1):
-        return wilson(mean * prompts, prompts)
-    return bootstrap(correct_N, clusters_N=prompt_N)
-
-
-def _verdict(case: Case, kept: Ledger, unreadable: dict[str, str]) -> Verdict:
+def _verdict(case: SampleImage, kept: Ledger, unreadable: dict[str, str]) -> Verdict:
     if case.name in unreadable:
         return Verdict(False, (f"not seen: {unreadable[case.name]}",))
     row = kept.rows[case.name]
@@ -214,18 +205,18 @@ def _verdict(case: Case, kept: Ledger, unreadable: dict[str, str]) -> Verdict:
     return judge(case.metadata, found)
 
 
-def _row(case: Case, verdict: Verdict) -> dict[str, Any]:
+def _row(case: SampleImage, verdict: Verdict) -> dict[str, Any]:
     """One line of the official results file."""
     prompt = {"filename": case.name, "tag": case.metadata["tag"], "prompt": case.metadata["prompt"]}
     return {**prompt, "correct": verdict.correct, "reason": "\n".join(verdict.reasons), "metadata": json.dumps(case.metadata)}
 
 
-def _cases(prompts: Sequence[dict[str, Any]], samples: int) -> Iterator[Case]:
+def _cases(prompts: Sequence[dict[str, Any]], samples: int) -> Iterator[SampleImage]:
     if samples < 1:
         raise ValueError(f"--samples {samples}: allowed: 1 or more")
     for number, metadata in enumerate(prompts):
         for sample in range(samples):
-            yield Case(number, sample, metadata, f"{number:05d}/samples/{sample:04d}.png")
+            yield SampleImage(number, sample, metadata, f"{number:05d}/samples/{sample:04d}.png")
 
 
 def _check_metadata(file: Path, metadata: dict[str, Any]) -> None:
@@ -234,7 +225,7 @@ def _check_metadata(file: Path, metadata: dict[str, Any]) -> None:
         raise ValueError(f"{file} is of another prompt than --prompts has there; give the file the images were drawn from")
 
 
-def _extra(images: str | None, cases: Sequence[Case]) -> list[str]:
+def _extra(images: str | None, cases: Sequence[SampleImage]) -> list[str]:
     """Images in the layout that nobody asked for: samples beyond the number, prompts beyond the file."""
     if images is None:
         return []
@@ -245,6 +236,6 @@ def _extra(images: str | None, cases: Sequence[Case]) -> list[str]:
 def main(args: list[str]) -> None:
     """``generate`` or ``score``."""
     if args[:1] == ["generate"]:
-        command("geneval", generate, args[1:])
+        generate_command("geneval", generate, args[1:])
     else:
         run("geneval", {"generate": generate, "score": score_images}, args)

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from uae.bench.geneval.colors import ColorReader
 from uae.bench.geneval.detection import Mask2Former
 from uae.bench.geneval.prompts import CLASSES
-from uae.bench.geneval.rules import in_question
+from uae.bench.geneval.rules import objects_needing_color
 
 NAME = "hf"  # of these models and this post-processing, in results: never to be taken for the original's
 
@@ -45,7 +45,7 @@ class Detector:
             places.setdefault(CLASSES[label], []).append(place)
         scores, boxes = seen.scores_M.tolist(), seen.boxes_M4.tolist()
         found = {name: [[*boxes[i], scores[i], None] for i in some] for name, some in places.items()}
-        asked = in_question(metadata, {name: [scores[i] for i in some] for name, some in places.items()})
+        asked = objects_needing_color(metadata, {name: [scores[i] for i in some] for name, some in places.items()})
         for name, kept in asked.items():
             chosen = [places[name][i] for i in kept]
             masks = [seen.masks_MHW[i].cpu().numpy() for i in chosen]

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from uae.bench.arguments import run as run_command
 from uae.bench.fingerprints import sha256
-from uae.bench.generate import Drawing, Job, command, seeds_of
+from uae.bench.generate import Drawing, DrawingJob, generate_command, seeds_of
 from uae.bench.judging.judges import Judge, read_judges
 from uae.bench.judging.prompt import Prompt, read_prompt
-from uae.bench.judging.requests import Plan, Question, image_digest, question, read_plan, write_plan
+from uae.bench.judging.requests import JudgeRequest, JudgingPlan, image_digest, judge_request, read_plan, write_plan
 from uae.bench.judging.stages import ask, open_cache, status
-from uae.bench.result import check_output, write_result
-from uae.bench.result import score as as_score
+from uae.bench.result import Case, by_group, check_output, summarize, write_result
 from uae.bench.score_table import score_table
-from uae.metrics.intervals import mean_of_means, wilson
 
 BENCHMARK = "geneval_plus"
 JUDGE = "configs/bench/judges/gpt_4_1.yaml"
@@ -37,7 +34,7 @@ FAILED = -1  # the judge gave no usable answer: counts as wrong
 
 def generate(
     prompts: str, images: str, seed: int = 0, batch_size: int = 8, part: str = "1/1", device: str | None = None
-) -> Job:
+) -> DrawingJob:
     """Draw one image per prompt: DIR/1.png is of the file's first line.
 
     All other options describe the system, as behind ``python -m uae.cli predict``: --config FILE, --ckpt_path FILE,
@@ -53,7 +50,7 @@ def generate(
     """
     rows = enumerate(read_lines(prompts), start=1)
     drawings = [Drawing(Path(images, f"{line}.png"), row["prompt"], seeds_of(seed, line, 1)) for line, row in rows]
-    return Job(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
+    return DrawingJob(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
 
 
 def run(
@@ -72,8 +69,8 @@ def run(
     Args:
         prompts: Geneval++.jsonl: a line per image with tag, include, maybe exclude, and prompt.
         images: Folder of images named after the prompts' lines: 1.jpg (or .png, .jpeg, .webp) is of the first line.
-        folder: Where the questions and answers are kept.
-        max_cost_usd: Spend at most this much on these questions, earlier runs included.
+        folder: Where the requests and answers are kept.
+        max_cost_usd: Spend at most this much on these requests, earlier runs included.
         dry_run: Only tell how many calls there are and what they cost.
         judge: File of one judge.
         prompt: File of what it is told.
@@ -84,22 +81,22 @@ def run(
     if len(judges) != 1:
         raise ValueError(f"GenEval++ has one judge, {judge!r} names {len(judges)}; give a file with one")
     files = image_files(images, len(rows))
-    questions = _questions(next(iter(judges.values())), asked, rows, files)
+    requests = _requests(next(iter(judges.values())), asked, rows, files)
     about = {"benchmark": BENCHMARK, "tags": [row["tag"] for row in rows], "images": Path(images).resolve().name}
     inputs = {"prompts": sha256(prompts), "judges": sha256(judge), "prompt": sha256(prompt)}
-    write_plan(folder, Plan(judges, asked, questions, inputs, about))
+    write_plan(folder, JudgingPlan(judges, asked, requests, inputs, about))
     missing = [line for line in range(1, len(rows) + 1) if line not in files]
     if missing:
         print(f"MISSING, counted as wrong: {len(missing)} of {len(rows)} images, e.g. {', '.join(map(str, missing[:5]))}")
     ask(folder, max_cost_usd, dry_run, cache, retry_errors)
 
 
-def _questions(
+def _requests(
     judge: Judge, prompt: Prompt, rows: Sequence[Mapping[str, Any]], files: Mapping[int, Path]
-) -> tuple[Question, ...]:
+) -> tuple[JudgeRequest, ...]:
     given = {line: {"prompt": rows[line - 1]["prompt"], "checklist": checklist(rows[line - 1])} for line in sorted(files)}
     return tuple(
-        question(judge, prompt, texts, str(files[line]), image_digest(files[line]), {"line": line})
+        judge_request(judge, prompt, texts, str(files[line]), image_digest(files[line]), {"line": line})
         for line, texts in given.items()
     )
 
@@ -116,16 +113,17 @@ def score(folder: str, output: str, system: str | None = None, cache: str | None
     check_output(output)
     plan = read_plan(folder)
     answers, tags = open_cache(folder, cache), plan.about["tags"]
-    said = {question.about["line"]: answers.answer(question, plan.prompt) for question in plan.questions}
+    said = {request.about["line"]: answers.answer(request, plan.prompt) for request in plan.requests}
     verdicts = [verdict(said, line) for line in range(1, len(tags) + 1)]
-    done = status(plan, answers)
+    done, cases = status(plan, answers), scored_cases(tags, verdicts)
     result = write_result(
         output,
         BENCHMARK,
         system or plan.about["images"],
-        summarize(tags, verdicts),
+        summarize(cases),
         {"judges": done["models"], "prompt": [plan.prompt.name, plan.prompt.version, plan.prompt.digest]},
-        dict(plan.inputs),
+        plan.inputs,
+        cases,
         **done,
         missing=[line for line in range(1, len(tags) + 1) if line not in said],
         failed=[line for line, found in enumerate(verdicts, start=1) if found == FAILED],
@@ -145,15 +143,14 @@ def verdict(said: Mapping[int, str | None], line: int) -> int:
     return int(answer) if answer in ("0", "1") else FAILED
 
 
-def summarize(tags: Sequence[str], verdicts: Sequence[int]) -> dict[str, Any]:
-    """The mean of the tags' accuracies, each tag, and the share of correct images; `FAILED` is wrong."""
-    tag_N, correct_N = np.array(tags), np.array(verdicts) == 1
-    groups = {tag: correct_N[tag_N == tag] for tag in dict.fromkeys(tags)}
-    return {
-        "overall": as_score(mean_of_means([(group, np.arange(len(group))) for group in groups.values()]), len(tags)),
-        **{tag: as_score(wilson(int(group.sum()), len(group)), len(group)) for tag, group in groups.items()},
-        "correct images": as_score(wilson(int(correct_N.sum()), len(tags)), len(tags)),
-    }
+def scored_cases(tags: Sequence[str], verdicts: Sequence[int]) -> dict[str, list[Case]]:
+    """Name of each score to its cases: the mean of the tags' accuracies, each tag, and all images alike; `FAILED` is wrong."""
+    everything = [
+        Case(str(line), float(verdict == 1), group=tag)
+        for line, (tag, verdict) in enumerate(zip(tags, verdicts, strict=True), start=1)
+    ]
+    correct = [replace(case, group="") for case in everything]
+    return {"overall": everything, **by_group(everything), "correct images": correct}
 
 
 def checklist(row: Mapping[str, Any]) -> str:
@@ -219,6 +216,6 @@ def image_files(folder: str | Path, lines: int) -> dict[int, Path]:
 def main(args: Sequence[str]) -> Any:
     """The command."""
     if args and args[0] == "generate":
-        return command(BENCHMARK, generate, args[1:])
+        return generate_command(BENCHMARK, generate, args[1:])
     functions = {"generate": generate, "run": run, "score": score}  # the first for --help
     return run_command(BENCHMARK, functions, args)

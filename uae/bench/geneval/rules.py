@@ -46,7 +46,7 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
 
-def surest(scores: Sequence[float], tag: str) -> list[int]:
+def highest_scoring(scores: Sequence[float], tag: str) -> list[int]:
     """Places of the detections of one class that count, best first; the later of two equals goes first.
 
     Scores are compared as float32, as detectors give them: a score that rounds to the threshold is not above it. The
@@ -58,9 +58,9 @@ def surest(scores: Sequence[float], tag: str) -> list[int]:
     return [int(place) for place in order_N if score_N[place] > least][:MOST]
 
 
-def counted(found: Mapping[str, Sequence[Detection]], tag: str) -> dict[str, list[Detection]]:
+def counted_detections(found: Mapping[str, Sequence[Detection]], tag: str) -> dict[str, list[Detection]]:
     """Class to the detections that count in a prompt of that tag, best first."""
-    return {name: [some[i] for i in surest([one.score for one in some], tag)] for name, some in found.items()}
+    return {name: [some[i] for i in highest_scoring([one.score for one in some], tag)] for name, some in found.items()}
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
@@ -87,7 +87,7 @@ def judge(metadata: Mapping[str, Any], found: Mapping[str, Sequence[Detection]])
     Raises:
         ValueError: A color matters that nobody has looked at.
     """
-    there = counted(found, metadata["tag"])
+    there = counted_detections(found, metadata["tag"])
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []  # per clause; None where it does not hold
     for clause in metadata.get("include", ()):
@@ -103,11 +103,11 @@ def judge(metadata: Mapping[str, Any], found: Mapping[str, Sequence[Detection]])
     return Verdict(not reasons, tuple(reasons))
 
 
-def in_question(metadata: Mapping[str, Any], found: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
+def objects_needing_color(metadata: Mapping[str, Any], found: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
     """Class to the places of detections whose color matters to a prompt, from the scores of all detections."""
     places: dict[str, list[int]] = {}
     for clause in metadata.get("include", ()):
-        kept = surest(found.get(clause["class"], ()), metadata["tag"])[: clause["count"]]
+        kept = highest_scoring(found.get(clause["class"], ()), metadata["tag"])[: clause["count"]]
         if "color" in clause and len(kept) == clause["count"]:
             places[clause["class"]] = max(places.get(clause["class"], []), kept, key=len)
     return places

@@ -1,4 +1,4 @@
-"""Asking all questions of a plan: several at a time, never twice, and never for more money than allowed."""
+"""Sending all requests of a plan: several at a time, never twice, and never for more money than allowed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from uae.bench.fingerprints import sha256
-from uae.bench.judging.cache import Cache
+from uae.bench.judging.cache import AnswerCache
 from uae.bench.judging.clients import Answer, Client, Failure
 from uae.bench.judging.judges import Judge
-from uae.bench.judging.requests import Plan, Question
+from uae.bench.judging.requests import JudgeRequest, JudgingPlan
 
 HOPELESS = (401, 402, 403, 404)  # no key, no money, no permission, no such model: the judge is out of this run
-STRIKES = 5  # so many questions in a row given up or answered by another model: the judge is out of this run
+STRIKES = 5  # so many requests in a row given up or answered by another model: the judge is out of this run
 
 
 @dataclass
-class Purse:
+class Budget:
     """Money: spent, promised to calls under way, and how much there is."""
 
     cap: float
@@ -55,19 +55,19 @@ class Purse:
 
 
 @dataclass
-class Asking:
+class JudgingRun:
     """A run over a plan.
 
     Args:
         plan: What to ask.
         cache: Where answers are kept; its ``writing()`` must be entered.
-        max_cost_usd: For the plan's questions, those of earlier runs included.
+        max_cost_usd: For the plan's requests, those of earlier runs included.
         retry_errors: Ask again where another model answered.
         client: Makes a judge's client.
     """
 
-    plan: Plan
-    cache: Cache
+    plan: JudgingPlan
+    cache: AnswerCache
     max_cost_usd: float
     retry_errors: bool = False
     client: Callable[[Judge], Any] = Client
@@ -76,10 +76,10 @@ class Asking:
     closed: dict[str, str] = field(default_factory=dict)
     strikes: Counter[str] = field(default_factory=Counter)
 
-    def pending(self) -> list[Question]:
+    def pending(self) -> list[JudgeRequest]:
         """Questions without an answer, equal ones once."""
-        unique = {question.key: question for question in self.plan.questions}
-        return [question for question in unique.values() if not self._settled(question)]
+        unique = {request.key: request for request in self.plan.requests}
+        return [request for request in unique.values() if not self._settled(request)]
 
     def run(self) -> None:
         """Ask; returns when all is answered, failed, or paid out.
@@ -89,98 +89,98 @@ class Asking:
         """
         pending = self.pending()
         if pending:
-            spent = self.cache.spent(question.key for question in self.plan.questions)
+            spent = self.cache.spent(request.key for request in self.plan.requests)
             self._check_images(pending)
             self._check_money(pending, spent)
-            clients = {name: self.client(self.plan.judges[name]) for name in {question.judge for question in pending}}
+            clients = {name: self.client(self.plan.judges[name]) for name in {request.judge for request in pending}}
             asyncio.run(self._ask_all(pending, clients, spent))
 
-    def most_usd(self, question: Question) -> float:
-        """What a call for a question can cost at most."""
-        return self._judge(question).most_usd("".join(self._texts(question)), question.image is not None)
+    def most_usd(self, request: JudgeRequest) -> float:
+        """What a call for a request can cost at most."""
+        return self._judge(request).most_usd("".join(self._texts(request)), request.image is not None)
 
-    def usual_usd(self, question: Question) -> float:
+    def usual_usd(self, request: JudgeRequest) -> float:
         """What it costs about."""
-        return self._judge(question).usual_usd("".join(self._texts(question)), question.image is not None)
+        return self._judge(request).usual_usd("".join(self._texts(request)), request.image is not None)
 
-    def _judge(self, question: Question) -> Judge:
-        return self.plan.judges[question.judge]
+    def _judge(self, request: JudgeRequest) -> Judge:
+        return self.plan.judges[request.judge]
 
-    def _texts(self, question: Question) -> tuple[str, str]:
-        return self.plan.prompt.texts(question.given)
+    def _texts(self, request: JudgeRequest) -> tuple[str, str]:
+        return self.plan.prompt.texts(request.given)
 
-    def _settled(self, question: Question) -> bool:
-        swapped = bool(self.cache.errors(question.key)) and not self.retry_errors
-        return swapped or self.cache.answer(question, self.plan.prompt) is not None
+    def _settled(self, request: JudgeRequest) -> bool:
+        swapped = bool(self.cache.errors(request.key)) and not self.retry_errors
+        return swapped or self.cache.answer(request, self.plan.prompt) is not None
 
-    def _check_images(self, pending: list[Question]) -> None:
-        digests = {question.image: question.image_sha256 for question in pending if question.image is not None}
+    def _check_images(self, pending: list[JudgeRequest]) -> None:
+        digests = {request.image: request.image_sha256 for request in pending if request.image is not None}
         for path, expected in digests.items():
             if not Path(path).is_file() or sha256(path) != expected:
-                raise ValueError(f"the image {path!r} is not the one that the questions were built with; build again")
+                raise ValueError(f"the image {path!r} is not the one that the requests were built with; build again")
 
-    def _check_money(self, pending: list[Question], spent: float) -> None:
-        least = min(self.most_usd(question) for question in pending)
+    def _check_money(self, pending: list[JudgeRequest], spent: float) -> None:
+        least = min(self.most_usd(request) for request in pending)
         if spent + least > self.max_cost_usd:
             raise ValueError(
                 f"max_cost_usd={self.max_cost_usd:g} does not do for one more call, which can cost {least:.4f} USD "
                 f"({spent:.4f} USD are spent); all calls cost about {sum(map(self.usual_usd, pending)):.2f} USD: set max_cost_usd"
             )
 
-    async def _ask_all(self, pending: list[Question], clients: Mapping[str, Any], spent: float) -> None:
+    async def _ask_all(self, pending: list[JudgeRequest], clients: Mapping[str, Any], spent: float) -> None:
         from tqdm.auto import tqdm
 
-        purse = Purse(self.max_cost_usd, spent)
-        queues: dict[Any, deque[Question]] = defaultdict(deque)
+        budget = Budget(self.max_cost_usd, spent)
+        queues: dict[Any, deque[JudgeRequest]] = defaultdict(deque)
         limits: dict[Any, int] = {}
-        for question in pending:
-            judge = self._judge(question)
-            queues[judge.vendor].append(question)
+        for request in pending:
+            judge = self._judge(request)
+            queues[judge.vendor].append(request)
             limits[judge.vendor] = min(limits.get(judge.vendor, judge.concurrency), judge.concurrency)
-        with tqdm(total=len(pending), desc="judging", unit="question") as bar:
-            work = [self._work(queue, clients, purse, bar) for vendor, queue in queues.items() for _ in range(limits[vendor])]
+        with tqdm(total=len(pending), desc="judging", unit="request") as bar:
+            work = [self._work(queue, clients, budget, bar) for vendor, queue in queues.items() for _ in range(limits[vendor])]
             try:
                 await asyncio.gather(*work)
             finally:
                 for client in clients.values():
                     await client.close()
 
-    async def _work(self, queue: deque[Question], clients: Mapping[str, Any], purse: Purse, bar: Any) -> None:
-        while queue and not purse.empty:
-            question = queue.popleft()
+    async def _work(self, queue: deque[JudgeRequest], clients: Mapping[str, Any], budget: Budget, bar: Any) -> None:
+        while queue and not budget.empty:
+            request = queue.popleft()
             asked = True
-            while asked and question.judge not in self.closed and not self._settled(question):
-                asked = await self._ask(question, clients[question.judge], purse)
+            while asked and request.judge not in self.closed and not self._settled(request):
+                asked = await self._ask(request, clients[request.judge], budget)
             bar.update()
-            bar.set_postfix_str(f"{purse.spent:.4f} USD")
+            bar.set_postfix_str(f"{budget.spent:.4f} USD")
 
-    async def _ask(self, question: Question, client: Any, purse: Purse) -> bool:
+    async def _ask(self, request: JudgeRequest, client: Any, budget: Budget) -> bool:
         """Until there is an answer, of whatever kind: True. False: no hope, or no money."""
-        judge, most = self._judge(question), self.most_usd(question)
-        image = None if question.image is None else Path(question.image).read_bytes()
+        judge, most = self._judge(request), self.most_usd(request)
+        image = None if request.image is None else Path(request.image).read_bytes()
         for attempt in range(judge.retries + 1):
-            if not await purse.promise(most):
+            if not await budget.promise(most):
                 return False
             self.calls += 1
             came, cost = Failure("interrupted", None, again=False, paid=True, pause=None), most
             try:
-                came = await client.complete(*self._texts(question), image)
+                came = await client.complete(*self._texts(request), image)
             finally:  # also when it is cancelled
-                cost = self._keep(question, came, most)
-                await purse.pay(most, cost)
+                cost = self._keep(request, came, most)
+                await budget.pay(most, cost)
             if isinstance(came, Answer):
                 return came.model is None or judge.accepts(came.model)
             pause = _pause(judge, attempt, came.pause)
             if not came.again or pause > judge.longest_pause * 1.25 or attempt == judge.retries:
-                self._strike(question.judge, came.message, closing=came.status in HOPELESS)
+                self._strike(request.judge, came.message, closing=came.status in HOPELESS)
                 return False
             await asyncio.sleep(pause)
         return False
 
-    def _keep(self, question: Question, came: Answer | Failure, most: float) -> float:
+    def _keep(self, request: JudgeRequest, came: Answer | Failure, most: float) -> float:
         """Write down what came and return what it cost."""
-        judge = self._judge(question)
-        note: dict[str, Any] = {"key": question.key, "judge": judge.name, "asked": judge.model}
+        judge = self._judge(request)
+        note: dict[str, Any] = {"key": request.key, "judge": judge.name, "asked": judge.model}
         note["at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if isinstance(came, Failure):
             if came.paid:

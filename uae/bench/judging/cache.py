@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from uae.bench.judging.prompt import Prompt
-from uae.bench.judging.requests import Question
+from uae.bench.judging.requests import JudgeRequest
 
 ASKED_AT_MOST = 2  # an answer that cannot be read is asked for once more
 
 
-class Cache:
+class AnswerCache:
     """Records by key.
 
     A record is an answer (``text``), an answer of the wrong model (``error``), or a call that may have been paid and whose
@@ -65,16 +65,16 @@ class Cache:
             lock.release()
 
     def spent(self, keys: Iterable[str]) -> float:
-        """USD that questions have cost so far; calls without an answer count with what they can have cost."""
+        """USD that requests have cost so far; calls without an answer count with what they can have cost."""
         return sum(record["cost_usd"] for key in set(keys) for record in self.records.get(key, ()))
 
     def texts(self, key: str) -> list[str]:
         """Answers, oldest first."""
         return [record["text"] for record in self.records.get(key, ()) if "text" in record]
 
-    def answer(self, question: Question, prompt: Prompt) -> str | None:
+    def answer(self, request: JudgeRequest, prompt: Prompt) -> str | None:
         """What a judge said: one of the prompt's answers, "invalid", or None if there is no answer (yet)."""
-        texts = self.texts(question.key)[:ASKED_AT_MOST]
+        texts = self.texts(request.key)[:ASKED_AT_MOST]
         readable = [answer for text in texts if (answer := prompt.read(text)) is not None]
         return readable[0] if readable else "invalid" if len(texts) == ASKED_AT_MOST else None
 

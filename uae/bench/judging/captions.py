@@ -12,7 +12,7 @@ from typing import Any
 
 from uae.bench.judging.judges import Judge
 from uae.bench.judging.prompt import Prompt
-from uae.bench.judging.requests import Question, image_digest, question
+from uae.bench.judging.requests import JudgeRequest, image_digest, judge_request
 
 _FENCE = re.compile(r"^```.*$", re.MULTILINE)
 _LINE_MARKS = re.compile(r"^\s*(?:#{1,6}\s+|>\s?|[-*+]\s+)", re.MULTILINE)
@@ -85,13 +85,13 @@ def compared(systems: list[str], ours: str, all_pairs: bool) -> list[tuple[str, 
     return list(combinations(ordered, 2)) if all_pairs else [(ours, rival) for rival in ordered[1:]]
 
 
-def caption_questions(
+def caption_requests(
     judges: Mapping[str, Judge],
     prompt: Prompt,
     captions: Mapping[str, Mapping[str, str]],
     images: Mapping[str, Path],
     pairs: list[tuple[str, str]],
-) -> Iterator[Question]:
+) -> Iterator[JudgeRequest]:
     """Each pair in both orders for each judge, image by image: what an interrupted run has is complete for its images.
 
     Args:
@@ -110,4 +110,4 @@ def caption_questions(
             for judge in judges.values():
                 for order, (first, second) in (("ab", texts), ("ba", texts[::-1])):
                     about = {"image": name, "a": a, "b": b, "order": order}
-                    yield question(judge, prompt, {"first": first, "second": second}, str(path), sha256, about)
+                    yield judge_request(judge, prompt, {"first": first, "second": second}, str(path), sha256, about)

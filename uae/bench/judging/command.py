@@ -14,15 +14,15 @@ import yaml
 
 from uae.bench.arguments import run as run_command
 from uae.bench.fingerprints import sha256
-from uae.bench.judging.cache import Cache
-from uae.bench.judging.captions import caption_questions, compared, find_images, plain, read_captions
+from uae.bench.judging.cache import AnswerCache
+from uae.bench.judging.captions import caption_requests, compared, find_images, plain, read_captions
 from uae.bench.judging.judges import read_judges
 from uae.bench.judging.prompt import read_prompt
-from uae.bench.judging.requests import Plan, read_plan, write_plan
+from uae.bench.judging.requests import JudgingPlan, read_plan, write_plan
 from uae.bench.judging.stages import ask, open_cache, status
 from uae.bench.judging.statistics.comparisons import Comparison
-from uae.bench.judging.statistics.resampling import weights
-from uae.bench.judging.statistics.win_rates import WinRates, elo, mean_rate, pair_summary, strangers
+from uae.bench.judging.statistics.resampling import resample_weights
+from uae.bench.judging.statistics.win_rates import WinRates, elo, judges_of_other_families, mean_rate, pair_summary
 from uae.bench.result import check_output, write_result
 
 BENCHMARK = "protocol2-compatible"
@@ -39,7 +39,7 @@ def build(
     all_pairs: bool = False,
     judges: str = JUDGES,
     prompt: str = PROMPT,
-) -> Plan:
+) -> JudgingPlan:
     """Write down what to ask: each pair of captions, in both orders, for each judge. Asks nothing.
 
     Args:
@@ -62,14 +62,14 @@ def build(
     texts = {name: {image: plain(caption) for image, caption in rows.items()} for name, rows in raw.items()}
     found = find_images(images, sorted({name for rows in texts.values() for name in rows}))
     pairs = compared(list(captions), ours, all_pairs)
-    questions = tuple(caption_questions(panel, asked, texts, found, pairs))
+    requests = tuple(caption_requests(panel, asked, texts, found, pairs))
     if not found:
         raise ValueError(f"--images {images!r} holds none of the images that the captions name; correct --images")
     about = _about(texts, found, pairs) | {"benchmark": BENCHMARK, "system": ours, "systems": list(captions)}
     about["normalized"] = {name: sum(texts[name][i] != text for i, text in raw[name].items()) for name in raw}
     inputs = {f"captions/{name}": sha256(path) for name, path in captions.items()}
     inputs |= {"judges": sha256(judges), "prompt": sha256(prompt)}
-    plan = Plan(panel, asked, questions, inputs, about)
+    plan = JudgingPlan(panel, asked, requests, inputs, about)
     write_plan(folder, plan)
     print(_built(plan))
     return plan
@@ -88,9 +88,9 @@ def _about(texts: Mapping[str, Mapping[str, str]], images: Mapping[str, Path], p
     return {"cases": cases, "without_image": sorted(listed - images.keys()), "without_caption": lacking}
 
 
-def _built(plan: Plan) -> str:
+def _built(plan: JudgingPlan) -> str:
     about = plan.about
-    lines = [f"{len(about['cases'])} pairs of captions, {len(plan.questions)} questions to {len(plan.judges)} judges"]
+    lines = [f"{len(about['cases'])} pairs of captions, {len(plan.requests)} requests to {len(plan.judges)} judges"]
     if same := sum(case[-1] for case in about["cases"]):
         lines.append(f"{same} pairs are equal, letter by letter: ties that nobody is asked about")
     for what, names in {"image": about["without_image"], **about["without_caption"]}.items():
@@ -104,7 +104,7 @@ def run(folder: str, max_cost_usd: float = 0.0, dry_run: bool = False, cache: st
 
     Args:
         folder: That ``build`` wrote.
-        max_cost_usd: Spend at most this much on these questions, earlier runs included.
+        max_cost_usd: Spend at most this much on these requests, earlier runs included.
         dry_run: Only tell how many calls there are and what they cost.
         cache: File of answers, if it shall not be ``answers.jsonl`` in the folder; may serve several folders.
         retry_errors: Ask again where another model answered than the one that was asked.
@@ -138,10 +138,10 @@ def score(
     found, images = comparisons(plan, answers), sorted({case[0] for case in plan.about["cases"]})
     if not any(c.score is not None for c in found):
         raise ValueError(f"no pair of {folder!r} has answers in both orders; run first")
-    rates = WinRates(found, images, weights(len(images), resamples, seed))
+    rates = WinRates(found, images, resample_weights(len(images), resamples, seed))
     pairs = list(dict.fromkeys((case[1], case[2]) for case in plan.about["cases"]))
     judges = {name: judge.family for name, judge in plan.judges.items()}
-    summary = {pair: pair_summary(rates.of(*pair), strangers(judges, families or {}, pair)) for pair in pairs}
+    summary = {pair: pair_summary(rates.of(*pair), judges_of_other_families(judges, families or {}, pair)) for pair in pairs}
     ours = plan.about["system"]
     own = [rates.of(*pair) for pair in pairs if pair[0] == ours]
     scores = {"win_rate": mean_rate([rate for rate in own if rate.comparisons])} | _scores(summary)
@@ -159,7 +159,7 @@ def score(
         not_compared={key: plan.about[key] for key in ("without_image", "without_caption")},
         normalized=plan.about["normalized"],
     )
-    print(table(result))
+    print(win_rate_table(result))
     return result
 
 
@@ -168,12 +168,12 @@ def _known(families: Mapping[str, str], systems: Sequence[str]) -> None:
         raise ValueError(f"families names {', '.join(unknown)}; allowed: {', '.join(systems)}")
 
 
-def comparisons(plan: Plan, cache: Cache) -> list[Comparison]:
+def comparisons(plan: JudgingPlan, cache: AnswerCache) -> list[Comparison]:
     """All pairs with what each judge answered; equal captions are ties that nobody was asked about."""
     answers = {}
-    for question in plan.questions:
-        about = question.about
-        answers[about["image"], about["a"], about["b"], question.judge, about["order"]] = cache.answer(question, plan.prompt)
+    for request in plan.requests:
+        about = request.about
+        answers[about["image"], about["a"], about["b"], request.judge, about["order"]] = cache.answer(request, plan.prompt)
     found = []
     for image, a, b, words_a, words_b, same in plan.about["cases"]:
         for judge in plan.judges:
@@ -202,7 +202,7 @@ def _elo(rates: WinRates, systems: Sequence[str]) -> dict[str, Any]:
         return {"undefined": str(error)}
 
 
-def table(result: Mapping[str, Any]) -> str:
+def win_rate_table(result: Mapping[str, Any]) -> str:
     """A result as a Markdown table."""
     lines = [f"**{result['benchmark']}**, {result['status']}: {result['answered']} of {result['questions']} answers", ""]
     lines += ["| | win rate | 95 % | images | order changed it | invalid |", "|---|---|---|---|---|---|"]

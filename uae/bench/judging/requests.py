@@ -1,4 +1,4 @@
-"""What is to be asked, as files: a plan and its questions, built once and kept beside the answers."""
+"""What is to be asked, as files: a plan and its requests, built once and kept beside the answers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeRequest:
     """One call to make.
 
     Args:
-        key: Digest of everything that the answer depends on: equal questions are asked once.
+        key: Digest of everything that the answer depends on: equal requests are asked once.
         judge: Name of the judge.
         given: What the prompt is filled with.
         image: Path of the image; None if the judge sees none.
@@ -38,32 +38,32 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JudgingPlan:
     """Everything that asking and scoring need.
 
     Args:
         judges: By name.
         prompt: For all of them.
-        questions: In the order in which they are asked.
+        requests: In the order in which they are asked.
         inputs: Name to sha256 of what was read.
         about: Settings of the benchmark that scoring needs.
     """
 
     judges: Mapping[str, Judge]
     prompt: Prompt
-    questions: tuple[Question, ...]
+    requests: tuple[JudgeRequest, ...]
     inputs: Mapping[str, str]
     about: Mapping[str, Any]
 
 
-def question(
+def judge_request(
     judge: Judge, prompt: Prompt, given: Mapping[str, str], image: str | None, image_sha256: str, about: Mapping[str, Any]
-) -> Question:
-    """A question with its key."""
+) -> JudgeRequest:
+    """A request with its key."""
     image, image_sha256 = (image, image_sha256) if prompt.image else (None, "")
     content = [judge.api, judge.model, dict(judge.params), prompt.digest, image_sha256, dict(given)]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Question(key, judge.name, given, image, image_sha256, about)
+    return JudgeRequest(key, judge.name, given, image, image_sha256, about)
 
 
 def media_type(content: bytes) -> str | None:
@@ -85,17 +85,17 @@ def image_digest(path: str | Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_plan(folder: str | Path, plan: Plan) -> None:
+def write_plan(folder: str | Path, plan: JudgingPlan) -> None:
     """``plan.json`` and ``requests.jsonl``, each whole or not at all."""
     judges = {name: {k: v for k, v in asdict(judge).items() if k not in ("name", "vendor")} for name, judge in plan.judges.items()}
     content = {"judges": judges, "prompt": asdict(plan.prompt), "inputs": dict(plan.inputs), "about": dict(plan.about)}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(question)) + "\n" for question in plan.questions)
+    lines = "".join(json.dumps(asdict(request)) + "\n" for request in plan.requests)
     write_whole(Path(folder, "requests.jsonl"), lines.encode())
     write_whole(Path(folder, "plan.json"), (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_plan(folder: str | Path) -> Plan:
+def read_plan(folder: str | Path) -> JudgingPlan:
     """What `write_plan` wrote.
 
     Raises:
@@ -104,10 +104,10 @@ def read_plan(folder: str | Path) -> Plan:
     try:
         content = json.loads(Path(folder, "plan.json").read_text())
         lines = Path(folder, "requests.jsonl").read_text().splitlines()
-        questions = tuple(Question(**json.loads(line)) for line in lines)
+        requests = tuple(JudgeRequest(**json.loads(line)) for line in lines)
     except FileNotFoundError:
         raise FileNotFoundError(f"nothing is built in {str(folder)!r} (plan.json, requests.jsonl); build first") from None
     except (ValueError, TypeError):
         raise ValueError(f"plan.json or requests.jsonl in {str(folder)!r} cannot be read; build again, answers are kept") from None
     judges = {name: judge_of(name, entry) for name, entry in content["judges"].items()}
-    return Plan(judges, prompt_of(content["prompt"], "plan.json"), questions, content["inputs"], content["about"])
+    return JudgingPlan(judges, prompt_of(content["prompt"], "plan.json"), requests, content["inputs"], content["about"])

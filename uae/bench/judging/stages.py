@@ -1,4 +1,4 @@
-"""What all benchmarks with judges share: asking a plan's questions, and telling what it would cost."""
+"""What all benchmarks with judges share: asking a plan's requests, and telling what it would cost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from uae.bench.judging.asking import Asking
-from uae.bench.judging.cache import Cache
-from uae.bench.judging.requests import Plan, read_plan
+from uae.bench.judging.asking import JudgingRun
+from uae.bench.judging.cache import AnswerCache
+from uae.bench.judging.requests import JudgingPlan, read_plan
 
 
 def ask(folder: str, max_cost_usd: float, dry_run: bool, cache: str | None, retry_errors: bool) -> dict[str, Any]:
-    """Ask what a plan's questions lack; returns, prints and writes (``status.json``) how far it came.
+    """Ask what a plan's requests lack; returns, prints and writes (``status.json``) how far it came.
 
     Args:
         folder: Of the plan.
@@ -23,7 +23,7 @@ def ask(folder: str, max_cost_usd: float, dry_run: bool, cache: str | None, retr
         retry_errors: Ask again where another model answered.
     """
     plan, answers = read_plan(folder), open_cache(folder, cache)
-    asking = Asking(plan, answers, max_cost_usd, retry_errors)
+    asking = JudgingRun(plan, answers, max_cost_usd, retry_errors)
     print(estimate(asking))
     if dry_run:
         return {"status": "dry run", "calls": 0}
@@ -36,21 +36,21 @@ def ask(folder: str, max_cost_usd: float, dry_run: bool, cache: str | None, retr
     for judge, why in asking.closed.items():
         print(f"JUDGE LOST: {judge} is out of this run ({why}); without its answers the panel is smaller")
     print(
-        f"{found['status']}: {found['answered']} of {found['questions']} questions answered, {found['invalid']} of them "
+        f"{found['status']}: {found['answered']} of {found['questions']} requests answered, {found['invalid']} of them "
         f"invalid, {found['errors']} by another model; {asking.calls} calls now, {found['cost_usd']:.4f} USD in all"
     )
     return found
 
 
-def open_cache(folder: str, cache: str | None) -> Cache:
+def open_cache(folder: str, cache: str | None) -> AnswerCache:
     """A plan's answers: ``answers.jsonl`` beside it, or another file."""
-    return Cache(cache or Path(folder, "answers.jsonl"))
+    return AnswerCache(cache or Path(folder, "answers.jsonl"))
 
 
-def status(plan: Plan, cache: Cache) -> dict[str, Any]:
-    """How far a plan's questions are answered; equal questions count once."""
-    unique = {question.key: question for question in plan.questions}
-    found = [cache.answer(question, plan.prompt) for question in unique.values()]
+def status(plan: JudgingPlan, cache: AnswerCache) -> dict[str, Any]:
+    """How far a plan's requests are answered; equal requests count once."""
+    unique = {request.key: request for request in plan.requests}
+    found = [cache.answer(request, plan.prompt) for request in unique.values()]
     answered = sum(answer is not None for answer in found)
     return {
         "status": "complete" if answered == len(unique) else "partial",
@@ -63,21 +63,21 @@ def status(plan: Plan, cache: Cache) -> dict[str, Any]:
     }
 
 
-def models(plan: Plan, cache: Cache) -> dict[str, list[str]]:
+def models(plan: JudgingPlan, cache: AnswerCache) -> dict[str, list[str]]:
     """The models that answered, by judge: of an alias there may be several."""
     found: dict[str, set[str]] = {name: set() for name in plan.judges}
-    for question in plan.questions:
-        records = cache.records.get(question.key, ())
-        found[question.judge] |= {record["answered"] for record in records if "text" in record and record["answered"]}
+    for request in plan.requests:
+        records = cache.records.get(request.key, ())
+        found[request.judge] |= {record["answered"] for record in records if "text" in record and record["answered"]}
     return {name: sorted(answered) for name, answered in found.items()}
 
 
-def estimate(asking: Asking) -> str:
+def estimate(asking: JudgingRun) -> str:
     """A table of calls and cost by judge."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-    for question in asking.pending():
-        row = totals[question.judge]
-        for i, more in enumerate((1, asking.usual_usd(question), asking.most_usd(question))):
+    for request in asking.pending():
+        row = totals[request.judge]
+        for i, more in enumerate((1, asking.usual_usd(request), asking.most_usd(request))):
             row[i] += more
     totals["all"] = [sum(row[i] for row in totals.values()) for i in range(3)]
     lines = [f"{'judge':24s} {'calls':>7s} {'USD about':>10s} {'at most':>10s}"]

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from uae.bench.arguments import listed, run
-from uae.bench.report.paired import differences
-from uae.bench.report.plot import plot as draw
+from uae.bench.paired import paired_differences, unlikeness
+from uae.bench.report.plot import write_plot
 from uae.bench.report.published import number, published
-from uae.bench.report.table import Column, Table, comma_separated, latex, markdown
-from uae.bench.result import read_result
+from uae.bench.report.table import BenchmarkTable, SystemColumn, comma_separated, latex, markdown
+from uae.bench.result import cases_of, read_result
 
-FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {".md": markdown, ".csv": comma_separated, ".tex": latex}
+FORMATS: dict[str, Callable[[Sequence[BenchmarkTable]], str]] = {".md": markdown, ".csv": comma_separated, ".tex": latex}
 
 PLOTS = (".png", ".pdf", ".svg")
 
@@ -43,7 +43,7 @@ def report(
     output: str | None = None,
     plot: str | None = None,
     scores: str | None = None,
-) -> list[Table]:
+) -> list[BenchmarkTable]:
     """Put results side by side. Only results of exactly the same benchmark share a table.
 
     Args:
@@ -70,7 +70,7 @@ def report(
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.result["benchmark"], []).append(entry)
-    tables = [_table(name, some, by, paper, scores) for name, some in groups.items()]
+    tables = [_benchmark_table(name, some, by, paper, scores) for name, some in groups.items()]
     near = _alike(list(groups))
     text = markdown(tables)
     print("\n".join([text, *near]))
@@ -78,7 +78,7 @@ def report(
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(FORMATS[Path(output).suffix](tables))
     if plot:
-        draw(plot, tables)
+        write_plot(plot, tables)
     return tables
 
 
@@ -92,7 +92,7 @@ def _baseline(entries: Sequence[Entry], baseline: str | None) -> str:
     return of_file[0] if of_file else baseline
 
 
-def _table(benchmark: str, entries: Sequence[Entry], baseline: str, paper: bool, pattern: str | None) -> Table:
+def _benchmark_table(benchmark: str, entries: Sequence[Entry], baseline: str, paper: bool, pattern: str | None) -> BenchmarkTable:
     """One benchmark: its scores in the order they were written, the baseline's first."""
     systems = [entry.system for entry in entries]
     twice = sorted({name for name in systems if systems.count(name) > 1})
@@ -106,16 +106,32 @@ def _table(benchmark: str, entries: Sequence[Entry], baseline: str, paper: bool,
     notes = [] if base or len(entries) == 1 else [f"{baseline} has no result here: no differences"]
     columns = []
     for entry in entries:
-        found: Any = {}
-        if base is not None and entry is not base:
-            found, more = differences(entry.result, base.result, entry.file, base.file)
-            notes += more
-        columns.append(Column(entry.system, entry.result["scores"], found))
+        column, more = _column(entry, base)
+        columns.append(column)
+        notes += more
     rows, caveat = published(benchmark) if paper else ([], "")
     rows = [row for row in rows if any(number(row, name) for name in names)]
     if paper:
         notes.append(caveat if rows else "the paper has no number for this benchmark, or not for these inputs or encoders")
-    return Table(benchmark, names, columns, baseline, rows, notes)
+    return BenchmarkTable(benchmark, names, columns, baseline, rows, notes)
+
+
+def _column(entry: Entry, base: Entry | None) -> tuple[SystemColumn, list[str]]:
+    """A system's column with its differences to the baseline, and notes for the reader."""
+    system, ours = entry.system, entry.result
+    if base is None or entry is base:
+        return SystemColumn(system, ours["scores"]), []
+    systems = f"{system} and {base.system}"
+    if unlike := unlikeness(ours, base.result):
+        return SystemColumn(system, ours["scores"]), [f"{systems} are not compared: {'; '.join(unlike)}"]
+    scores, theirs = ours["scores"], base.result["scores"]
+    gaps = {name: score["value"] - theirs[name]["value"] for name, score in scores.items() if name in theirs}
+    found = paired_differences(cases_of(ours), cases_of(base.result))
+    paired = {name: difference for name, difference in found.items() if name in gaps}
+    notes = [] if paired else [f"{systems} have no cases to pair: differences without interval"]
+    if any(difference.n < scores[name]["n"] for name, difference in paired.items()):
+        notes.append(f"{systems} share only some cases")
+    return SystemColumn(system, scores, gaps, paired), notes
 
 
 def _alike(benchmarks: Sequence[str]) -> list[str]:

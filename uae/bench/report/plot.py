@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from uae.bench.report.published import number
-from uae.bench.report.table import PAPER, Table
+from uae.bench.report.table import PAPER, BenchmarkTable
 
 WIDTH, LINE = 8.0, 0.34  # inches
 
 
-def plot(path: str | Path, tables: Sequence[Table]) -> None:
+def write_plot(path: str | Path, tables: Sequence[BenchmarkTable]) -> None:
     """Draw one panel per benchmark: a line per score, a point per system.
 
     Args:
@@ -30,13 +30,13 @@ def plot(path: str | Path, tables: Sequence[Table]) -> None:
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, table in zip(panels, tables, strict=True):
-        _draw(panel, table)
+        _plot_panel(panel, table)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=150)
 
 
-def _draw(panel: Any, table: Table) -> None:
+def _plot_panel(panel: Any, table: BenchmarkTable) -> None:
     ours, theirs = len(table.columns), len(table.published)
     step = 0.8 / max(ours + theirs, 1)
     for place, column in enumerate(table.columns):

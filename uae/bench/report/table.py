@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from uae.bench.report.paired import Difference
+from uae.bench.paired import Difference
 from uae.bench.report.published import SOURCE, Published, number
 from uae.bench.result import Score
 
@@ -15,16 +15,24 @@ PAPER = "paper: "
 
 
 @dataclass(frozen=True)
-class Column:
-    """A system's scores, and what they differ from the baseline's by; empty for the baseline itself."""
+class SystemColumn:
+    """One system.
+
+    Args:
+        system: Name of the system.
+        scores: Its scores by name.
+        differences: Score minus the baseline's, for each score of both; empty for the baseline itself.
+        paired: The same over common cases with intervals, for the scores that have cases.
+    """
 
     system: str
     scores: Mapping[str, Score]
-    differences: Mapping[str, Difference] = field(default_factory=dict)
+    differences: Mapping[str, float] = field(default_factory=dict)
+    paired: Mapping[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Table:
+class BenchmarkTable:
     """One benchmark.
 
     Args:
@@ -38,7 +46,7 @@ class Table:
 
     benchmark: str
     names: Sequence[str]
-    columns: Sequence[Column]
+    columns: Sequence[SystemColumn]
     baseline: str
     published: Sequence[Published] = ()
     notes: Sequence[str] = ()
@@ -50,7 +58,7 @@ class Table:
         rows = [["", *titles, *(f"{PAPER}{row.model}" for row in self.published)]]
         for name in self.names:
             cells = [_score(column.scores.get(name)) for column in self.columns]
-            cells += [_difference(column.differences.get(name)) for column in compared]
+            cells += [_difference(column, name) for column in compared]
             rows.append([name, *cells, *(_published(row, name) for row in self.published)])
         return rows
 
@@ -68,11 +76,12 @@ def _score(score: Score | None) -> str:
     return f"{100 * score['value']:.2f} [{100 * score['low']:.2f}, {100 * score['high']:.2f}] n={score['n']}" if score else ""
 
 
-def _difference(one: Difference | None) -> str:
-    if one is None:
+def _difference(column: SystemColumn, name: str) -> str:
+    if name not in column.differences:
         return ""
-    if one.low is None or one.high is None:
-        return f"{100 * one.value:+.2f} (not paired)"
+    if name not in column.paired:
+        return f"{100 * column.differences[name]:+.2f} (not paired)"
+    one = column.paired[name]
     p = "" if one.p is None else f" p={one.p:.2g}"
     return f"{100 * one.value:+.2f} [{100 * one.low:+.2f}, {100 * one.high:+.2f}] n={one.n}{p}"
 
@@ -82,7 +91,7 @@ def _published(row: Published, name: str) -> str:
     return "" if found is None else f"{100 * found[0]:.2f}{'?' * found[1]}"
 
 
-def markdown(tables: Sequence[Table]) -> str:
+def markdown(tables: Sequence[BenchmarkTable]) -> str:
     """For a page."""
     lines = []
     for table in tables:
@@ -93,7 +102,7 @@ def markdown(tables: Sequence[Table]) -> str:
     return "\n".join(lines)
 
 
-def latex(tables: Sequence[Table]) -> str:
+def latex(tables: Sequence[BenchmarkTable]) -> str:
     """For a paper: one ``table`` each, of booktabs' rules."""
     lines = ["% \\usepackage{booktabs}"]
     for table in tables:
@@ -110,7 +119,7 @@ def _escaped(text: str) -> str:
     return "".join(signs.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
 
 
-def comma_separated(tables: Sequence[Table]) -> str:
+def comma_separated(tables: Sequence[BenchmarkTable]) -> str:
     """For a program: one line per number, unrounded."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -120,10 +129,9 @@ def comma_separated(tables: Sequence[Table]) -> str:
         for name in table.names:
             for column in table.columns:
                 if one := column.scores.get(name):
-                    gap = column.differences.get(name)
-                    ours = [100 * one[key] for key in ("value", "low", "high")]  # type: ignore[literal-required]
-                    rest = [table.baseline, *_times_100(gap)] if gap else [""] * 6
-                    writer.writerow([table.benchmark, name, column.system, "measured", *ours, one["n"], *rest])
+                    ours = [100 * one["value"], 100 * one["low"], 100 * one["high"], one["n"]]
+                    rest = [table.baseline, *_difference_cells(column, name)] if name in column.differences else [""] * 6
+                    writer.writerow([table.benchmark, name, column.system, "measured", *ours, *rest])
             for row in table.published:
                 if found := number(row, name):
                     source = f"{SOURCE}{' (uncertain)' * found[1]}"
@@ -131,6 +139,9 @@ def comma_separated(tables: Sequence[Table]) -> str:
     return file.getvalue()
 
 
-def _times_100(gap: Difference) -> list[float | str]:
-    ends = ["" if end is None else 100 * end for end in (gap.value, gap.low, gap.high)]
-    return [*ends, gap.n, "" if gap.p is None else gap.p]
+def _difference_cells(column: SystemColumn, name: str) -> list[float | str]:
+    """Difference, its ends, number of cases and p-value; empty where there is none."""
+    gap = column.paired.get(name)
+    if gap is None:
+        return [100 * column.differences[name], "", "", "", ""]
+    return [100 * gap.value, 100 * gap.low, 100 * gap.high, gap.n, "" if gap.p is None else gap.p]

@@ -14,17 +14,23 @@ import numpy as np
 
 from uae.bench.arguments import run
 from uae.bench.result import Score, check_output, read_result, write_result
-from uae.bench.score.comparison import check_comparable, paired_difference
-from uae.bench.score.contact_sheet import draw
-from uae.bench.score.encoder_sets import EncoderSet, configured, described, official, read_encoders
+from uae.bench.score.comparison import check_comparable, paired_difference, scored_cases
+from uae.bench.score.contact_sheet import write_contact_sheet
+from uae.bench.score.encoder_sets import (
+    EncoderSet,
+    encoder_configuration,
+    encoder_record,
+    paper_encoders,
+    read_encoders,
+)
 from uae.bench.score.feature_cache import FeatureCache, default_folder
-from uae.bench.score.features import Features
+from uae.bench.score.features import ImageFeatures
 from uae.bench.score.pairs import Pairs, pair
 from uae.bench.score.similarities import Similarities, measure, summarize
 from uae.bench.system import working_device
 
 NAME = "unified_bench_1"
-READING = "upright (EXIF), on white where transparent, 16 bit scaled to 8, first frame, RGB"
+IMAGE_READING = "upright (EXIF), on white where transparent, 16 bit scaled to 8, first frame, RGB"
 
 
 def score_folders(
@@ -75,27 +81,27 @@ def score_folders(
         raise ValueError(_nothing(sources, reconstructions, pairs, found))
     content = _content(found, pairs, chosen, resamples) | {"backend": backend}
     if other is not None:
-        rows = paired_difference({"system": name, **content}, other, resamples)
+        rows = paired_difference(content["cases"], other, resamples)
         content["comparison"] = {"other": other["system"], "difference": rows}
     result = write_result(output, system=name, **content)
     table = markdown(result)
     target = Path(output)
     target.with_suffix(".md").write_text(table)
     files = [(roots[0] / n, roots[1] / pairs.matched[n]) for n in found.names]
-    draw(target.with_suffix(".png"), files, found.names, found.cosine_NE.mean(1), max_pixels)
+    write_contact_sheet(target.with_suffix(".png"), files, found.names, found.cosine_NE.mean(1), max_pixels)
     print(f"{table}\nresult, table and contact sheet: {target.with_suffix('')}.{{json,md,png}}")
     return result
 
 
-def _load(chosen: EncoderSet, device: str | None, cache: FeatureCache, **sizes: int) -> tuple[Features, dict[str, Any]]:
+def _load(chosen: EncoderSet, device: str | None, cache: FeatureCache, **sizes: int) -> tuple[ImageFeatures, dict[str, Any]]:
     """The encoders at work, and how the result names them."""
     place = str(working_device(device))
     for encoder in chosen.encoders.values():
         encoder.load(place)
-    records = {name: described(encoder) for name, encoder in chosen.encoders.items()}
+    records = {name: encoder_record(encoder) for name, encoder in chosen.encoders.items()}
     marks = {name: record["fingerprint"] for name, record in records.items()}
-    backend = {"encoders": records, "held_out": list(chosen.held_out), "reading": READING, "device": place}
-    return Features(chosen.encoders, marks, cache, place, **sizes), backend
+    backend = {"encoders": records, "held_out": list(chosen.held_out), "reading": IMAGE_READING, "device": place}
+    return ImageFeatures(chosen.encoders, marks, cache, place, **sizes), backend
 
 
 def _content(found: Similarities, pairs: Pairs, chosen: EncoderSet, resamples: int) -> dict[str, Any]:
@@ -120,6 +126,7 @@ def _content(found: Similarities, pairs: Pairs, chosen: EncoderSet, resamples: i
         "benchmark": benchmark(chosen),
         "scores": summarize(found, chosen.held_out, resamples),
         "inputs": inputs,
+        "cases": scored_cases(found, chosen.held_out),
         **official_layout(found, pairs),
         "per_image": per_image,
         "left_out": {
@@ -134,7 +141,7 @@ def _content(found: Similarities, pairs: Pairs, chosen: EncoderSet, resamples: i
 
 def benchmark(chosen: EncoderSet) -> str:
     """Its name: the paper's encoders have it alone, other sets say what they are."""
-    given, paper = ({name: configured(one) for name, one in each.encoders.items()} for each in (chosen, official()))
+    given, paper = ({name: encoder_configuration(one) for name, one in each.encoders.items()} for each in (chosen, paper_encoders()))
     return NAME if given == paper else f"{NAME} ({', '.join(chosen.encoders)})"
 
 

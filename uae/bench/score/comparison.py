@@ -1,58 +1,60 @@
-"""Two systems on the same images: their paired difference."""
+"""Paired difference between two systems on the source images that both reconstructed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from uae.bench.paired import paired_differences, unlikeness
+from uae.bench.result import Case, Score, cases_of, score
+from uae.bench.score.similarities import Similarities, columns
+from uae.metrics.intervals import Interval
 
-from uae.bench.result import Score, score
-from uae.metrics.intervals import bootstrap
+
+def scored_cases(found: Similarities, held_out: Sequence[str]) -> dict[str, list[Case]]:
+    """Cosines of all pairs for ``overall``, ``held_out`` and every encoder; a case is a source image, by name and content."""
+    names = [f"{name} {source}" for name, (source, _) in zip(found.names, found.digests, strict=True)]
+    return {
+        title: [Case(name, value) for name, value in zip(names, found.cosine_NE[:, at].mean(1).tolist(), strict=True)]
+        for title, at in columns(found.encoders, held_out).items()
+    }
 
 
-def paired_difference(ours: dict[str, Any], other: dict[str, Any], resamples: int = 1000, seed: int = 0) -> dict[str, Score]:
-    """Mean of ``ours - other`` over the sources that both results scored, with 95 % bootstrap intervals.
+def paired_difference(
+    cases: Mapping[str, Sequence[Case]], other: Mapping[str, Any], resamples: int = 1000, seed: int = 0
+) -> dict[str, Score]:
+    """Mean difference to another system over the source images that both scored, with 95 % bootstrap intervals.
 
     Args:
-        ours: Content of a result of ``uae.bench score``.
-        other: Of another system.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        cases: This system's cases, see `scored_cases`.
+        other: Content of the other system's result, which `check_comparable` accepts.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
 
     Returns:
-        ``overall``, ``held_out`` and every encoder, in cosines; ``n`` is the number of sources in common.
+        ``overall``, ``held_out`` and every encoder, as differences of cosines; ``n`` is the number of common source images.
 
     Raises:
-        ValueError: They are of different benchmarks or encoders, or share no source image.
+        ValueError: No source image is in both results.
     """
-    check_comparable(ours, other)
-    theirs = {(row["name"], row["source_sha256"]): row["cosine"] for row in other["per_image"]}
-    rows = [(row["cosine"], theirs[key]) for row in ours["per_image"] if (key := (row["name"], row["source_sha256"])) in theirs]
-    if not rows:
-        raise ValueError(f"{ours['system']!r} and {other['system']!r} have no source image in common (equal name and content)")
-    names = list(ours["model_types"])
-    gap_NE = np.array([[mine[name] - its[name] for name in names] for mine, its in rows])
-    held_out = [names.index(name) for name in ours["backend"]["held_out"]]
-    columns = {"overall": list(range(len(names)))} | ({"held_out": held_out} if held_out else {})
-    columns |= {name: [i] for i, name in enumerate(names)}
-    return {name: score(bootstrap(gap_NE[:, at].mean(1), resamples, seed), len(gap_NE)) for name, at in columns.items()}
-
-
-def check_comparable(ours: dict[str, Any], other: dict[str, Any]) -> None:
-    """Refuse results that cannot be compared; of ``ours`` only benchmark, system and backend are read.
-
-    Raises:
-        ValueError: They are of different benchmarks or encoders.
-    """
-    if not ours["benchmark"] == other["benchmark"] or "per_image" not in other:
+    found = paired_differences(cases, cases_of(other), resamples, seed)
+    if not found:
         raise ValueError(
-            f"{other['system']!r} has a result of {other['benchmark']!r}, {ours['system']!r} of {ours['benchmark']!r}; only results "
-            "of uae.bench score with the same encoders are compared"
+            f"--compare: the result of {other['system']!r} has no source image in common with this one (equal name and content)"
         )
-    differing = [name for name in ours["backend"]["encoders"] if _mark(ours, name) != _mark(other, name)]
-    if differing:
-        raise ValueError(f"the two results were measured with different weights or preprocessing of {', '.join(differing)}")
+    return {name: score(Interval(gap.value, gap.low, gap.high), gap.n) for name, gap in found.items()}
 
 
-def _mark(result: dict[str, Any], encoder: str) -> str | None:
-    return result["backend"]["encoders"][encoder]["fingerprint"]
+def check_comparable(ours: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise unless two results can be compared; only ``benchmark``, ``system`` and ``backend`` of ``ours`` are read.
+
+    Raises:
+        ValueError: The results are of different benchmarks, or of different encoders.
+    """
+    if ours["benchmark"] != other["benchmark"] or "encoders" not in other.get("backend", {}):
+        raise ValueError(
+            f"--compare: {other['system']!r} has a result of {other['benchmark']!r}, {ours['system']!r} of "
+            f"{ours['benchmark']!r}; only results of uae.bench score with the same encoders are compared"
+        )
+    if unlike := unlikeness(ours, other):
+        raise ValueError(f"--compare: the two results were measured with {'; '.join(unlike)}; give a result of the same encoders")

@@ -16,7 +16,7 @@ CELL, CAPTION, MARGIN, GAP = 160, 16, 4, 20
 ROWS = 4
 
 
-def choose(score_N: np.ndarray, rows: int = ROWS) -> dict[str, list[int]]:
+def worst_median_best(score_N: np.ndarray, rows: int = ROWS) -> dict[str, list[int]]:
     """Positions of the worst, the median and the best pairs, each once, from worst to best."""
     order = np.argsort(score_N, kind="stable").tolist()
     rows = min(rows, max(1, len(order) // 3))
@@ -30,11 +30,11 @@ def choose(score_N: np.ndarray, rows: int = ROWS) -> dict[str, list[int]]:
     return chosen
 
 
-def draw(
+def write_contact_sheet(
     path: Path, pairs: Sequence[tuple[Path, Path]], names: Sequence[str], score_N: np.ndarray, max_pixels: int
 ) -> None:
     """Write the sheet as PNG: a column of pairs each for worst, median and best, with their scores times 100."""
-    columns = choose(score_N)
+    columns = worst_median_best(score_N)
     width, height = 2 * CELL + MARGIN, CELL + CAPTION
     rows = max(map(len, columns.values()))
     sheet = Image.new("RGB", (len(columns) * (width + GAP), CAPTION + rows * (height + MARGIN)), "white")

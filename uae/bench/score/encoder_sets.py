@@ -30,7 +30,7 @@ class EncoderSet:
     held_out: tuple[str, ...] = ()
 
 
-def official() -> EncoderSet:
+def paper_encoders() -> EncoderSet:
     """The paper's four (arXiv 2509.09666), under the names of the official results. Loads nothing."""
     encoders: dict[str, ImageEncoder] = {
         "clip": HFEncoder("openai/clip-vit-large-patch14"),
@@ -49,7 +49,7 @@ def read_encoders(file: str | Path | None) -> EncoderSet:
         ValueError: It says something else.
     """
     if file is None:
-        return official()
+        return paper_encoders()
     import yaml
 
     if not Path(file).is_file():
@@ -72,7 +72,7 @@ def read_encoders(file: str | Path | None) -> EncoderSet:
     return EncoderSet(encoders, held_out)
 
 
-def configured(encoder: ImageEncoder) -> dict[str, Any]:
+def encoder_configuration(encoder: ImageEncoder) -> dict[str, Any]:
     """An encoder as a configuration says it: ``{class_path, init_args}``."""
     kind = type(encoder)
     arguments = {name: getattr(encoder, name) for name in inspect.signature(kind).parameters if hasattr(encoder, name)}
@@ -80,7 +80,7 @@ def configured(encoder: ImageEncoder) -> dict[str, Any]:
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": plain}
 
 
-def described(encoder: ImageEncoder) -> dict[str, Any]:
+def encoder_record(encoder: ImageEncoder) -> dict[str, Any]:
     """As a result records it: with the fingerprint of what it computes, or None if it has none. Loads it."""
     fingerprint = getattr(encoder, "fingerprint", None)
-    return configured(encoder) | {"fingerprint": fingerprint() if fingerprint else None}
+    return encoder_configuration(encoder) | {"fingerprint": fingerprint() if fingerprint else None}

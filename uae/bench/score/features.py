@@ -21,7 +21,7 @@ from uae.types import ImageEncoder
 
 
 @dataclass
-class Seen:
+class EncodedImage:
     """One image file under all encoders.
 
     Args:
@@ -37,14 +37,14 @@ class Seen:
     prepared: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Features:
+class ImageFeatures:
     """Embeds files, through a cache on disk.
 
     Encoders with ``prepare`` (all towers) get images of their own size, in their official preprocessing. Others get float
     images [0, 1] in batches of equal size.
 
     Args:
-        encoders: Loaded already.
+        encoders: Loaded encoders by name.
         fingerprints: Encoder name to what its entries in the cache depend on; None is not cached.
         cache: Of the embeddings.
         device: Where the encoders are.
@@ -69,7 +69,7 @@ class Features:
         self.cache, self.device, self.batch_size = cache, device, batch_size
         self.workers, self.max_pixels = workers, max_pixels
 
-    def stream(self, groups: Sequence[Sequence[Path]]) -> Iterator[list[Seen]]:
+    def stream(self, groups: Sequence[Sequence[Path]]) -> Iterator[list[EncodedImage]]:
         """Group after group, embedded; the next one is read meanwhile, so memory holds two."""
         # Each reading thread computes alone: teams of threads that wait for each other by spinning slow all down.
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -81,13 +81,13 @@ class Features:
                 self._embed(seen)
                 yield seen
 
-    def read(self, file: Path) -> Seen:
+    def read(self, file: Path) -> EncodedImage:
         """What the cache has of a file, and what the encoders need for the rest."""
         try:
             if not file.is_file():  # opening a pipe would wait forever
-                return Seen(failure="not a regular file")
+                return EncodedImage(failure="not a regular file")
             content = file.read_bytes()
-            seen = Seen(hashlib.sha256(content).hexdigest())
+            seen = EncodedImage(hashlib.sha256(content).hexdigest())
             for name in self.encoders:
                 known = self.cache.read(self.keys[name], seen.digest)
                 if known is not None:
@@ -98,15 +98,15 @@ class Features:
                     prepare = getattr(self.encoders[name], "prepare", None)
                     seen.prepared[name] = prepare(image_3HW) if prepare else image_3HW
         except UnreadableImageError as error:
-            return Seen(failure=str(error))
+            return EncodedImage(failure=str(error))
         except OSError as error:
-            return Seen(failure=f"{type(error).__name__}: {error}")
+            return EncodedImage(failure=f"{type(error).__name__}: {error}")
         return seen
 
     @torch.inference_mode()
-    def _embed(self, everything: list[Seen]) -> None:
+    def _embed(self, everything: list[EncodedImage]) -> None:
         for name in self.encoders:
-            by_shape: dict[tuple[int, ...], list[Seen]] = defaultdict(list)
+            by_shape: dict[tuple[int, ...], list[EncodedImage]] = defaultdict(list)
             for seen in everything:
                 if name in seen.prepared:
                     by_shape[tuple(seen.prepared[name].shape)].append(seen)
@@ -114,7 +114,7 @@ class Features:
                 for first in range(0, len(alike), self.batch_size):
                     self._embed_batch(name, alike[first : first + self.batch_size])
 
-    def _embed_batch(self, name: str, alike: list[Seen]) -> None:
+    def _embed_batch(self, name: str, alike: list[EncodedImage]) -> None:
         encoder = self.encoders[name]
         images_NCHW = torch.stack([seen.prepared.pop(name) for seen in alike]).to(self.device)
         if hasattr(encoder, "prepare"):

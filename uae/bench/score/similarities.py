@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from uae.bench.result import Score, score
-from uae.bench.score.features import Features, Seen
+from uae.bench.score.features import EncodedImage, ImageFeatures
 from uae.encoders import similarity
 from uae.metrics.intervals import bootstrap
 
@@ -41,7 +41,7 @@ class Similarities:
 
 
 def measure(
-    features: Features, matched: Mapping[str, str], sources: Path, reconstructions: Path, progress: bool = True
+    features: ImageFeatures, matched: Mapping[str, str], sources: Path, reconstructions: Path, progress: bool = True
 ) -> Similarities:
     """Embed pair after pair; only the last source's embedding is remembered, so memory does not grow.
 
@@ -66,12 +66,12 @@ class _Ring:
 
     def __init__(self, encoders: tuple[str, ...]) -> None:
         self.found = Similarities(encoders)
-        self.first: tuple[Seen, Seen] | None = None
-        self.last: tuple[Seen, Seen] | None = None
+        self.first: tuple[EncodedImage, EncodedImage] | None = None
+        self.last: tuple[EncodedImage, EncodedImage] | None = None
         self.cosines: list[list[float]] = []
         self.floors: list[list[float]] = []
 
-    def add(self, name: str, reconstruction_name: str, source: Seen, reconstruction: Seen) -> None:
+    def add(self, name: str, reconstruction_name: str, source: EncodedImage, reconstruction: EncodedImage) -> None:
         """The next pair."""
         failures = {f"sources/{name}": source.failure, reconstruction_name: reconstruction.failure}
         broken = {file: reason for file, reason in failures.items() if reason}
@@ -102,12 +102,12 @@ class _Ring:
         found.invalid, found.unreadable = sorted(found.invalid), dict(sorted(found.unreadable.items()))
         return found
 
-    def _mismatched(self, other: Seen, source: Seen, reconstruction: Seen) -> list[float]:
+    def _mismatched(self, other: EncodedImage, source: EncodedImage, reconstruction: EncodedImage) -> list[float]:
         """NaN if the other source is the same image: that is no mismatched pair."""
         same = other.digest == source.digest
         return [float("nan")] * len(self.found.encoders) if same else self._cosines(other, reconstruction)
 
-    def _cosines(self, one: Seen, other: Seen) -> list[float]:
+    def _cosines(self, one: EncodedImage, other: EncodedImage) -> list[float]:
         def row(feature_D: Tensor) -> Tensor:
             return feature_D[None]
 
@@ -122,12 +122,9 @@ def summarize(found: Similarities, held_out: tuple[str, ...], resamples: int, se
     (mismatched pairs) and ``calibrated/<name>`` = (mean - floor) / (1 - floor), whose interval counts both as uncertain.
     Every number is of the same resampled images.
     """
-    columns = {"overall": list(found.encoders)} | ({"held_out": list(held_out)} if held_out else {})
-    columns |= {name: [name] for name in found.encoders}
     scores: dict[str, Score] = {}
     floors: dict[str, Score] = {}
-    for name, chosen in columns.items():
-        at = [found.encoders.index(encoder) for encoder in chosen]
+    for name, at in columns(found.encoders, held_out).items():
         cosine_N, floor_N = found.cosine_NE[:, at].mean(1), found.floor_NE[:, at].mean(1)
         scores[name] = score(bootstrap(cosine_N, resamples, seed), len(cosine_N))
         known_N = floor_N[np.isfinite(floor_N)]
@@ -135,6 +132,12 @@ def summarize(found: Similarities, held_out: tuple[str, ...], resamples: int, se
             floors[f"floor/{name}"] = score(bootstrap(known_N, resamples, seed), len(known_N))
             floors[f"calibrated/{name}"] = score(bootstrap(_calibrated(cosine_N, floor_N), resamples, seed), len(cosine_N))
     return scores | floors
+
+
+def columns(encoders: Sequence[str], held_out: Sequence[str]) -> dict[str, list[int]]:
+    """Name of each score to the positions of the encoders whose mean it is."""
+    groups = {"overall": encoders, **({"held_out": held_out} if held_out else {}), **{name: [name] for name in encoders}}
+    return {title: [encoders.index(name) for name in names] for title, names in groups.items()}
 
 
 def _calibrated(cosine_N: np.ndarray, floor_N: np.ndarray) -> np.ndarray:

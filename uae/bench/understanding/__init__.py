@@ -1,1 +1,1 @@
-"""MMBench, MMMU and MMT-Bench: what lmms-eval measured, per subtask."""
+"""MMMU and MMT-Bench: lmms-eval asks the questions, this package sums the scores up per subtask."""

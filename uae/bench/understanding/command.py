@@ -1,4 +1,4 @@
-"""MMBench, MMMU and MMT-Bench from saved answers: overall, per ability and per subtask, with intervals and chance beside them.
+"""MMMU and MMT-Bench from lmms-eval's samples: overall, per meta-task and per subtask, with intervals.
 
 python -m uae.bench understanding --benchmark mmt --predictions FILE ... --output result.json [--subtasks REGEX]
 """
@@ -8,148 +8,67 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from uae.bench.arguments import listed, run
 from uae.bench.fingerprints import sha256
-from uae.bench.result import Score, check_output, score, write_result
+from uae.bench.result import Case, check_output, summarize, write_result
 from uae.bench.score_table import score_table
-from uae.bench.understanding.answer_parsing import choice, open_answer
-from uae.bench.understanding.saved_answers import Answered, read_answers
-from uae.metrics.intervals import mean_of_means, wilson
+from uae.bench.understanding.samples import Benchmark, ScoredQuestion, read_samples
 
-Name = Literal["mmbench", "mmmu", "mmt"]
-TITLES = {"mmbench": "MMBench", "mmmu": "MMMU", "mmt": "MMT-Bench"}
-GROUPS = {"mmbench": "ability", "mmmu": "domain", "mmt": "meta-task"}
-ROTATION = 10**6  # rows of MMBench whose index is equal modulo this are one question with its options rotated
+TITLES: dict[Benchmark, str] = {"mmmu": "MMMU", "mmt": "MMT-Bench"}
+SELECTED = "selected subtasks"
 
 
-@dataclass(frozen=True)
-class Case:
-    """What counts once: a question, with all its rotations.
-
-    Args:
-        key: Of the question.
-        subtask, group: As in `Answered`.
-        answers: Its rows, the original order of options first.
-        choices: The letters that were understood, None where there is none; of open questions the words.
-        right: Of each row.
-        complete: No rotation is missing.
-    """
-
-    key: str
-    subtask: str
-    group: str
-    answers: tuple[Answered, ...]
-    choices: tuple[str | None, ...]
-    right: tuple[bool, ...]
-    complete: bool = True
-
-    @property
-    def correct(self) -> bool:
-        """All rows are right, and there."""
-        return all(self.right) and self.complete
-
-
-def score_answers(
-    benchmark: Name,
+def score_samples(
+    benchmark: Benchmark,
     predictions: list[str],
     output: str,
     questions: str | None = None,
     subtasks: str | None = None,
     variant: str | None = None,
-    harness: str | None = None,
     system: str | None = None,
 ) -> dict[str, Any]:
-    """Score saved answers to a benchmark of multiple-choice questions.
+    """Sum up what lmms-eval scored for each question, per subtask and with 95 % intervals.
 
     Args:
-        benchmark: mmbench counts a question if it is right in all rotations; mmmu has open questions, too; mmt has
-            subtasks in meta-tasks.
-        predictions: Samples of lmms-eval (.jsonl), or tables with index, answer, prediction, category (.tsv, .csv, .json).
-        output: The result, a JSON file.
-        questions: The questions, as rows in the order of doc_id, where the samples do not tell their subtask (MMT-Bench).
-        subtasks: Regular expression: show and sum up only the subtasks it finds.
-        variant: Split and version, as "dev_en_v11" or "val_mi": becomes part of the result's name.
-        harness: Program that asked the questions; the default is told by the format. Prompts differ, so results of
-            different harnesses are not compared.
-        system: Name of the model; the default is that of the first file.
+        benchmark: mmmu or mmt (MMT-Bench, whose subtasks belong to meta-tasks).
+        predictions: Samples files of lmms-eval, ``*_samples_*.jsonl``, written with ``--log_samples``.
+        output: Result file, ending in .json.
+        questions: JSON Lines of the benchmark's questions in the order of doc_id; needed for mmt, whose samples lack the subtask.
+        subtasks: Regular expression; only subtasks whose name it finds (case aside) are shown and summed up.
+        variant: Split and version, as "val" or "val_mi"; it becomes part of the result's name.
+        system: Name of the model; the default is the name of the first file.
     """
     check_output(output)
-    answers, program = read_answers(predictions, questions)
-    cases = gather(answers, benchmark)
-    if benchmark == "mmt" and not all(case.subtask for case in cases):
-        raise ValueError("the samples do not tell their subtask; give the benchmark's rows by --questions")
-    chosen = select(cases, subtasks) if subtasks else None
-    scores = summarize(cases, benchmark, chosen)
-    reading = f" [{harness or program}]"
+    asked = read_samples(benchmark, predictions, questions)
+    selected = select(asked, subtasks) if subtasks else {}
+    cases = scored_cases(asked, selected)
     result = write_result(
         output,
-        TITLES[benchmark] + (f" ({variant})" if variant else "") + reading,
+        TITLES[benchmark] + (f" ({variant})" if variant else "") + " [lmms-eval]",
         system or Path(predictions[0]).stem,
-        scores,
-        {"harness": harness or program, "parsing": "letters by MMMU's rules, never at random"},
-        {"questions": fingerprint(answers), **{Path(file).name: sha256(file) for file in predictions}},
-        subtasks={"pattern": subtasks, "matched": chosen} if chosen else None,
-        unparsed=sum(found is None for case in cases for found in case.choices),
-        rows=len(answers),
-        incomplete=[case.key for case in cases if not case.complete],
-        chance=chance(cases, benchmark, chosen),
-        per_case=[_row(case) for case in cases],
+        summarize(cases),
+        {"harness": "lmms-eval"},
+        {"questions": fingerprint(asked), **{Path(file).name: sha256(file) for file in predictions}},
+        cases,
+        subtasks={"pattern": subtasks, "matched": selected} if selected else None,
     )
-    print(table(result, chosen))
+    print(subtask_table(result))
     return result
 
 
-def gather(answers: Sequence[Answered], benchmark: Name) -> list[Case]:
-    """Rows to questions. Rotations are told apart by their index, see `ROTATION`.
+def select(questions: Sequence[ScoredQuestion], pattern: str) -> dict[str, int]:
+    """Subtasks whose name the pattern finds (case aside), and the number of questions of each.
 
     Raises:
-        ValueError: An index of MMBench is no number.
+        ValueError: The pattern is not a regular expression, or it finds no subtask.
     """
-    if benchmark != "mmbench":
-        return [_case([answer]) for answer in answers]
-    rotations: dict[int, list[tuple[int, Answered]]] = {}
-    for answer in answers:
-        try:
-            index = int(float(answer.key))
-        except ValueError:
-            raise ValueError(f"the index {answer.key!r} of MMBench is no number, so rotations cannot be found") from None
-        rotations.setdefault(index % ROTATION, []).append((index, answer))
-    rows = [[answer for _, answer in sorted(some, key=lambda pair: pair[0])] for some in rotations.values()]
-    if all(len(some) == 1 for some in rows):
-        raise ValueError("the rotations are not there (rows with an index of a million and more); without them it is not MMBench")
-    return [_case(some, rotated=True) for some in rows]
-
-
-def _case(rows: Sequence[Answered], rotated: bool = False) -> Case:
-    choices, right = zip(*(_verdict(row) for row in rows), strict=True)
-    key = str(int(float(rows[0].key)) % ROTATION) if rotated else rows[0].key
-    complete = not rotated or len(rows) >= len(rows[0].options)
-    return Case(key, rows[0].subtask, rows[0].group, tuple(rows), choices, right, complete)
-
-
-def _verdict(row: Answered) -> tuple[str | None, bool]:
-    if row.options:
-        letter = choice(row.said, row.options)
-        return letter, letter in row.truths
-    return row.said.strip() or None, open_answer(row.said, row.truths)
-
-
-def select(cases: Sequence[Case], pattern: str) -> dict[str, int]:
-    """Subtasks whose name holds the pattern (case aside), and how many questions each has.
-
-    Raises:
-        ValueError: There is none, or the pattern is none.
-    """
-    counts = Counter(case.subtask for case in cases)
+    counts = Counter(question.subtask for question in questions)
     try:
-        found = {name: n for name, n in sorted(counts.items()) if name and re.search(pattern, name, re.IGNORECASE)}
+        found = {name: n for name, n in sorted(counts.items()) if re.search(pattern, name, re.IGNORECASE)}
     except re.error as error:
         raise ValueError(f"--subtasks {pattern!r} is no regular expression: {error}") from None
     if not found:
@@ -157,83 +76,39 @@ def select(cases: Sequence[Case], pattern: str) -> dict[str, int]:
     return found
 
 
-def summarize(cases: Sequence[Case], benchmark: Name, chosen: dict[str, int] | None = None) -> dict[str, Score]:
-    """Overall, the selection, groups and subtasks. Meta-tasks of MMT-Bench are means of their subtasks, all else of questions."""
-    scores = {"overall": _share(cases)}
-    if benchmark == "mmbench":
-        first = [bool(case.right[0]) for case in cases]
-        scores["vanilla"] = score(wilson(sum(first), len(first)), len(first))
-    if chosen:
-        scores["selected subtasks"] = _share([case for case in cases if case.subtask in chosen])
-    for group, some in _by(cases, lambda case: case.group).items():
-        parts = [np.array([case.correct for case in one]) for one in _by(some, lambda case: case.subtask).values()]
-        macro = benchmark == "mmt" and len(parts) > 1
-        mean = score(mean_of_means([(part, np.arange(len(part))) for part in parts]), len(some)) if macro else _share(some)
-        scores[f"{GROUPS[benchmark]} {group}"] = mean
-    return scores | {subtask: _share(some) for subtask, some in _by(cases, lambda case: case.subtask).items()}
+def scored_cases(questions: Sequence[ScoredQuestion], selected: dict[str, int]) -> dict[str, list[Case]]:
+    """Name of each score to its cases: all questions, the selected subtasks, the meta-tasks, the subtasks.
 
-
-def _share(cases: Sequence[Case]) -> Score:
-    return score(wilson(sum(case.correct for case in cases), len(cases)), len(cases))
-
-
-def _by(cases: Sequence[Case], name: Callable[[Case], str]) -> dict[str, list[Case]]:
-    groups: dict[str, list[Case]] = {}
-    for case in sorted(cases, key=name):
-        if name(case):
-            groups.setdefault(name(case), []).append(case)
-    return groups
-
-
-def chance(cases: Sequence[Case], benchmark: Name, chosen: dict[str, int] | None) -> dict[str, dict[str, float]]:
-    """What answers without looking score: a random letter, and always the letter that is right most often.
-
-    Under CircularEval a question counts if all rotations are right. Open questions count as wrong.
+    A meta-task is the mean of its subtasks (MMT-Bench's own rule), every other score the mean of its questions.
     """
-    letters = Counter(row.truths[0] for case in cases for row in case.answers if row.options)
-    frequent = letters.most_common(1)[0][0] if letters else ""
-    subsets = _by(cases, lambda case: case.subtask)
-    if chosen:
-        subsets["selected subtasks"] = [case for case in cases if case.subtask in chosen]
-    return {
-        name: {
-            "random": float(np.mean([np.prod([1 / len(row.options) if row.options else 0 for row in case.answers]) for case in some])),
-            "frequent": float(np.mean([all(row.options and row.truths[0] == frequent for row in case.answers) for case in some])),
-        }
-        for name, some in {"overall": list(cases), **subsets}.items()
-    }
+    cases = {"overall": [Case(question.name, question.score) for question in questions]}
+    if selected:
+        cases[SELECTED] = [Case(question.name, question.score) for question in questions if question.subtask in selected]
+    for question in sorted(questions, key=lambda question: question.group):
+        if question.group:
+            case = Case(question.name, question.score, group=question.subtask)
+            cases.setdefault(f"meta-task {question.group}", []).append(case)
+    for question in sorted(questions, key=lambda question: question.subtask):
+        cases.setdefault(question.subtask, []).append(Case(question.name, question.score))
+    return cases
 
 
-def fingerprint(answers: Sequence[Answered]) -> str:
-    """Of the questions, whatever was answered: results of equal ones can be compared."""
-    lines = sorted(repr((one.key, one.question, sorted(one.options.items()), one.truths)) for one in answers)
+def fingerprint(questions: Sequence[ScoredQuestion]) -> str:
+    """Digest of the questions as they were asked, whatever the answers: results with equal ones can be compared."""
+    lines = sorted(repr((question.name, question.prompt, question.target)) for question in questions)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _row(case: Case) -> dict[str, Any]:
-    said = [found if row.options else None for found, row in zip(case.choices, case.answers, strict=True)]
-    right = {"vanilla": int(case.right[0])} if len(case.right) > 1 else {}
-    return {"key": case.key, "subtask": case.subtask, "group": case.group, "correct": int(case.correct), **right, "choices": said}
-
-
-def table(result: dict[str, Any], chosen: dict[str, int] | None = None) -> str:
-    """What is printed: all scores, or those of the selected subtasks; chance beside them."""
-    names = ["overall", "selected subtasks", *chosen] if chosen else list(result["scores"])
-    lines = [score_table({**result, "scores": {name: result["scores"][name] for name in names}}), ""]
-    for name in names:
-        if name in result["chance"] and (chosen or name == "overall"):
-            blind = result["chance"][name]
-            lines.append(f"chance, {name}: {100 * blind['random']:.1f} random, {100 * blind['frequent']:.1f} most frequent letter")
-    if chosen:
-        found = ", ".join(f"{name} (n = {n})" for name, n in chosen.items())
-        lines.append(f"{len(chosen)} subtasks match {result['subtasks']['pattern']!r}: {found}")
-    lines.append(f"{result['unparsed']} of {result['rows']} answers name no option: wrong")
-    if incomplete := result["incomplete"]:
-        some = ", ".join(incomplete[:5]) + ", ..." * (len(incomplete) > 5)
-        lines.append(f"{len(incomplete)} questions lack rotations: wrong ({some})")
-    return "\n".join(lines)
+def subtask_table(result: dict[str, Any]) -> str:
+    """The printed table: all scores, or only those of the selected subtasks."""
+    if result["subtasks"] is None:
+        return score_table(result)
+    matched = result["subtasks"]["matched"]
+    shown = {name: result["scores"][name] for name in ("overall", SELECTED, *matched)}
+    found = ", ".join(f"{name} (n = {n})" for name, n in matched.items())
+    return f"{score_table({**result, 'scores': shown})}\n\n{len(matched)} subtasks match {result['subtasks']['pattern']!r}: {found}"
 
 
 def main(args: Sequence[str]) -> None:
-    """The command."""
-    run("understanding", score_answers, listed(args, "--predictions"))
+    """Run the command with the words behind its name."""
+    run("understanding", score_samples, listed(args, "--predictions"))

@@ -1,9 +1,8 @@
-"""How far judges agree, and whether a difference could be chance."""
+"""How far judges agree."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import comb
 
 
 def krippendorff(units: Iterable[Sequence[float]]) -> float | None:
@@ -25,9 +24,3 @@ def krippendorff(units: Iterable[Sequence[float]]) -> float | None:
 def _spread(values: Sequence[float]) -> float:
     """The sum of squared differences over all ordered pairs."""
     return 2 * (len(values) * sum(value**2 for value in values) - sum(values) ** 2)
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of so uneven a split of decisive cases, if either side were equally likely."""
-    n, fewer = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n)

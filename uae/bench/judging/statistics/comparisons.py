@@ -57,7 +57,7 @@ class Comparison:
         return self.shares[0] != self.shares[1] if len(self.shares) == 2 else None
 
 
-def count(comparisons: Iterable[Comparison]) -> dict[str, float | int | bool | None]:
+def answer_counts(comparisons: Iterable[Comparison]) -> dict[str, float | int | bool | None]:
     """How a judge answered: wins, losses, ties, and how far it can be trusted.
 
     ``inconsistency`` is the share of pairs whose answer changed with the order of the captions; ``first_position_bias`` the

@@ -7,7 +7,7 @@ import numpy as np
 from uae.metrics.intervals import LEVEL, Interval
 
 
-def weights(images: int, resamples: int, seed: int) -> np.ndarray:
+def resample_weights(images: int, resamples: int, seed: int) -> np.ndarray:
     """How often each image was drawn, ``[R, I]``; the draws of `uae.metrics.intervals.bootstrap` with the same seed."""
     draw, weight_RI = np.random.default_rng(seed), np.empty((resamples, images))
     for row_I in weight_RI:
@@ -27,7 +27,7 @@ def ratio(total_I: np.ndarray, cases_I: np.ndarray, weight_RI: np.ndarray) -> np
     Args:
         total_I: Sum over an image's cases.
         cases_I: How many they are.
-        weight_RI: From `weights`.
+        weight_RI: See `resample_weights`.
     """
     cases_R = weight_RI @ cases_I
     return np.divide(weight_RI @ total_I, cases_R, out=np.full(len(cases_R), np.nan), where=cases_R > 0)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from uae.bench.judging.statistics.agreement import krippendorff, sign_test
+from uae.bench.judging.statistics.agreement import krippendorff
 from uae.bench.judging.statistics.bradley_terry import ELO, strengths
-from uae.bench.judging.statistics.comparisons import Comparison, count
+from uae.bench.judging.statistics.comparisons import Comparison, answer_counts
 from uae.bench.judging.statistics.length_control import at_equal_length, sigmoid
 from uae.bench.judging.statistics.resampling import interval, ratio
+from uae.bench.paired import sign_test
 from uae.bench.result import Score, score
 from uae.metrics.intervals import Interval
 
@@ -22,7 +23,7 @@ class WinRates:
     Args:
         comparisons: Of any pairs, by any judges.
         images: All names of images; the interval of every number draws from the same list.
-        weight_RI: From `resampling.weights`: how often each of them counts.
+        weight_RI: From `resample_weights`: how often each of them counts.
     """
 
     def __init__(self, comparisons: Sequence[Comparison], images: Sequence[str], weight_RI: np.ndarray) -> None:
@@ -101,11 +102,11 @@ class WinRates:
         return [min(rates), max(rates)] if rates else None
 
     def per_judge(self) -> dict[str, dict[str, Any]]:
-        """`count` of every judge that was asked, with its win rate if it gave a usable answer."""
+        """`answer_counts` of every judge that was asked, with its win rate if it gave a usable answer."""
         found = {}
         for judge in dict.fromkeys(c.judge for c in self.all):
             own = self.by([judge])
-            numbers = count(own.all)
+            numbers = answer_counts(own.all)
             numbers["sign_p"] = sign_test(numbers["wins"], numbers["losses"])
             found[judge] = {**(score(own.rate(), own.n) if own.comparisons else {}), **numbers}
         return found
@@ -156,7 +157,7 @@ def elo(rates: WinRates, systems: Sequence[str]) -> dict[str, Score]:
     return {name: score(found, rates.n) for name, found in zip(systems, intervals, strict=True)}
 
 
-def strangers(judges: Mapping[str, str], families: Mapping[str, str], pair: Sequence[str]) -> list[str]:
+def judges_of_other_families(judges: Mapping[str, str], families: Mapping[str, str], pair: Sequence[str]) -> list[str]:
     """Judges that trained neither system of a pair.
 
     Args:
