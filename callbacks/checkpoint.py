@@ -74,7 +74,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         """Remove what killed processes left of checkpoints. Whatever is resumed has been read by now."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
-            tidy(Path(self.dirpath))
+            tidy(Path(str(self.dirpath)))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -103,7 +103,8 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """What ``ckpt_path: last`` means: in the run's own folder, or, for an evaluation, in that of ``fit``."""
-        folders = [self._ModelCheckpoint__resolve_ckpt_dir(trainer)]
+        lightning: Any = self
+        folders = [lightning._ModelCheckpoint__resolve_ckpt_dir(trainer)]
         if self.dirpath is None:
             folders.append(Path(trainer.default_root_dir, "checkpoints"))
         for folder in map(Path, folders):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from uae.learner import Network
+from uae.trainer import is_dry_run
 from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
 from uae.weights.state import save_state
 
@@ -41,7 +42,7 @@ class Export(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the weights on all ranks, write them on the first."""
         log_dir = self.folder or trainer.log_dir  # asking for log_dir is collective
-        if trainer.fast_dev_run or trainer.interrupted or log_dir is None:  # a preempted run is not trained yet
+        if is_dry_run(trainer) or trainer.interrupted or log_dir is None:  # a preempted run is not trained yet
             return
         folder = Path(self.folder) if self.folder else Path(log_dir, "export")
         policy = trained(getattr(pl_module, "policy", None))
@@ -57,7 +58,7 @@ class Export(Callback):
         # A full state dict is gathered by all ranks and handed to the first; the adapter's needs no frozen weights.
         alone = policy.adapted and not self.merge
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
-        weights = get_model_state_dict(policy.model, options=options)
+        weights: dict[str, Any] = get_model_state_dict(policy.model, options=options)
         if not here:
             return
         if alone:

@@ -39,8 +39,8 @@ class Preemption(Callback):
             return
         self.asked = False
         self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        connector = trainer._signal_connector  # registers these two after the model is loaded
-        connector._sigterm_notifier_fn = connector._slurm_sigusr_handler_fn = self._ask  # type: ignore[method-assign]
+        connector: Any = trainer._signal_connector  # registers these two after the model is loaded
+        connector._sigterm_notifier_fn = connector._slurm_sigusr_handler_fn = self._ask
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from uae.trainer import is_dry_run
+
 Scores = dict[str, float]
 
 
@@ -30,7 +32,7 @@ class Summary(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the log directory while all ranks are here: the answer is a broadcast."""
-        self._folder = Path(trainer.log_dir) if trainer.log_dir and not trainer.fast_dev_run else None
+        self._folder = Path(trainer.log_dir) if trainer.log_dir and not is_dry_run(trainer) else None
 
     def state_dict(self) -> dict[str, Any]:
         """The start of the run, for checkpoints."""
@@ -73,15 +75,11 @@ class Summary(Callback):
     def _report(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero or self._folder is None:
             return
-        summary = {
-            "before": self.before,
-            "after": self.after,
-            "steps": trainer.global_step,
-            "seconds": round(self._elapsed(), 3),
-        }
+        seconds = round(self._elapsed(), 3)
+        summary = {"before": self.before, "after": self.after, "steps": trainer.global_step, "seconds": seconds}
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print(table(self.before, self.after, trainer.global_step, summary["seconds"]))
+        print(table(self.before, self.after, trainer.global_step, seconds))
 
     def _elapsed(self) -> float:
         return self.seconds + (time.monotonic() - self._start if self._start else 0.0)

@@ -12,6 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from uae.trainer import is_dry_run
+
 
 class Watchdog(Callback):
     """Writes ``stacks/rank<R>.txt`` in the log directory when nothing has moved for too long.
@@ -38,7 +40,7 @@ class Watchdog(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open this rank's file and watch the loading. The log directory is a broadcast, so all ranks ask."""
         log_dir = trainer.log_dir
-        if log_dir is None or trainer.fast_dev_run:
+        if log_dir is None or is_dry_run(trainer):
             return
         self.file = Path(log_dir, "stacks", f"rank{trainer.global_rank}.txt")
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,7 @@ class Watchdog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Watch a batch without training."""
-        self._wind_up(trainer, f"{trainer.state.stage.value} batch {batch_idx}", self.fatal)
+        self._wind_up(trainer, f"{trainer.state.stage} batch {batch_idx}", self.fatal)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 

@@ -63,7 +63,7 @@ class AutoEncoder(LightningModule):
         self.mean_reward.update(result["reward"])
         if self.unified_score is not None:
             self.unified_score.update(result["reconstruction"], batch["image"], batch["id"])
-        for metric in self.metrics.values():
+        for metric in self._more_metrics():
             metric.update(result["caption"], result["reconstruction"], batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -107,12 +107,15 @@ class AutoEncoder(LightningModule):
         values: dict[str, Any] = {f"{stage}_reward/mean": self.mean_reward.compute()}
         if self.unified_score is not None:
             values |= {f"unified_score/{name}": score for name, score in self.unified_score.compute().items()}
-        for metric in self.metrics.values():
+        for metric in self._more_metrics():
             values |= metric.compute()
         self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
-        for metric in (self.mean_reward, self.unified_score, *self.metrics.values()):
-            if metric is not None:
-                metric.reset()
+        for one in (self.mean_reward, self.unified_score, *self._more_metrics()):
+            if one is not None:
+                one.reset()
+
+    def _more_metrics(self) -> list[Metric]:
+        return [metric for metric in self.metrics.values() if isinstance(metric, Metric)]
 
     def _place(self) -> None:
         """Move what Lightning does not know of to where the policy is."""

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from uae import measure
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
+from uae.data import ImageData
 from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
@@ -28,7 +29,8 @@ from uae.policies import networks, prepare, roots
 from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out
 from uae.stopwatch import now
-from uae.strategy import refuse_other_sharding
+from uae.strategy import FSDP2Strategy, refuse_other_sharding
+from uae.trainer import data_module, is_dry_run, overfit_batches
 from uae.types import ImageBatch, Sampling, System
 
 
@@ -129,6 +131,7 @@ class UnifiedGRPO(AutoEncoder):
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.optimizer, self.scheduler = optimizer, scheduler
         self.experience: Experience | None = None
+        self._first_rollout = True
         self.strict_loading = False  # on_load_checkpoint is stricter
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -205,7 +208,7 @@ class UnifiedGRPO(AutoEncoder):
         """Actions of every mini-batch; of all ranks where the loss divides by them."""
         actions_M = segment.actions.mask_RS.view(self.plan.mini_batches, -1).sum(1)
         if self.losses[name].window == "global":
-            actions_M = self.all_gather(actions_M).view(-1, self.plan.mini_batches).sum(0)
+            actions_M = self._gathered(actions_M).view(-1, self.plan.mini_batches).sum(0)
         return actions_M
 
     def _normalizer(self, name: str, batch_idx: int) -> Tensor | None:
@@ -226,19 +229,26 @@ class UnifiedGRPO(AutoEncoder):
 
     def configure_optimizers(self) -> Any:
         """Trainable parameters only; the scheduler counts optimizer steps."""
-        groups = [{"params": [p for p in self.policy.parameters() if p.requires_grad]}]
-        if self.image_policy is not None:
-            rate = {} if self.image_lr is None else {"lr": self.image_lr}
-            groups.append({"params": [p for p in self.image_policy.parameters() if p.requires_grad], **rate})
+        rates = {"policy": None, "image_policy": self.image_lr}
+        groups: list[dict[str, Any]] = []
+        for name, network in networks(self.umm, self.plan.train).items():
+            rate = {} if rates[name] is None else {"lr": rates[name]}
+            groups.append({"params": [p for p in network.parameters() if p.requires_grad], **rate})
         optimizer = self.optimizer([group for group in groups if group["params"]])
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
+    def _gathered(self, values: Tensor) -> Tensor:
+        """The values of all ranks, stacked where there are several."""
+        everyone = self.all_gather(values)
+        assert isinstance(everyone, Tensor)
+        return everyone
+
     def _log_all(self, values: dict[str, Tensor | float]) -> dict[str, Tensor]:
         """Log over all ranks, with one collective for everything."""
         mine_K = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
-        merged = measure.over_ranks(values, self.all_gather(mine_K))
+        merged = measure.over_ranks(values, self._gathered(mine_K))
         for name, value in merged.items():
             self.log(name, value, prog_bar=name == "reward/mean")
         return merged
@@ -251,9 +261,9 @@ class UnifiedGRPO(AutoEncoder):
         if stage != "fit":
             return
         self._first_rollout, self.experience = True, None
-        size = getattr(self.trainer.datamodule, "batch_size", None)
-        if size is not None:
-            parts(size, self.plan.mini_batches)
+        data = data_module(self.trainer)
+        if isinstance(data, ImageData):
+            parts(data.batch_size, self.plan.mini_batches)
         accumulate, per_rollout = self.trainer.accumulate_grad_batches, self.batches_per_rollout
         if per_rollout % accumulate and accumulate % per_rollout:
             raise ValueError(
@@ -281,7 +291,7 @@ class UnifiedGRPO(AutoEncoder):
         self.reward.load()
         if self.unified_score is not None:
             self.unified_score.load()
-        if self.device_mesh is not None:
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
             for root in roots(umm, train):
                 self.trainer.strategy.shard(root)
         self._umm = umm
@@ -291,8 +301,8 @@ class UnifiedGRPO(AutoEncoder):
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""
         batches, rollout = self.trainer.num_training_batches, self.batches_per_rollout
-        if batches != float("inf") and batches % rollout and not self.trainer.fast_dev_run:
-            key = "overfit_batches" if self.trainer.overfit_batches else "limit_train_batches"
+        if batches != float("inf") and batches % rollout and not is_dry_run(self.trainer):
+            key = "overfit_batches" if overfit_batches(self.trainer) else "limit_train_batches"
             raise ValueError(
                 f"an epoch of {batches} training batches ends inside a rollout; allowed: a multiple of model.init_args.mini_batches "
                 f"* model.init_args.num_iterations={rollout}: set trainer.{key}={max(batches // rollout, 1) * rollout}"

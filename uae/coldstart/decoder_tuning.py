@@ -75,8 +75,7 @@ class DecoderTuning(SystemObjective):
         self.denoiser = learner.network.model  # an adapter goes into the pipeline's own layers
         self.renderer = renderer
         if self.trainable:
-            unfreeze(umm.conditioner, self.trainable, "DecoderTuning")
-            self.conditioner = umm.conditioner
+            self.conditioner = unfreeze(umm.conditioner, self.trainable, "DecoderTuning")
         if self.gradient_checkpointing:
             recompute(renderer)
 

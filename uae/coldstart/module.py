@@ -15,8 +15,10 @@ from torch import Tensor
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
+from uae.data import ImageData
 from uae.models.finetune import Finetune
 from uae.rewards import WeightedReward
+from uae.trainer import data_module, is_dry_run
 from uae.types import ImageBatch, System
 from uae.weights.checksums import checksums
 
@@ -81,8 +83,8 @@ class ColdStart(L.LightningModule):
                 f"trainer.max_steps={self.trainer.max_steps}; a cold start needs 1 or more: set trainer.max_steps"
             )
         if isinstance(self.objective, SystemObjective):
-            if hasattr(self.trainer.datamodule, "check_captions"):
-                self.trainer.datamodule.check_captions()
+            if isinstance(data := data_module(self.trainer), ImageData):
+                data.check_captions()
             self.place()
         if self.folder is None:
             self.folder = Path(self.trainer.log_dir or ".", "cold_start")  # asking for log_dir is collective
@@ -134,7 +136,7 @@ class ColdStart(L.LightningModule):
 
     def on_fit_end(self) -> None:
         """Write the weights (averaged, where a callback averages) and their checksums, of a run that was not cut short."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and not self.trainer.interrupted:
+        if self.trainer.is_global_zero and not is_dry_run(self.trainer) and not self.trainer.interrupted:
             assert self.folder is not None
             self.objective.eval().save(self.folder)
             if self.of_system:

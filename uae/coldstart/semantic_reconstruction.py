@@ -20,6 +20,7 @@ from uae.coldstart.system_objective import (
     unfreeze,
 )
 from uae.encoders import similarity
+from uae.models.conditioners.answer_states import AnswerStateConditioner
 from uae.models.conditioners.states import LanguageReader
 from uae.rewards import EncoderSimilarity
 from uae.seeds import seed_of
@@ -57,8 +58,7 @@ class SemanticReconstruction(SystemObjective):
     def attach(self, umm: UMM) -> None:
         """The conditioner's trainables, and the language model's."""
         self.renderer = diffusers_renderer(umm, "SemanticReconstruction")
-        unfreeze(umm.conditioner, self.trainable, "SemanticReconstruction")
-        self.conditioner: Any = umm.conditioner
+        self.conditioner = unfreeze(umm.conditioner, self.trainable, "SemanticReconstruction")
         if self.language_model:
             self._attach_language_model(umm)
         if self.encoder is None:
@@ -76,7 +76,7 @@ class SemanticReconstruction(SystemObjective):
     def _attach_language_model(self, umm: UMM) -> None:
         key = "model.init_args.objective.init_args.language_model"
         readers = [part for part in self.conditioner.modules() if isinstance(part, LanguageReader)]
-        borrowed = any(reader.language_model is None for reader in readers) or hasattr(self.conditioner, "captioner")
+        borrowed = any(reader.language_model is None for reader in readers) or isinstance(self.conditioner, AnswerStateConditioner)
         if not borrowed:
             raise ValueError(
                 f"{key}=true, but captions are read by a language model of the conditioner's own: set it to false"
@@ -103,7 +103,7 @@ class SemanticReconstruction(SystemObjective):
 
     def _cosine(self, batch: ImageBatch, step: int) -> Tensor:
         assert self.encoder is not None
-        condition = self.condition(batch, captions_of(batch, self))
+        condition: Any = self.condition(batch, captions_of(batch, self))
         seeds = [seed_of(self.seed, image, step) for image in batch["id"].tolist()]
         grad = torch.is_grad_enabled()
         drawn_BCHW = self.renderer.render(condition, seeds, grad=grad, last=self.last_steps)

@@ -16,7 +16,7 @@ from uae.models.finetune import Finetune
 from uae.models.pipelines.contracts import denoiser_of
 from uae.models.renderers.diffusers import DiffusersRenderer
 from uae.rewards import WeightedReward
-from uae.types import UMM, Condition, ImageBatch, Rollout, System
+from uae.types import UMM, Condition, Conditioner, ImageBatch, Rollout, System
 
 CAPTIONER, DENOISER, CONDITIONER = "captioner", "denoiser", "conditioner"  # what `save` writes
 
@@ -159,24 +159,25 @@ def caption_rollout(
     )
 
 
-def unfreeze(module: Any, pattern: str, what: str) -> None:
-    """Let the parameters of a conditioner train whose names match; they are kept in float32.
+def unfreeze(conditioner: Conditioner, pattern: str, who: str) -> nn.Module:
+    """The conditioner, after the parameters whose names match were set to train; these are kept in float32.
 
     Raises:
         ValueError: There are none.
     """
-    parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
+    parameters = dict(conditioner.named_parameters()) if isinstance(conditioner, nn.Module) else {}
     names = [name for name in parameters if re.search(pattern, name)]
-    if not names:
-        kind = type(module).__name__
+    if not names or not isinstance(conditioner, nn.Module):
+        kind = type(conditioner).__name__
         has = f"none of its {len(parameters)} parameters matches {pattern!r}" if parameters else "it has no parameters"
         raise ValueError(
-            f"{what} has no way to train {kind}: {has}; change model.init_args.objective.init_args.trainable, or take a system "
+            f"{who} has no way to train {kind}: {has}; change model.init_args.objective.init_args.trainable, or take a system "
             "whose captions go through a projector (uae, uniworld_v1, metaquery, tiny)"
         )
     for name in names:
         parameters[name].requires_grad_(True)
         parameters[name].data = parameters[name].data.float()
+    return conditioner
 
 
 def recompute(renderer: DiffusersRenderer) -> None:

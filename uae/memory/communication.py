@@ -10,15 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
+from uae.learner import Network
 from uae.memory.processes import Processes
 from uae.models.captioners.policy import CaptionPolicy
 from uae.strategy import blocks
 
-DRAWING = r"(^|\.)generation_"  # blocks of a network that captions and draws which captions do not pass
+DRAWING = r"(^|\.)generation_"  # names of blocks that only images pass, in a network that captions and draws
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Exchange:
 
 def communication(
     policy: CaptionPolicy,
-    reference: nn.Module | None,
+    reference: Network | None,
     processes: Processes,
     mini_batches: int,
     batches_per_rollout: int,
@@ -104,7 +104,7 @@ def communication(
 class _Parts:
     """Bytes of one pass over a sharded policy's blocks."""
 
-    def __init__(self, policy: Any, processes: Processes) -> None:
+    def __init__(self, policy: Network, processes: Processes) -> None:
         n, gathered, reduced = processes.shards, processes.gathered_dtype, processes.reduced_dtype
         text = {id(module) for module in policy.base.get_decoder().modules()}
         names = {id(module): name for name, module in policy.named_modules()}
@@ -125,7 +125,7 @@ class _Parts:
         self.forward = gather(root) + once + twice
         trained = any(weight.requires_grad for weights in sees for weight in weights)
         self.backward = twice + (once if trained else 0)
-        first: list[Tensor] = []
+        first: list[nn.Parameter] = []
         if not policy.base.get_input_embeddings().weight.requires_grad:
             first = texts[0]  # no gradient leaves it behind the captions: it stays gathered for the prompt's pass
             self.backward -= gather(first)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from uae.learner import Learner
 from uae.memory import estimates
@@ -20,6 +19,7 @@ from uae.memory.table import Plan, Row
 from uae.memory.weights import encoder_rows, frozen_rows, policy_rows
 from uae.models.captioners.policy import CaptionPolicy
 from uae.systems.blueprints import Blueprint
+from uae.types import PlannedSystem
 
 
 def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
@@ -37,7 +37,7 @@ def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
         ValueError: The module is of another kind, or its system has no plan.
     """
     system = getattr(module, "system", None)
-    if not hasattr(system, "blueprint"):
+    if not isinstance(system, PlannedSystem):
         raise ValueError(
             f"{type(system or module).__name__} has no memory plan; allowed: systems with a blueprint; leave --print_plan out"
         )
@@ -59,7 +59,7 @@ def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
     return Plan(tuple(rows), processes, _header(blueprint, sizes, module, processes), exchanges, flop)
 
 
-def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[CaptionPolicy, nn.Module | None]:
+def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[CaptionPolicy, CaptionPolicy | None]:
     """The run's own finetuning on the blueprint's policy; and the reference's copy of it, if there is one."""
     recompute = blueprint.reading is not None and blueprint.reading.gradient_checkpointing
     network = copy.deepcopy(blueprint.policy)

@@ -65,7 +65,8 @@ def prompt_cache(model: Any) -> Any:
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     CacheLayerMixin.register(PromptLayer)  # as good as a subclass, without importing the library at the top
-    return Cache(layers=[PromptLayer() for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)])
+    layers: list[Any] = [PromptLayer() for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)]
+    return Cache(layers=layers)
 
 
 def expand(cache: Any, rows: int, group: int) -> Any:
@@ -73,7 +74,8 @@ def expand(cache: Any, rows: int, group: int) -> Any:
     from transformers import Cache
 
     if all(isinstance(layer, PromptLayer) for layer in cache.layers):
-        return Cache(layers=[ContinuedLayer(layer.keys, layer.values, group) for layer in cache.layers])
+        layers: list[Any] = [ContinuedLayer(layer.keys, layer.values, group) for layer in cache.layers]
+        return Cache(layers=layers)
     for layer in cache.layers:
         if hasattr(layer, "batch_repeat_interleave"):
             layer.batch_repeat_interleave(group)

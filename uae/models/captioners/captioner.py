@@ -93,14 +93,18 @@ class HFCaptioner:
             self._prompts[instruction] = prompt
         return self._prompts[instruction]
 
+    def prompts(self, instruction: str | Sequence[str] | None, images: int) -> list[str]:
+        """One prompt per image, of one instruction for all or of one each; None is the captioner's own."""
+        asked = instruction or self.instruction
+        return [self.prompt(one) for one in ([asked] * images if isinstance(asked, str) else asked)]
+
     def prepare(self, images_BCHW: Tensor, instruction: str | Sequence[str] | None = None) -> VLMContext:
         """Images ``[B, 3, H, W]`` in [0, 1] (or a list of ``[3, H, W]`` of any sizes) to the model's inputs.
 
         ``instruction`` is one for all, or one per image.
         """
         images = [(image.clamp(0, 1) * 255).round().to(torch.uint8).cpu() for image in images_BCHW]
-        asked = instruction or self.instruction
-        prompts = [self.prompt(one) for one in ([asked] * len(images) if isinstance(asked, str) else asked)]
+        prompts = self.prompts(instruction, len(images))
         inputs = self.processor(
             text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.device)

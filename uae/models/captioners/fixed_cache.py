@@ -14,8 +14,9 @@ def fixed_cache(model: Any, length: int) -> Any:
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     CacheLayerMixin.register(PromptLayer)
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    return Cache(layers=[FixedLayer(length) for _ in range(layers)])
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers: list[Any] = [FixedLayer(length) for _ in range(count)]
+    return Cache(layers=layers)
 
 
 class FixedLayer(PromptLayer):

@@ -72,7 +72,8 @@ def _read(name: str, processor_name: str, reading: Reading, trust: bool) -> tupl
         processor = transformers.AutoProcessor.from_pretrained(
             words, local_files_only=os.path.isdir(words), trust_remote_code=trust and words == path
         )
-        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        loader: Any = transformers.AutoModelForImageTextToText
+        model, report = loader.from_pretrained(
             path,
             dtype=getattr(torch, reading.dtype),
             attn_implementation=reading.attention,

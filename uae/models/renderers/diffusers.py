@@ -184,7 +184,7 @@ class DiffusersRenderer:
             arguments[self.contract.distilled] = self.rendering.distilled_guidance
         if start.latents is not None:
             arguments["latents"] = start.latents.to(work)
-        call = type(self.pipe).__call__
+        call: Any = type(self.pipe).__call__
         call = call.__wrapped__ if grad else call  # the undecorated method: diffusers disables gradients in the other
         with ExitStack() as stack:
             if isinstance(condition, TextCondition):

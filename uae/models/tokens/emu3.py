@@ -87,12 +87,16 @@ class Emu3Policy(TokenPolicy):
         self.first, self.codes = visual_range(self.base)
         self.end_of_line = self.base.vocabulary_mapping.eol_token_id
         self.grid, self.pad_id = grid(size, self.vqmodel.spatial_scale_factor), pad_id
-        self.tokens = self.grid[0] * self.grid[1]
         mean_1311, std_1311 = (torch.tensor(numbers).view(1, 3, 1, 1) for numbers in moments)
         self.register_buffer("mean", mean_1311, persistent=False)
         self.register_buffer("std", std_1311, persistent=False)
         as_buffers(self.vqmodel)
         self.train(self.training)
+
+    @property
+    def tokens(self) -> int:
+        """S: rows times columns."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def vqmodel(self) -> Any:
@@ -197,7 +201,8 @@ class Emu3Captioner(HFCaptioner):
     learner: Learner[Emu3Policy]
 
     def __init__(self, captioner: HFCaptioner, height: int, width: int) -> None:
-        model, processor = captioner.learner.network.model, captioner.processor
+        model: Any = captioner.learner.network.model
+        processor = captioner.processor
         images, (first, codes) = processor.image_processor, visual_range(model)
         marks = {i for i, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
         pictures = {model.vocabulary_mapping.eol_token_id, *range(first, first + codes)}
@@ -208,10 +213,10 @@ class Emu3Captioner(HFCaptioner):
         policy = Emu3Policy(model, banned, recompute, (height, width), moments, self.pad_id)
         self.learner = Learner(policy.to(captioner.device))
 
-    def prepare(self, images_BCHW: Tensor, instruction: str | None = None) -> VLMContext:
+    def prepare(self, images_BCHW: Tensor, instruction: str | Sequence[str] | None = None) -> VLMContext:
         """See `HFCaptioner.prepare`. Emu3's processor takes arrays, and pads images to the largest: the padding is cut off."""
         images = [(image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy() for image in images_BCHW]
-        prompts = [self.prompt(instruction or self.instruction)] * len(images)
+        prompts = self.prompts(instruction, len(images))
         given = self.processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
         given = given.to(self.device)
         ids_BL, sizes = given["input_ids"], given["image_sizes"].tolist()

@@ -104,7 +104,10 @@ class TokenPolicy(CaptionPolicy):
     to the image vocabulary.
     """
 
-    tokens: int  # S, image tokens of an image
+    @property
+    def tokens(self) -> int:
+        """S, image tokens of an image."""
+        raise NotImplementedError
 
     def image_head(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``[V, D]`` and bias ``[V]`` of the last map, from states to the image vocabulary."""
@@ -133,13 +136,14 @@ class TokenPolicy(CaptionPolicy):
         device, guided = self.banned_ids.device, sampling.guidance != 1 and sampling.cfg_logprob != "conditional"
         tokens_NS = tokens_NS.to(device)
         ids_NL, uncond_NL, mask_NL = left_padded(condition, device)
+        u_NSD: Tensor | None = None
         if guided and sampling.cfg_logprob == "guided":
-            c_NSD, u_NSD = self._states(
-                torch.cat([ids_NL, uncond_NL]), mask_NL.repeat(2, 1), tokens_NS.repeat(2, 1)
-            ).chunk(2)
+            both = torch.cat([ids_NL, uncond_NL]), mask_NL.repeat(2, 1), tokens_NS.repeat(2, 1)
+            c_NSD, u_NSD = self._states(*both).chunk(2)
         else:
-            with torch.no_grad():
-                u_NSD = self._states(uncond_NL, mask_NL, tokens_NS) if guided else None
+            if guided:
+                with torch.no_grad():
+                    u_NSD = self._states(uncond_NL, mask_NL, tokens_NS)
             c_NSD = self._states(ids_NL, mask_NL, tokens_NS)
         weight_VD, bias_V = self.image_head()
         states_NSD = mixed(c_NSD, u_NSD, sampling.guidance)

@@ -1,0 +1,27 @@
+"""What a Lightning Trainer has but does not declare: attributes that its ``__init__`` sets from another file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+
+
+def is_dry_run(trainer: Trainer) -> bool:
+    """Whether ``trainer.fast_dev_run`` is on: a few batches, of which nothing is kept."""
+    return bool(_of(trainer).fast_dev_run)
+
+
+def overfit_batches(trainer: Trainer) -> float:
+    """``trainer.overfit_batches``: a share or a number of training batches to repeat, 0 for none."""
+    return float(_of(trainer).overfit_batches)
+
+
+def data_module(trainer: Trainer) -> LightningDataModule | None:
+    """The data module of the run, or None where plain loaders were given."""
+    found: LightningDataModule | None = _of(trainer).datamodule
+    return found
+
+
+def _of(trainer: Any) -> Any:
+    return trainer
