@@ -49,7 +49,7 @@ data:
     file: images.npy
 model:
   init_args:
-    metrics: {}  # those of tiny.yaml compare captions with the ground truth of scenes
+    metrics: null  # those of tiny.yaml need the ground truth of scenes
 """
 
 

@@ -91,7 +91,8 @@ def test_weighted_sum_and_missing_parts(rollout):
     ("parts", "weights", "named"), [("ab", "bc", ["a", "c"]), ("a", "", ["a"]), ("", "c", ["c"]), ("", "", [])]
 )
 def test_parts_and_weights_must_match(parts, weights, named):
-    with pytest.raises(ValueError, match=r"model\.init_args\.reward\.init_args\.parts and model\.init_args\.reward\.init_args\.weights") as error:
+    keys = r"model\.init_args\.reward\.init_args\.parts and model\.init_args\.reward\.init_args\.weights"
+    with pytest.raises(ValueError, match=keys) as error:
         WeightedReward({name: RandomReward() for name in parts}, dict.fromkeys(weights, 1.0))
     assert all(f"'{name}'" in str(error.value) for name in named)
 

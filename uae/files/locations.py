@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = "UAE_CHECKPOINTS"  # environment variable that names a mirror: a folder laid out as <owner>/<model>, like the hub
@@ -45,13 +46,7 @@ def local_folder(name: str, key: str) -> Path:
     place = here(name)
     if place is not None and place.is_dir():
         return place
-    try:
-        return Path(huggingface_hub.snapshot_download(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"checkpoint {name!r} is no folder here, not below {ROOT}, and cannot be had from the hub ({reason}); set {key}"
-        ) from error
+    return _downloaded(lambda: huggingface_hub.snapshot_download(name), f"checkpoint {name!r} is no folder", key)
 
 
 def local_file(name: str, key: str) -> Path:
@@ -71,12 +66,17 @@ def local_file(name: str, key: str) -> Path:
         return place
     owner, _, rest = name.partition("/")
     model, _, file = rest.partition("/")
+    repository = f"{owner}/{model}"
+    return _downloaded(lambda: huggingface_hub.hf_hub_download(repository, file), f"checkpoint {name!r} is no file", key)
+
+
+def _downloaded(download: Callable[[], str], problem: str, key: str) -> Path:
     try:
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{model}", file))
+        return Path(download())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"checkpoint {name!r} is no file here, not below {ROOT}, and cannot be had from the hub ({reason}); set {key}"
+            f"{problem} here, not below {ROOT}, and cannot be had from the hub ({reason}); set {key}"
         ) from error
 
 
