@@ -77,7 +77,7 @@ class UnifiedGRPO(AutoEncoder):
         system: System,
         reward: WeightedReward,
         finetune: Finetune,
-        loss: GRPOLoss,
+        loss: GRPOLoss = GRPOLoss(),  # noqa: B008 (frozen)
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         group: int = 8,
         advantage_scale: Literal["group", "batch", "none"] = "group",
@@ -241,9 +241,8 @@ class UnifiedGRPO(AutoEncoder):
 
     def _gathered(self, values: Tensor) -> Tensor:
         """The values of all ranks, stacked where there are several."""
-        everyone = self.all_gather(values)
-        assert isinstance(everyone, Tensor)
-        return everyone
+        everyone: Any = self.all_gather(values)
+        return torch.as_tensor(everyone)
 
     def _log_all(self, values: dict[str, Tensor | float]) -> dict[str, Tensor]:
         """Log over all ranks, with one collective for everything."""
@@ -291,7 +290,7 @@ class UnifiedGRPO(AutoEncoder):
         self.reward.load()
         if self.unified_score is not None:
             self.unified_score.load()
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
+        if self.device_mesh is not None and isinstance(self.trainer.strategy, FSDP2Strategy):
             for root in roots(umm, train):
                 self.trainer.strategy.shard(root)
         self._umm = umm

@@ -162,6 +162,7 @@ class FSDP2Strategy(ShardedCheckpoints):
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Inside, gradients accumulate without communication."""
+        assert self.model is not None
         modules = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         for module in modules:
             module.set_requires_gradient_sync(False, recurse=False)

@@ -277,7 +277,7 @@ class ImagePolicy(Renderer, Policy[A], Protocol[A]):
 class ImageEncoder(Protocol):
     """A frozen image tower that owns its preprocessing. Constructing one loads nothing; ``load`` does."""
 
-    def load(self, device: Any = "cpu") -> ImageEncoder:
+    def load(self, device: torch.device | str = "cpu") -> ImageEncoder:
         """Load the weights (once) and move them; returns itself. Idempotent."""
         ...
 

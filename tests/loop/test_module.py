@@ -221,7 +221,7 @@ def test_a_conditioner_may_share_the_policys_weights(build, trainer, system):
     assert set(module.state_dict()) == set(plain.state_dict())
     shared = dict(module.umm.conditioner.language_model.named_parameters())
     assert all(p is module.policy.get_parameter(f"model.model.language_model.{name}") for name, p in shared.items())
-    assert not torch.equal(shared["norm.weight"], plain.learner.network.base.model.language_model.norm.weight)
+    assert not torch.equal(shared["norm.weight"], plain.policy.base.model.language_model.norm.weight)
     assert not any(p.requires_grad and p.grad is not None for p in module.umm.conditioner.projector.parameters())
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional as F
 
 PATCH = 8
 
 
-class PatchAutoencoder(AutoencoderTiny):  # type: ignore[misc]
+class PatchAutoencoder(AutoencoderTiny):
     """`diffusers.AutoencoderTiny` over 8 x 8 pixel patches folded into channels: a stride of 8 without strided convolutions.
 
     Strided convolutions blur one-pixel features across cells; folding keeps every object inside its latent cell.

@@ -99,7 +99,7 @@ def processor() -> Any:
     """The Qwen2.5-VL processor for 24 x 24 images: 4-pixel patches, merged 2 x 2, so 9 image tokens."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+    sizes: dict[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
     pixels = {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}
     image = Qwen2VLImageProcessor(**sizes, size=pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     video = Qwen2VLVideoProcessor(**sizes)
@@ -123,7 +123,7 @@ def create_captioner(width: int = 128, layers: int = 4) -> Any:
         "hidden_size": 96, "intermediate_size": 256, "depth": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "window_size": 64, "fullatt_block_indexes": [0, 1], "out_hidden_size": width, "hidden_act": "silu",
     }  # fmt: skip
-    tokens = {
+    tokens: dict[str, Any] = {
         "image_token_id": ids[IMAGE], "video_token_id": ids[VIDEO],
         "vision_start_token_id": ids[VISION_START], "vision_end_token_id": ids[VISION_END],
     }  # fmt: skip
@@ -166,11 +166,12 @@ def create_decoder(width: int = 128, layers: int = 5, steps: int = 8, guidance: 
             max_position_embeddings=256,
         )  # fmt: skip
     )
-    reader.get_input_embeddings().weight.data.normal_(0, 0.5)
+    embeddings: Any = reader.get_input_embeddings()
+    embeddings.weight.data.normal_(0, 0.5)
     conditioner = HiddenStateConditioner(
         reader, tokenizer(), mlp_projector(width, 2 * width, width), template="{caption} " + END
     )
-    vae = PatchAutoencoder.create()
+    vae: Any = PatchAutoencoder.create()
     transformer = SD3Transformer2DModel(
         sample_size=SIDE // 8, patch_size=1, in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
         num_layers=layers, attention_head_dim=32, num_attention_heads=width // 32, joint_attention_dim=width,
@@ -189,7 +190,7 @@ def assemble_renderer(conditioner: Any, transformer: Any, vae: Any, steps: int, 
     from uae.weights.placement import Placement
 
     absent = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-    pipe = StableDiffusion3Pipeline(
+    pipe: Any = StableDiffusion3Pipeline(
         transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent
     )
     pipe.vae_scale_factor = 8  # diffusers counts blocks; this autoencoder folds patches instead

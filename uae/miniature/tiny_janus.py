@@ -127,7 +127,8 @@ def create(width: int = 128, layers: int = 4, channels: int = 64) -> Any:
         "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 0, "num_patches": GRID, "projection_dim": width,
         "image_token_embed_dim": width,
     }  # fmt: skip
-    config = JanusConfig(
+    configuration: Any = JanusConfig  # its base class takes the ids of words
+    config = configuration(
         text_config=text, vision_config=vision, vq_config=quantizer, image_token_id=ids[IMAGE],
         bos_token_id=ids[BEGIN], eos_token_id=ids[END], pad_token_id=ids[PAD],
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from uae.miniature.metrics.mini_mmt import LETTERS, likelihood, mini_mmt
+from uae.miniature.scenes import Split
 from uae.strategy import unsharded
 
 
@@ -26,7 +27,7 @@ class MiniMMT(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All ranks answer the same questions, so there is nothing to reduce."""
         module: Any = pl_module
-        split = "test" if trainer.testing else "val"
+        split: Split = "test" if trainer.testing else "val"
         with unsharded(module.policy):
             found = mini_mmt(likelihood(module.umm.captioner), self.questions, self.seed, split)
         pl_module.log_dict({f"understanding/{subtask}": one.value for subtask, one in found.items()})

@@ -114,7 +114,7 @@ class SceneScore(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Ratios in [0, 1], and words per caption."""
-        ratio = {
+        ratio: dict[str, tuple[Any, Any]] = {
             "caption/valid": (self.valid, self.captions),
             "caption/words": (self.words, self.captions),
             "caption/recall": (self.recalled, self.objects),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class JanusObjective(CaptionObjective):
     def build(self) -> None:
         """The Janus that the autoencoder was trained in."""
         model, processor = load(WEIGHTS if self.start == "package" else Path(str(self.start)))
-        umm = assemble(model, processor, TokenSampling(guidance=1.0))
+        self.sampling = TokenSampling(guidance=1.0)
+        umm: Any = assemble(model, processor, self.sampling)
         self.policy = umm.captioner.learner.network
         self.reader = nn.Linear(model.config.text_config.hidden_size, KINDS)
         self.frozen, self.conditioner, self.renderer = (umm.captioner,), umm.conditioner, umm.renderer
@@ -77,7 +79,7 @@ class JanusObjective(CaptionObjective):
 
     def _image_loss(self, scenes: list[Scene]) -> Tensor:
         condition = self.prompts([self.request(scene) for scene in scenes])
-        return -self.policy(condition, scene_codes(scenes), self.renderer.sampling).mean()
+        return -self.policy(condition, scene_codes(scenes), self.sampling).mean()
 
     def _reading_loss(self, scenes: list[Scene]) -> Tensor:
         scenes = [*scenes, *(sample_scene(self.rng, (5, 7, 9)) for _ in scenes)]
@@ -87,7 +89,7 @@ class JanusObjective(CaptionObjective):
 
     def prompts(self, captions: list[str]) -> TokenCondition:
         """Prompts of images, some without their caption."""
-        condition = self.conditioner.encode(captions)
+        condition: TokenCondition = self.conditioner.encode(captions)
         dropped_N1 = torch.tensor([[self.rng.random() < self.dropout] for _ in captions])
         return replace(condition, ids_NL=torch.where(dropped_N1, condition.uncond_ids_NL, condition.ids_NL))
 
