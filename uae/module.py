@@ -206,7 +206,7 @@ class UnifiedGRPO(AutoEncoder):
 
     def _count(self, name: str, segment: Segment[Any]) -> Tensor:
         """Actions of every mini-batch; of all ranks where the loss divides by them."""
-        actions_M = segment.actions.mask_RS.view(self.plan.mini_batches, -1).sum(1)
+        actions_M: Tensor = segment.actions.mask_RS.view(self.plan.mini_batches, -1).sum(1)
         if self.losses[name].window == "global":
             actions_M = self._gathered(actions_M).view(-1, self.plan.mini_batches).sum(0)
         return actions_M

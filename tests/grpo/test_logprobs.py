@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from uae.grpo import token_logprobs
+from uae.grpo import selected_logprobs, token_logprobs
 
 from . import reference
 
@@ -259,3 +259,15 @@ def test_cuda_equals_cpu(trained_head, dtype):
         results.append([t.detach().cpu().float() for t in (logp, entropy, *grads)])
     for cpu, cuda in zip(*results, strict=True):
         assert_close(cuda, cpu, atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=2e-2)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_log_probs_alone_are_the_same_to_the_last_bit(trained_head):
+    hidden, weight, ids, upstream, bias = problem(bias=True)
+    found = []
+    for function in (token_logprobs, selected_logprobs):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained_head)]
+        result = function(*leaves, ids, 0.7, 8, torch.tensor([3]), bias)
+        logp = result if isinstance(result, torch.Tensor) else result[0]
+        found.append([logp, *torch.autograd.grad((logp * upstream)[ids != 3].sum(), leaves[: 1 + trained_head])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -47,16 +47,43 @@ def token_logprobs(
     Raises:
         ValueError: The shapes do not match, the temperature is 0 or less, or chunk is less than 1.
     """
+    logp_M, entropy_M = _scored(hidden, head_weight, ids, temperature, chunk, banned, bias, entropy=True)
+    return logp_M.view(ids.shape), entropy_M.view(ids.shape)
+
+
+def selected_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    ids: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    banned: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The log-probs of `token_logprobs` without the entropies, which are then not computed."""
+    logp_M, _ = _scored(hidden, head_weight, ids, temperature, chunk, banned, bias, entropy=False)
+    return logp_M.view(ids.shape)
+
+
+def _scored(
+    hidden: Tensor,
+    head_weight: Tensor,
+    ids: Tensor,
+    temperature: float,
+    chunk: int,
+    banned: Tensor | None,
+    bias: Tensor | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of M tokens, and their entropies (none where not asked for), by the function that fits what trains."""
     _check(hidden, head_weight, ids, temperature, chunk, bias)
     hidden_MD, ids_M = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
-    arguments = (hidden_MD, head_weight, bias, ids_M, banned, float(temperature), int(chunk))
+    arguments = (hidden_MD, head_weight, bias, ids_M, banned, float(temperature), int(chunk), entropy)
     if not torch.is_grad_enabled():
-        logp_M, entropy_M = _score(*arguments)
-    else:
-        trained_head = head_weight.requires_grad or (bias is not None and bias.requires_grad)
-        function = _TrainedHead if trained_head else _FrozenHead
-        logp_M, entropy_M = function.apply(*arguments)
-    return logp_M.view(ids.shape), entropy_M.view(ids.shape)
+        return _score(*arguments)
+    trained_head = head_weight.requires_grad or (bias is not None and bias.requires_grad)
+    logp_M, entropy_M = (_TrainedHead if trained_head else _FrozenHead).apply(*arguments)
+    return logp_M, entropy_M
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -72,11 +99,12 @@ class _FrozenHead(torch.autograd.Function):
         banned: Tensor | None,
         temperature: float,
         chunk: int,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         slope_MD = None
         if ctx.needs_input_grad[0]:
             slope_MD = torch.empty_like(hidden_MD, dtype=_accumulator(weight_VD))
-        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, slope_MD)
+        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, entropy, slope_MD)
         ctx.save_for_backward(slope_MD)
         ctx.dtype = hidden_MD.dtype
         ctx.mark_non_differentiable(entropy_M)
@@ -88,7 +116,7 @@ class _FrozenHead(torch.autograd.Function):
         (slope_MD,) = ctx.saved_tensors
         # A masked token has an incoming gradient of 0 and must pass 0 on, even if its hidden state is NaN.
         grad_MD = (slope_MD * grad_M[:, None]).masked_fill(grad_M[:, None] == 0, 0.0)
-        return grad_MD.to(ctx.dtype), None, None, None, None, None, None
+        return grad_MD.to(ctx.dtype), None, None, None, None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -104,10 +132,11 @@ class _TrainedHead(torch.autograd.Function):
         banned: Tensor | None,
         temperature: float,
         chunk: int,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden_MD, weight_VD, bias_V, ids_M, banned)
         ctx.temperature, ctx.chunk = temperature, chunk
-        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk)
+        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, entropy)
         ctx.mark_non_differentiable(entropy_M)
         return logp_M, entropy_M
 
@@ -127,7 +156,7 @@ class _TrainedHead(torch.autograd.Function):
             grad_weight_VD += _matmul(slope_CV.t(), hidden_MD[rows].to(weight_VD.dtype))
             grad_bias_V += slope_CV.sum(0)
         grad_bias = None if bias_V is None else grad_bias_V.to(bias_V.dtype)
-        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias, None, None, None, None
+        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias, None, None, None, None, None
 
 
 def _score(
@@ -138,17 +167,19 @@ def _score(
     banned: Tensor | None,
     temperature: float,
     chunk: int,
+    entropy: bool,
     slope_MD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of every token. If ``slope_MD`` is given, it is filled with ``d logp / d hidden``."""
     logp_M = hidden_MD.new_empty(len(ids_M), dtype=_accumulator(weight_VD))
-    entropy_M = torch.empty_like(logp_M)
+    entropy_M = torch.empty_like(logp_M) if entropy else logp_M.new_empty(0)
     for start in range(0, len(ids_M), chunk):
         rows = slice(start, start + chunk)
         logp_CV = _logits(hidden_MD[rows], weight_VD, bias_V, banned, temperature).log_softmax(1)
         logp_M[rows] = logp_CV.gather(1, ids_M[rows, None]).squeeze(1)
         softmax_CV = logp_CV.exp_()
-        entropy_M[rows] = torch.special.entr(softmax_CV).sum(1)
+        if entropy:
+            entropy_M[rows] = torch.special.entr(softmax_CV).sum(1)
         if slope_MD is not None:
             slope_MD[rows] = _matmul(_slope(softmax_CV, ids_M[rows], banned, temperature), weight_VD)
     return logp_M, entropy_M

@@ -59,4 +59,5 @@ class PatchAutoencoder(AutoencoderTiny):
         last = [module for module in self.encoder.modules() if isinstance(module, torch.nn.Conv2d)][-1]
         mean, deviation = latents_NCHW.mean((0, 2, 3)), latents_NCHW.std((0, 2, 3))
         last.weight.div_(deviation[:, None, None, None])
+        assert last.bias is not None
         last.bias.sub_(mean).div_(deviation)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uae.grpo import token_logprobs
+from uae.grpo import selected_logprobs
 from uae.learner import Network
 from uae.models.captioners.caches import expand, prompt_cache, recomputing
 
@@ -142,10 +142,8 @@ class CaptionPolicy(Network):
     def score(self, hidden_NTD: Tensor, tokens_NT: Tensor, temperature: float) -> Tensor:
         """Log-probs ``[N, T]`` of tokens from the hidden states that predict them."""
         head = self.base.get_output_embeddings()
-        logp_NT, _ = token_logprobs(
-            hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=getattr(head, "bias", None)
-        )
-        return logp_NT
+        bias_V = getattr(head, "bias", None)
+        return selected_logprobs(hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=bias_V)
 
     def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
         """float32 logits ``[N, V]`` of the policy: temperature applied, banned tokens at -inf."""

@@ -40,7 +40,7 @@ class JoinedConditioner(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> JoinedConditioner:
         """Move every part, also those that are not modules."""
         for part in self._order:
-            part.to(*args, **kwargs)  # type: ignore[attr-defined]
+            part.to(*args, **kwargs)
         return self
 
     def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:

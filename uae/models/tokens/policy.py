@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from uae.grpo import token_logprobs
+from uae.grpo import selected_logprobs
 from uae.learner import Learner
 from uae.models.captioners.caches import recomputing
 from uae.models.captioners.draws import draw, entropy, uniforms
@@ -147,8 +147,7 @@ class TokenPolicy(CaptionPolicy):
             c_NSD = self._states(ids_NL, mask_NL, tokens_NS)
         weight_VD, bias_V = self.image_head()
         states_NSD = mixed(c_NSD, u_NSD, sampling.guidance)
-        logp_NS, _ = token_logprobs(states_NSD, weight_VD, tokens_NS, sampling.policy_temperature, bias=bias_V)
-        return logp_NS
+        return selected_logprobs(states_NSD, weight_VD, tokens_NS, sampling.policy_temperature, bias=bias_V)
 
     def _states(self, ids_NL: Tensor, mask_NL: Tensor, tokens_NS: Tensor) -> Tensor:
         """What `image_head` maps to predict every token, ``[N, S, D]``."""
