@@ -33,5 +33,5 @@ def test_a_run_trains_with_it(tmp_path, monkeypatch):
     files = [ROOT / "configs/tiny.yaml", ROOT / "configs/debug/fast.yaml", ROOT / "tests/untrained.yaml"]
     loss = ["--model.init_args.loss.class_path=tests.grpo.test_toy_loss.WithoutRatio", "--trainer.max_steps=2"]
     run = cli.main(["fit", *(f"--config={file}" for file in files), *loss])
-    assert type(run.model.loss).__name__ == "WithoutRatio"
+    assert type(run.model.losses["caption"]).__name__ == "WithoutRatio"
     assert run.trainer.callback_metrics["policy/ratio_max"] == pytest.approx(1.0)
