@@ -1,1 +1,1 @@
-"""Checkpoints of a run: what is in them, how they are written, read and sharded."""
+"""Checkpoints of a run: their content, and how they are written, read and sharded."""

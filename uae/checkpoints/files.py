@@ -1,7 +1,7 @@
-"""Checkpoints on disk: complete or absent, plain data, and one line about what is wrong with a bad one.
+"""Writes and reads checkpoints, which hold plain data only. A checkpoint that cannot be read gives an error of one line.
 
-A checkpoint is a file, or the folder of shards of a sharded run. Either is written under another name (``.partial``) and
-renamed when all of it is on the disk, so that a process killed at any moment leaves the previous checkpoint as it was.
+A checkpoint is a file, or the folder of shards of a sharded run. Either is written under a temporary name (``.partial``) and
+renamed when all of it is on the disk, so a process that is killed at any moment leaves the previous checkpoint unchanged.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from torch import distributed
 
 from uae.checkpoints.shards import INDEX, ShardReader
 
-PARTIAL = ".partial"  # being written
-REPLACED = ".replaced"  # complete, but its name is being given to a newer one
-METADATA = "meta.pt"  # Lightning's name for what is neither weights nor optimizer states, in a folder of shards
-VERSION = "pytorch-lightning_version"  # in every checkpoint of Lightning
+PARTIAL = ".partial"  # ending of a checkpoint that is being written
+REPLACED = ".replaced"  # ending of a complete checkpoint while a newer one takes its name
+METADATA = "meta.pt"  # Lightning's file in a folder of shards for everything but weights and optimizer states
+VERSION = "pytorch-lightning_version"  # a key in every checkpoint of Lightning
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
 def partial_of(path: Path) -> Path:
-    """The name of a checkpoint until it is complete."""
+    """The temporary name of a checkpoint until it is complete."""
     return path.with_name(path.name + PARTIAL)
 
 
 def write(content: dict[str, Any], path: Path) -> None:
-    """Save a file, down to the disk.
+    """Save a checkpoint file, synchronise it to the disk, and check that it can be read again.
 
     Raises:
-        OSError: It could not be written; nothing is left of it.
-        TypeError: It holds something else than tensors and plain Python, and could not be read again.
+        OSError: The file could not be written. It is removed.
+        TypeError: The content has objects other than tensors and plain Python, so it could not be read again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -62,7 +62,7 @@ def write(content: dict[str, Any], path: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The operating system's words, where they are in the chain."""
+    """The operating system's message, if the chain of exceptions has one."""
     link: BaseException | None = error
     while link is not None and not isinstance(link, OSError):
         link = link.__cause__ or link.__context__
@@ -70,10 +70,10 @@ def _cause(error: BaseException) -> str:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give something complete its name. What had the name before is removed afterwards.
+    """Rename a complete checkpoint to its final name. An older checkpoint of that name is removed afterwards.
 
     Raises:
-        OSError: It did not work; what had the name still has it, and what was complete is removed.
+        OSError: Renaming failed. The older checkpoint keeps its name, and the new one is removed.
     """
     aside = path.with_name(path.name + REPLACED)
     try:
@@ -93,7 +93,7 @@ def publish(partial: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
+    """Remove a file, a link or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -101,20 +101,20 @@ def remove(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left half done. For when nobody writes: at the start of a run."""
+    """Remove the temporary files of killed processes. Call it only while no process writes, at the start of a run."""
     for aside in folder.glob(f"*{REPLACED}"):
         path = aside.with_name(aside.name.removesuffix(REPLACED))
         if os.path.lexists(path):
             remove(aside)
-        else:  # killed between the two names
+        else:  # the process was killed between the two renames
             os.rename(aside, path)
     for partial in folder.glob(f"*{PARTIAL}"):
         remove(partial)
 
 
 def _sync(path: Path) -> None:
-    """Names in a folder, or a file, down to the disk."""
-    if os.name == "nt":  # cannot open folders, and needs not
+    """Synchronise a file, or the names in a folder, to the disk."""
+    if os.name == "nt":  # Windows cannot open folders, and does not need this
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -131,11 +131,11 @@ def read(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file.
-        mmap: Leave tensors in the file until they are used.
+        mmap: Whether tensors stay in the file until they are used.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is empty, truncated, of something else, or holds more than tensors and plain Python.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is empty, truncated, no checkpoint of a run, or holds more than tensors and plain Python.
     """
     path = Path(path)
     _check_presence(path)
@@ -152,16 +152,16 @@ def read(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a folder of shards holds besides shards.
+    """The content of a folder of shards without its weights and optimizer states.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: Something is missing, truncated, or not plain.
+        FileNotFoundError: The folder does not exist.
+        ValueError: A file is missing, truncated, or holds more than tensors and plain Python.
     """
     _check_presence(path)
     for name in (INDEX, METADATA):
         if not (path / name).is_file():
-            raise ValueError(f"checkpoint {str(path)!r} is incomplete or of something else: {name} is missing")
+            raise ValueError(f"checkpoint {str(path)!r} is incomplete or no checkpoint: {name} is missing")
     with _explained(path):
         ShardReader(path).read_metadata()
     with _explained(path / METADATA):
@@ -172,10 +172,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder that can be loaded, or None if there are no checkpoints.
+    """The newest checkpoint in a folder that can be loaded; None if there are no checkpoints.
 
     Raises:
-        ValueError: There are checkpoints, but none can be loaded.
+        ValueError: There are checkpoints, but none of them can be loaded.
     """
     known = {path.resolve() for path in folder.glob("*.ckpt") if path.exists()}
     known |= {path for path in folder.glob(f"*.ckpt{REPLACED}") if not Path(str(path).removesuffix(REPLACED)).exists()}
@@ -220,28 +220,28 @@ def _explained(path: Path) -> Iterator[None]:
             f"checkpoint {str(path)!r} holds {found}, which could run code, and is refused: checkpoints hold tensors and "
             "plain Python only"
         ) from error
-    except Exception as error:  # whatever damaged bytes make of a reader
+    except Exception as error:  # damaged bytes can raise almost anything in a reader
         cause = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
         raise ValueError(f"checkpoint {str(path)!r} is truncated or damaged: {cause}") from error
 
 
 def _object(error: pickle.UnpicklingError) -> str | None:
-    """What a refused pickle would have called."""
+    """The object that PyTorch refused to unpickle."""
     found = re.search(r"GLOBAL (\S+)|(?:class|Trying to call reduce for unrecognized function) (\S+)", str(error))
     return next(filter(None, found.groups())) if found else None
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's plugin for checkpoint files: complete or absent, read as plain data.
+    """Lightning's plugin for checkpoint files, with this module's functions.
 
-    The command line uses it; elsewhere ``Trainer(plugins=[CheckpointFiles()])``.
+    The command line uses it. In Python: ``Trainer(plugins=[CheckpointFiles()])``.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write under another name, then rename.
+        """Write a checkpoint under a temporary name, then rename it.
 
         Raises:
-            OSError: It could not be written; what had the name before is still there.
+            OSError: The checkpoint could not be written. An older one of that name is unchanged.
         """
         path = Path(path)
         write(checkpoint, partial_of(path))
@@ -250,12 +250,12 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The content of the file that the first process names; see `read`. Collective."""
+        """The content of the file that the first process names, see `read`. All processes must call it."""
         paths = [str(path)]
         if distributed.is_available() and distributed.is_initialized():
-            distributed.broadcast_object_list(paths)  # "last" may not be the same on all nodes
+            distributed.broadcast_object_list(paths)  # "last" may be another file on another machine
         return read(paths[0])
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """A file, or a folder of shards."""
+        """Remove a file or a folder of shards."""
         remove(Path(path))

@@ -1,4 +1,4 @@
-"""Checkpoints of a sharded run: what trains and nothing else, as a folder of shards or as one file."""
+"""Checkpoints of a sharded run. They hold trainable parameters only, as a folder of shards or as one file."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class ShardedCheckpoints(ModelParallelStrategy):
         return self.model
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What trains; shards, or everything on the first process (nothing elsewhere)."""
+        """The trainable parameters: this process's shards, or all of them on the first process and nothing on the others."""
         options = StateDictOptions(
             full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
         )
         return trainable_state(self._network, get_model_state_dict(self._network, options=options))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """By parameter name in shards, by number in a file, as any optimizer's own ``state_dict``."""
+        """The optimizer's state. Its keys are parameter names in shards, and numbers in a file, as in plain PyTorch."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
         options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
         state = get_optimizer_state_dict(self._network, optimizer, options=options)
@@ -51,10 +51,11 @@ class ShardedCheckpoints(ModelParallelStrategy):
         return _renamed(state, numbers)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write under another name, then rename. Collective.
+        """Write a checkpoint under a temporary name, then rename it. All processes must call it.
 
         Raises:
-            OSError: It could not be written; what had the name before is still there. Of shards, on all processes.
+            OSError: The checkpoint could not be written. An older one of that name is unchanged. For shards, all processes
+                raise.
         """
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:  # Lightning would first remove a folder of that name
@@ -66,14 +67,14 @@ class ShardedCheckpoints(ModelParallelStrategy):
         state |= {f"optimizer_{i}": one for i, one in enumerate(checkpoint.pop("optimizer_states", []))}
         try:
             dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
-        except CheckpointException as error:  # of all processes, whichever failed
+        except CheckpointException as error:  # raised on all processes, whichever of them failed
             self._on_first(remove, partial)
             rank, (cause, _) = next(iter(error.failures.items()))
             raise OSError(f"checkpoint {str(path)!r} cannot be written by process {rank}: {cause}") from error
         self._on_first(_finish, checkpoint, partial, path)
 
     def _on_first(self, work: Callable[..., None], *args: Any) -> None:
-        """Do something on the first process; where it fails, all processes raise."""
+        """Call a function on the first process. If it fails, all processes raise."""
         error = None
         if self.is_global_zero:
             try:
@@ -85,11 +86,11 @@ class ShardedCheckpoints(ModelParallelStrategy):
             raise OSError(error)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Weights and optimizer states from a folder of shards or a file, whatever strategy or world size wrote it.
+        """Load weights and optimizer states from a folder of shards or a file of any strategy and number of processes.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: The checkpoint is damaged, or does not hold exactly what trains here.
+            FileNotFoundError: The checkpoint does not exist.
+            ValueError: The checkpoint is damaged, or its parameters are not the trainable ones of this run.
         """
         path = Path(self.broadcast(checkpoint_path))
         return self._load_shards(path) if path.is_dir() else self._load_file(path)
@@ -132,13 +133,13 @@ class ShardedCheckpoints(ModelParallelStrategy):
 
 
 def _start(partial: Path) -> None:
-    """An empty folder to write shards into."""
+    """Create an empty folder for shards."""
     remove(partial)
     partial.mkdir(parents=True)
 
 
 def _finish(content: dict[str, Any], partial: Path, path: Path) -> None:
-    """Complete a folder of shards and give it its name."""
+    """Write the rest of a folder of shards and rename it to its final name."""
     try:
         write(content, partial / METADATA)
         publish(partial, path)

@@ -1,7 +1,7 @@
-"""Reading a folder of shards without running what it might contain.
+"""Reads a folder of shards without running code in it.
 
-PyTorch reads the index of a distributed checkpoint, and what it holds besides tensors, with the pickle module, which runs
-code that a prepared file names. Here both are read as plain data.
+PyTorch reads the index and the non-tensor content of a distributed checkpoint with the pickle module, which runs any code that
+a manipulated file names. The classes here read both as plain data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-INDEX = ".metadata"  # PyTorch's name
+INDEX = ".metadata"  # PyTorch's name of the index file
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _PLAIN = {
     *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata")),
@@ -38,13 +38,13 @@ class _Plain(pickle.Unpickler):
 
 
 class ShardReader(FileSystemReader):
-    """Reads shards of a folder; its index as plain data."""
+    """PyTorch's reader of shards, but the index is read as plain data and checked."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index: what is stored, and where.
+        """The index of the shards: names, shapes and places of all tensors.
 
         Raises:
-            pickle.UnpicklingError: It names something else than PyTorch's own classes for it.
+            pickle.UnpicklingError: The index contains classes other than PyTorch's own for an index.
             OSError: A shard is missing or shorter than the index says.
         """
         with open(Path(self.path, INDEX), "rb") as file:
@@ -70,10 +70,10 @@ class ShardReader(FileSystemReader):
 
 
 class PlainPlanner(DefaultLoadPlanner):
-    """Takes only tensors and plain Python out of shards."""
+    """PyTorch's planner of loading, but shards may hold only tensors and plain Python."""
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """What is not a tensor, read with ``weights_only``."""
+        """Read an entry that is not a tensor with ``weights_only``."""
         plain = torch.load(value, weights_only=True)
         value.seek(0)
         value.truncate()

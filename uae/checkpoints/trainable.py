@@ -1,4 +1,4 @@
-"""Checkpoints of what trains, and nothing else."""
+"""State dicts that hold trainable parameters only."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ T = TypeVar("T")
 
 
 def trainable_state(module: nn.Module, state: Mapping[str, T]) -> dict[str, T]:
-    """The entries of a state dict that train. Frozen aliases of tied weights go, too."""
+    """The entries of a state dict that belong to trainable parameters. Tied weights appear once."""
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     return {name: value for name, value in state.items() if name in names}
 
 
 def check_trainable_state(module: nn.Module, state: Mapping[str, Any], path: str | Path | None = None) -> None:
-    """Raise unless a state dict holds exactly the module's trainable parameters.
+    """Check that a state dict holds exactly the trainable parameters of a module.
 
     Args:
-        module: What trains.
-        state: Name to tensor, or to anything with a ``shape``.
-        path: Of the checkpoint it is from, for the message.
+        module: The module in training.
+        state: Name to tensor, or to any object with a ``shape``.
+        path: Path of the checkpoint, for the error message.
 
     Raises:
         ValueError: A parameter is missing, unexpected or of another shape.

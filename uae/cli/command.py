@@ -1,7 +1,7 @@
 """The command line: ``python -m uae.cli {fit,validate,test,predict} --config FILE [--config FILE ...] [--key value ...]``.
 
-One ``--config`` is a complete run, further ones are deltas, and the last word wins. Configurations are the only truth:
-hyper-parameters stored in a checkpoint never override them. Runs write to ``outputs/<run_name>``.
+The first ``--config`` is a complete run. Further files and options override parts of it, the later the stronger.
+Hyper-parameters stored in a checkpoint never override the configuration. Runs write to ``outputs/<run_name>``.
 
 ``UAE_DEBUG=1`` shows tracebacks and the parser's full reports.
 """
@@ -30,15 +30,15 @@ GIB = 2**30
 
 
 class Parser(LightningArgumentParser):
-    """Typos are errors, interpolations see the merged configuration, and an error is one line."""
+    """A parser in which typos are errors of one line, and interpolations see the merged configuration."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("parser_mode", "omegaconf+")  # plain "omegaconf" resolves every file alone
-        kwargs.setdefault("allow_abbrev", False)  # or --trainer.max_step would silently mean max_steps
+        kwargs.setdefault("parser_mode", "omegaconf+")  # "omegaconf" would resolve each file on its own
+        kwargs.setdefault("allow_abbrev", False)  # else --trainer.max_step would silently be read as max_steps
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2 and the line that helps."""
+        """Exit with status 2 and an error of one line."""
         if not self.exit_on_error or debugging():
             super().error(message, ex)
         fail(explain(message, self._keys()))
@@ -51,7 +51,11 @@ class Parser(LightningArgumentParser):
 
 
 class CLI(LightningCLI):
-    """LightningCLI for any LightningModule and LightningDataModule that a configuration names by ``class_path``."""
+    """LightningCLI for any LightningModule and LightningDataModule that a configuration names by ``class_path``.
+
+    Args:
+        args: Command-line arguments; None reads them from ``sys.argv``.
+    """
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -61,37 +65,37 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             parser_class=Parser,
             seed_everything_default=0,
-            auto_configure_optimizers=False,  # built before LoRA freezes; the module makes its own
-            save_config_kwargs={"overwrite": True},  # a resumed run writes to its own folder
+            auto_configure_optimizers=False,  # Lightning would build them before LoRA freezes weights
+            save_config_kwargs={"overwrite": True},  # a resumed run writes to the same folder again
             trainer_defaults={
-                "num_sanity_val_steps": -1,  # the whole validation at step 0: the summary's "before"
-                "inference_mode": False,  # its tensors could not enter a later backward pass
-                "use_distributed_sampler": False,  # the data modules know their rank
+                "num_sanity_val_steps": -1,  # a whole validation at step 0, which the summary compares with
+                "inference_mode": False,  # tensors of inference mode could not enter a later backward pass
+                "use_distributed_sampler": False,  # the data modules split the data themselves
             },
             args=args,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is ours."""
+        """Add ``--run_name``, ``--print_plan`` and ``--memory_gib``."""
         parser.add_argument("--run_name", type=str, default="run", help=f"Results go to {OUTPUTS}/<run_name>.")
         parser.add_argument(
-            "--print_plan", action="store_true", help="Print what fit takes of a GPU's memory, part by part, and stop."
+            "--print_plan", action="store_true", help="Print the memory that fit needs on a GPU, part by part, and stop."
         )
         parser.add_argument(
             "--memory_gib",
             type=NonNegativeFloat | None,
             default=None,
-            help="GiB per GPU that the plan is compared with before fit loads anything; null is the GPU's own, 0 is off.",
+            help="Memory per GPU in GiB. If the plan of fit needs more, fit stops at once; null is the GPU's own, 0 never stops.",
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would merge the checkpoint's hyper-parameters over the configuration."""
+        """Do nothing. Lightning would let hyper-parameters in the checkpoint override the configuration."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with TensorBoard in ``outputs/<run_name>`` unless the configuration names a logger.
 
-        Not a default of the parser, so that the saved ``config.yaml`` can be run again under another name. Only ``fit``
-        writes to the folder itself, so that a later validation does not overwrite the run's record.
+        The logger is not a default of the parser, so that the saved ``config.yaml`` can be run again under another name.
+        Only ``fit`` writes to the folder itself; other subcommands write below it and do not overwrite the events of ``fit``.
         """
         name = self._get(self.config_init, "run_name")
         trainer = self._get(self.config_init, "trainer")
@@ -103,15 +107,15 @@ class CLI(LightningCLI):
         if trainer.get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(Path(OUTPUTS, name))
         made = super().instantiate_trainer(**kwargs)
-        for callback in made.checkpoint_callbacks:  # a logger with a new folder per start would hide them from "last"
+        for callback in made.checkpoint_callbacks:  # else a logger with a new folder per start would hide them from "last"
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(made.default_root_dir, "checkpoints"))
-        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # none is configured
+        if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, so the configuration names none
             made.strategy.checkpoint_io = CheckpointFiles()
         return made
 
     def _plan_memory(self, trainer: Mapping[str, Any]) -> None:
-        """Print the plan and stop, or stop a run that cannot fit. Before the trainer, which would ask for the GPUs."""
+        """Print the plan and stop, or stop a run that cannot fit. Called before the trainer takes the GPUs."""
         asked, available = self._get(self.config_init, "print_plan"), self._get(self.config_init, "memory_gib")
         if self.subcommand != "fit":
             if asked:
@@ -129,7 +133,7 @@ class CLI(LightningCLI):
             self._check_memory(trainer, available)
 
     def _check_memory(self, trainer: Mapping[str, Any], available: float) -> None:
-        """Stop a run that needs more than so many GiB. One that cannot be planned goes on: it is not known to fail."""
+        """Stop a run that needs more than ``available`` GiB. A run that cannot be planned continues with a warning."""
         from uae.memory import plan
 
         try:
@@ -143,7 +147,7 @@ class CLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict" and kwargs.get("return_predictions") is None:
-            kwargs["return_predictions"] = False  # a callback writes them; memory would grow with the folder
+            kwargs["return_predictions"] = False  # a callback writes them; keeping all of them would fill the memory
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -156,7 +160,11 @@ class CLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> CLI:
-    """Run the command line."""
+    """Run the command line.
+
+    Args:
+        args: Command-line arguments; None reads them from ``sys.argv``.
+    """
     with one_line_errors():
         return CLI(args)
 

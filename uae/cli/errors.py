@@ -1,4 +1,4 @@
-"""What a user sees when something goes wrong: one line for a mistake, the traceback for a defect."""
+"""Errors on the command line: one line if the user can correct the cause, the traceback if it is a defect of the code."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 OUTPUTS = "outputs"
 PACKAGE = Path(__file__).parents[1]
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
-_CHATTER = ("KeyboardInterrupt", "litlogger")  # messages of Lightning that say nothing our own do not
+_CHATTER = ("KeyboardInterrupt", "litlogger")  # in messages of Lightning that repeat ours or advertise
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.11 and newer
-    r"Found \d+ module\(s\) in eval mode",  # frozen parts are meant to be
+    r"Found \d+ module\(s\) in eval mode",  # frozen parts are in eval mode on purpose
     r".*is_gradient_checkpointing` is deprecated",  # peft 0.21 with transformers 5.23
-    r"`torch_dtype` is deprecated",  # its successor is unknown to diffusers 0.39
-    r"It is recommended to use `self\.log\(.*sync_dist=True",  # metrics and measurements are reduced before they are logged
-    r"The '\w+' does not have many workers",  # scenes are cheaper to draw than to send
+    r"`torch_dtype` is deprecated",  # diffusers 0.39 does not know the new name
+    r"It is recommended to use `self\.log\(.*sync_dist=True",  # they are reduced before they are logged
+    r"The '\w+' does not have many workers",  # drawing a scene takes less time than sending it between processes
 )
 _REFUSED_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
-_OF_A_WORKER = re.compile(  # how PyTorch passes on what a process that loads data raised: its traceback as text
+_OF_A_WORKER = re.compile(  # PyTorch reports an error of a data-loading process as the text of its traceback
     r'Caught (?:Value|Runtime)Error in DataLoader worker .*File "(?P<file>[^"\n]+)", line \d+, in [^\n]+\n\s+raise [^\n]*\n'
     r"(?:\s[^\n]*\n)*(?:Value|Runtime)Error: (?P<message>.*)",
     re.DOTALL,
@@ -38,7 +38,7 @@ _SPEAKS_TO_USERS = ("uae.", "callbacks.", "lightning.pytorch.trainer.")
 
 
 def mistake(error: BaseException) -> str | None:
-    """The one line a user needs, or None where the traceback is needed: the error is a defect, not a mistake."""
+    """The message of an error that the user can correct, in one line; None if the error is a defect of the code."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -52,7 +52,7 @@ def mistake(error: BaseException) -> str | None:
 
 
 def _written_for_users(error: BaseException) -> str | None:
-    """The message, if a ``raise`` statement made it whose message is written for users."""
+    """The message, if a ``raise`` statement of this project or of Lightning's trainer made the error; else None."""
     innermost = error.__traceback__
     while innermost is not None and innermost.tb_next is not None:
         innermost = innermost.tb_next
@@ -67,34 +67,34 @@ def _written_for_users(error: BaseException) -> str | None:
 
 
 def in_one_line(text: str) -> str:
-    """A message without line breaks."""
+    """A message with line breaks and repeated spaces replaced by one space."""
     return " ".join(text.split())
 
 
 def quieten() -> None:
-    """Silence what libraries say to their developers, so that what is left deserves to be read."""
+    """Silence messages and warnings of libraries that users can do nothing about."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    return not any(word in str(record.msg) for word in _CHATTER)
+    return not any(part in str(record.msg) for part in _CHATTER)
 
 
 def debugging() -> bool:
-    """Whether ``UAE_DEBUG`` asks for everything."""
+    """Whether the environment variable ``UAE_DEBUG`` is set, which shows tracebacks and full reports."""
     return bool(os.environ.get("UAE_DEBUG"))
 
 
 def fail(line: str) -> NoReturn:
-    """Say what is wrong and exit with status 2."""
+    """Print an error and exit with status 2."""
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def interrupted(line: str = "interrupted") -> NoReturn:
-    """Say so and exit with status 130."""
+    """Print a line, unless it is empty, and exit with status 130."""
     if line:
         print(f"\n{line}", file=sys.stderr)
     raise SystemExit(INTERRUPTED) from None
@@ -102,7 +102,7 @@ def interrupted(line: str = "interrupted") -> NoReturn:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Inside, user mistakes are one line and status 2, Ctrl-C is one line and status 130."""
+    """Inside, an error that the user can correct is printed in one line with status 2; Ctrl-C gives status 130."""
     quieten()
     try:
         yield

@@ -1,4 +1,4 @@
-"""TensorBoard that loses events rather than the run."""
+"""A TensorBoard logger that continues the run when events cannot be written."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class EnduringTensorBoard(TensorBoardLogger):
-    """Lightning's TensorBoardLogger on a disk that may be full for a while.
+    """Lightning's TensorBoardLogger, which also works while the disk is full.
 
-    TensorBoard writes in a thread of its own, which dies of the first error and raises it at every later call. Here that
-    is a warning, and some time later a new file of events is tried.
+    TensorBoard's writing thread ends at the first error, and every later call raises that error. This logger warns instead,
+    drops events for a while, and then opens a new event file.
 
     Args:
-        *args: Of `lightning.pytorch.loggers.TensorBoardLogger`.
-        retry_seconds: How long after a failure nothing is written.
-        **kwargs: Of `lightning.pytorch.loggers.TensorBoardLogger`.
+        *args: Positional arguments of `lightning.pytorch.loggers.TensorBoardLogger`.
+        retry_seconds: Seconds after a failure in which events are dropped.
+        **kwargs: Keyword arguments of `lightning.pytorch.loggers.TensorBoardLogger`.
     """
 
     def __init__(self, *args: Any, retry_seconds: float = 60.0, **kwargs: Any) -> None:
@@ -31,7 +31,7 @@ class EnduringTensorBoard(TensorBoardLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The ``SummaryWriter``."""
+        """TensorBoard's ``SummaryWriter``."""
         summary = super().experiment
         files = summary._get_file_writer()
         if not isinstance(files.event_writer, _EnduringWriter):
@@ -40,17 +40,17 @@ class EnduringTensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write hyper-parameters, if that is possible."""
+        """Write the hyper-parameters; warn if that fails."""
         _try(super().save)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left, if that is possible."""
+        """Write the remaining events; warn if that fails."""
         _try(super().finalize, status)
 
 
 class _EnduringWriter:
-    """An ``EventFileWriter`` that is replaced when it fails."""
+    """An ``EventFileWriter`` that is replaced after a failure."""
 
     def __init__(self, writer: Any, retry_seconds: float) -> None:
         self.writer, self.retry_seconds = writer, retry_seconds
@@ -76,7 +76,7 @@ class _EnduringWriter:
             if self.writer is None:
                 self.writer = self.make(self.folder)
             work(self.writer)
-        except Exception as error:  # whatever the thread died of
+        except Exception as error:  # any error that ended TensorBoard's thread
             if self.writer is not None:
                 _warn(error)
             self.writer, self.failed_at = None, time.monotonic()

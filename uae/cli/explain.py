@@ -1,7 +1,7 @@
-"""One useful line out of a parser's report.
+"""Shortens a report of jsonargparse to one line.
 
-A class given by ``class_path`` is validated against a union, and jsonargparse reports every branch of it. The reader wants
-to know which key is wrong, where it is and what was meant.
+A class given by ``class_path`` is validated against a union of types, and jsonargparse reports every branch of the union. The
+line says which key is wrong, where it is, and which key was probably meant.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _UNKNOWN = (
 
 
 def explain(message: str, known: Iterable[str] = ()) -> str:
-    """One line that names the key at fault.
+    """One line that names the wrong key.
 
     Args:
-        message: What jsonargparse reports, often many lines.
-        known: Keys of the parser itself, to suggest from; keys of classes are looked up.
+        message: Report of jsonargparse, often of many lines.
+        known: Keys of the parser itself, for suggestions. The keys of classes are looked up.
     """
     place, owner, problem = _locate(message)
-    if place == "config" or not problem:  # a file, whose syntax errors take several lines, or every branch was noise
+    if place == "config" or not problem:  # a syntax error of a file, or nothing useful was found
         return " ".join(message.split()).removeprefix('Parser key "config": ')
     for pattern in _UNKNOWN:
         if unknown := re.search(pattern, problem):
@@ -42,7 +42,7 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
 
 
 def _locate(message: str) -> tuple[str, str, str]:
-    """Dotted place, class path of the innermost class, and the first line that says what is wrong."""
+    """Dotted path of the key, class path of the innermost class, and the first useful line."""
     path: list[str] = []
     owner = ""
     for line in message.splitlines():
@@ -63,7 +63,7 @@ def _locate(message: str) -> tuple[str, str, str]:
 
 
 def _plain(problem: str, message: str) -> str:
-    """Types as people write them, and the value at fault."""
+    """The problem with readable type names and the wrong value."""
     problem, _, value = problem.partition(" Got value: ")
     problem = re.sub(r"Expected an? <class '(?:\w+\.)*(\w+)'>", r"expected \1", problem)
     problem = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", problem).rstrip(".")
@@ -87,7 +87,7 @@ def _unknown_key(place: str, owner: str, known: Iterable[str], key: str, group: 
 
 
 def parameters(class_path: str, group: str | None = None) -> list[str]:
-    """Names a class accepts, or those its parameter ``group`` (a class itself) accepts; empty where unknown."""
+    """Names of the parameters of a class, or of the class that its parameter ``group`` takes; empty if unknown."""
     try:
         module, _, name = class_path.rpartition(".")
         found = getattr(importlib.import_module(module), name)

@@ -1,1 +1,1 @@
-"""Tiny random checkpoints in official layouts: every configuration can be rehearsed without a download."""
+"""Writes tiny random checkpoints in official layouts, with which every configuration can be rehearsed without a download."""

@@ -1,4 +1,4 @@
-"""``python -m uae.rehearsal FOLDER``: stand-ins for every checkpoint that a configuration names."""
+"""``python -m uae.rehearsal FOLDER``: writes a tiny stand-in for every checkpoint that a configuration names."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from uae.rehearsal.catalog import PIPELINE_NAMES, write
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, write, and say what can be run now."""
+    """Parse the command line, write the stand-ins, and print the command of a rehearsal.
+
+    Args:
+        arguments: Command-line arguments; None reads them from ``sys.argv``.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m uae.rehearsal",
         description="Write tiny random checkpoints in official layouts, under official names, so that every configuration "
         "runs on a laptop before it runs on a GPU.",
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where they go; UAE_CHECKPOINTS of the run")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the stand-ins; the run's UAE_CHECKPOINTS")
     example = f"e.g. UAE {next(iter(PIPELINE_NAMES))}"
-    parser.add_argument("--only", metavar="NAME", nargs="+", help=f"these instead of all, {example}")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help=f"write these instead of all, {example}")
     given = parser.parse_args(arguments)
     start = time.perf_counter()
     try:
@@ -36,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def quiet() -> None:
-    """No progress bars and no deprecations of the libraries: every stand-in has its own line."""
+    """Switch off progress bars and warnings of the libraries, so that each stand-in prints one line."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""Every stand-in by its released name, and how it gets on disk."""
+"""The stand-ins by the names of the released checkpoints, and the function that writes them to disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-MARK = "rehearsal.json"  # in every folder written here: the digest of what wrote it, and its files
+MARK = "rehearsal.json"  # in every folder written here: the digest of the code that wrote it, and its files
 
 PIPELINE_NAMES = {
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
@@ -24,7 +24,7 @@ PIPELINE_NAMES = {
 
 
 def catalog() -> dict[str, Callable[[Path], None]]:
-    """Name to writer."""
+    """Name of each stand-in to the function that writes it into a folder."""
     from uae.rehearsal.emu3 import EMU3
     from uae.rehearsal.encoders import ENCODERS
     from uae.rehearsal.janus import JANUS
@@ -37,16 +37,16 @@ def catalog() -> dict[str, Callable[[Path], None]]:
 
 
 def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], None] = lambda line: None) -> None:
-    """Write the stand-ins that are not there yet, each at once: nobody sees half of one.
+    """Write the stand-ins that do not exist yet. An incomplete stand-in never appears under its name.
 
     Args:
-        folder: Where they go; ``$UAE_CHECKPOINTS`` for `uae.files.locations.locate`.
-        only: Names; all by default.
-        say: Is told about each.
+        folder: Folder of the stand-ins; `uae.files.locations.locate` finds them if ``UAE_CHECKPOINTS`` is this folder.
+        only: Names of stand-ins to write; None writes all.
+        say: Function that is called with one line of text per stand-in.
 
     Raises:
-        ValueError: An unknown name.
-        FileExistsError: A folder of that name holds what was not written here; it may be the real checkpoint.
+        ValueError: There is no stand-in of a name in ``only``.
+        FileExistsError: A folder of that name has files that this function did not write, perhaps the real checkpoint.
     """
     import torch
 
@@ -66,7 +66,12 @@ def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], 
 
 
 def complete(target: Path, digest: str | None = None) -> bool:
-    """Whether a folder is as this code writes it: every file there, of the size it had."""
+    """Whether a folder is as the current code writes it: all files exist and have their original sizes.
+
+    Args:
+        target: Folder of one stand-in.
+        digest: Digest of the code; None computes it.
+    """
     return _mark(target) == {"digest": digest or _digest(), "files": _sizes(target)}
 
 
@@ -78,7 +83,7 @@ def _mark(target: Path) -> dict[str, Any]:
 def _write(target: Path, writer: Callable[[Path], None], digest: str) -> None:
     listed = _mark(target)["files"]
     foreign = [name for name, size in _sizes(target).items() if size > listed.get(name, -1)]
-    if foreign:  # perhaps a real checkpoint, also if it was copied over a stand-in
+    if foreign:  # perhaps a real checkpoint, possibly copied over a stand-in
         raise FileExistsError(f"{target / foreign[0]} was not written by this command and stays; give another FOLDER")
     partial = target.with_name(f".{target.name}.partial")
     for remains in (partial, target):
@@ -98,6 +103,6 @@ def _files(target: Path) -> Iterable[Path]:
 
 
 def _digest() -> str:
-    """Of this package's code: a folder that older code wrote is written anew."""
+    """SHA-256 of the code of this package. Folders that other code wrote are written again."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

@@ -30,21 +30,21 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> Any:
-    """Byte-level; puts nothing around a text."""
+    """A byte-level tokenizer that adds no special tokens to a text."""
     from transformers import GPT2Tokenizer
 
     vocab, merges = subwords()
-    words = GPT2Tokenizer(
+    made = GPT2Tokenizer(
         vocab, merges, bos_token=BEGIN, eos_token=END, pad_token=PAD, unk_token=PAD, padding_side="left",
         model_max_length=9216, extra_special_tokens=IMAGES,
     )  # fmt: skip
-    # The library adds special tokens in an order of its own; visual ones must follow each other.
-    words.add_tokens(MARKS, special_tokens=True)
-    return words
+    # The library adds special tokens in another order, but the ids of visual tokens must be consecutive.
+    made.add_tokens(MARKS, special_tokens=True)
+    return made
 
 
 def emu3(seed: int) -> tuple[Any, Any]:
-    """Emu3 and its processor: 8 x 8 pixels a token as released, images of 16 x 16 to 24 x 24 pixels when read."""
+    """Emu3 and its processor. A token covers 8 x 8 pixels, as released; images are scaled to 16 x 16 to 24 x 24 pixels."""
     from transformers import (
         Emu3Config,
         Emu3ForConditionalGeneration,
@@ -53,29 +53,29 @@ def emu3(seed: int) -> tuple[Any, Any]:
         GenerationConfig,
     )
 
-    words = tokenizer()
-    ids = {f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    reader = tokenizer()
+    ids = {f"{role}_token_id": getattr(reader, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     text = {
         "hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 4096,
+        "num_key_value_heads": 2, "vocab_size": len(reader), "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, **ids,
     }  # fmt: skip
     codes = {
         "codebook_size": CODES, "base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1,
         "hidden_size": 32,
     }  # fmt: skip
-    config = Emu3Config(text_config=text, vq_config=codes, vocabulary_map=words.get_vocab())
+    config = Emu3Config(text_config=text, vq_config=codes, vocabulary_map=reader.get_vocab())
     model = Emu3ForConditionalGeneration(config)
-    model.model.language_model = model.model.text_model  # as `randomise` knows it
-    randomise(model, words, seed)
+    model.model.language_model = model.model.text_model  # the name that `randomise` expects
+    randomise(model, reader, seed)
     del model.model.language_model
     model.generation_config = GenerationConfig(**ids)
     pixels = Emu3ImageProcessor(min_pixels=16 * 16, max_pixels=24 * 24, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return model, Emu3Processor(pixels, words, chat_template=CHAT_TEMPLATE)
+    return model, Emu3Processor(pixels, reader, chat_template=CHAT_TEMPLATE)
 
 
 def save(seed: int) -> Callable[[Path], None]:
-    """A writer."""
+    """A function that writes Emu3 with the weights of a seed into a folder."""
 
     def write(folder: Path) -> None:
         model, processor = emu3(seed)

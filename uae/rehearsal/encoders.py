@@ -30,7 +30,7 @@ IMAGENET: Moments = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0
 
 
 def write_clip(folder: Path, positions: int = 77, seed: int = 0) -> None:
-    """CLIP with both towers; LongCLIP is CLIP with 248 text positions."""
+    """CLIP with image and text encoder. LongCLIP is CLIP with 248 text positions."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
     tokenizer = clip_tokenizer()
@@ -67,7 +67,7 @@ def write_dinov3(folder: Path) -> None:
 
 
 def write_siglip(folder: Path) -> None:
-    """SigLIP 2 of a fixed resolution, which is SigLIP's class; 32 pixels, so four tokens."""
+    """SigLIP 2 of a fixed resolution (32 pixels, so four tokens), which has the class of SigLIP."""
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
     text = {"vocab_size": 64, "max_position_embeddings": 64, "projection_size": SIZES["hidden_size"], **SIZES}
@@ -77,7 +77,7 @@ def write_siglip(folder: Path) -> None:
 
 
 def spread(model: Any, seed: int) -> Any:
-    """Weights large enough that different images get different embeddings."""
+    """Add noise to the weights until different images get clearly different embeddings."""
     import torch
 
     noise = torch.Generator().manual_seed(seed)

@@ -30,10 +30,10 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer(pads_first: int = 0) -> Any:
-    """Byte-level, begins every text, pads on the left.
+    """A byte-level tokenizer that adds a begin token to every text and pads on the left.
 
     Args:
-        pads_first: Tokens between the end and the padding, whose number differs between the 1B and the 7B model.
+        pads_first: Number of tokens between the end token and the padding token. It differs between the 1B and 7B models.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -45,16 +45,16 @@ def tokenizer(pads_first: int = 0) -> Any:
     backend.add_special_tokens([BEGIN, END, *(f"<reserved_{i}>" for i in range(pads_first)), PAD])
     begin = (BEGIN, backend.token_to_id(BEGIN))
     backend.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[begin])
-    words = PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BEGIN, eos_token=END, pad_token=PAD, padding_side="left",
         model_max_length=16384, extra_special_tokens=IMAGES,
     )  # fmt: skip
-    words.add_tokens(ROLES, special_tokens=True)
-    return words
+    made.add_tokens(ROLES, special_tokens=True)
+    return made
 
 
 def janus_pro(layers: int, seed: int, pads_first: int = 0) -> tuple[Any, Any]:
-    """Janus-Pro and its processor: 16 tokens an image, read or drawn, instead of 576."""
+    """Janus-Pro and its processor, with 16 tokens per image, read or drawn, instead of 576."""
     from transformers import (
         GenerationConfig,
         JanusConfig,
@@ -63,11 +63,11 @@ def janus_pro(layers: int, seed: int, pads_first: int = 0) -> tuple[Any, Any]:
         JanusProcessor,
     )
 
-    words, tokens = tokenizer(pads_first), (SIDE // PATCH) ** 2
-    ids = {f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    reader, tokens = tokenizer(pads_first), (SIDE // PATCH) ** 2
+    ids = {f"{role}_token_id": getattr(reader, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     text = {
         "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": len(words) + 8, "max_position_embeddings": 4096,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": len(reader) + 8, "max_position_embeddings": 4096,
         "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **ids,
     }  # fmt: skip
     vision = {
@@ -80,20 +80,23 @@ def janus_pro(layers: int, seed: int, pads_first: int = 0) -> tuple[Any, Any]:
     }  # fmt: skip
     config = JanusConfig(
         text_config=text, vision_config=vision, vq_config=codes, tie_word_embeddings=False,
-        image_token_id=words.convert_tokens_to_ids(IMAGES["image_token"]),
+        image_token_id=reader.convert_tokens_to_ids(IMAGES["image_token"]),
     )  # fmt: skip
-    model = randomise(JanusForConditionalGeneration(config), words, seed)
-    begin = {"boi_token_id": words.convert_tokens_to_ids(IMAGES["boi_token"])}
+    model = randomise(JanusForConditionalGeneration(config), reader, seed)
+    begin = {"boi_token_id": reader.convert_tokens_to_ids(IMAGES["boi_token"])}
     model.generation_config = GenerationConfig(**ids, temperature=1.0, guidance_scale=5.0, generation_kwargs=begin)
     pixels = JanusImageProcessor(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     processor = JanusProcessor(
-        pixels, words, chat_template=CHAT_TEMPLATE, use_default_system_prompt=True, num_image_tokens=tokens
+        pixels, reader, chat_template=CHAT_TEMPLATE, use_default_system_prompt=True, num_image_tokens=tokens
     )
     return model, processor
 
 
 def save(layers: int, seed: int, pads_first: int) -> Callable[[Path], None]:
-    """A writer. The tokenizer is declared a ``LlamaTokenizer``, as in the released port, though it is byte-level."""
+    """A function that writes Janus-Pro into a folder.
+
+    The tokenizer's class is given as ``LlamaTokenizer`` although it is byte-level, as in the released port.
+    """
 
     def write(folder: Path) -> None:
         model, processor = janus_pro(layers, seed, pads_first)

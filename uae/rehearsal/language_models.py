@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from uae.rehearsal.encoders import IMAGENET, Moments
 
-WIDTH = 64  # of every text decoder here; connectors count their heads as width / 64
+WIDTH = 64  # hidden size of all language models here; connectors have width / 64 heads
 END, PAD = "<|im_end|>", "<|endoftext|>"
 QWEN = [
     PAD, "<|im_start|>", END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
@@ -29,7 +29,16 @@ SENTENCES = [
 
 
 def subwords(vocabulary: int = 440, **settings: Any) -> tuple[dict[str, int], Any]:
-    """Byte-level byte pairs learned from a few sentences: the vocabulary and the merges. They spell any text."""
+    """Learn byte-level byte-pair encoding from a few sentences. It can encode any text.
+
+    Args:
+        vocabulary: Number of entries of the vocabulary.
+        settings: Further arguments of both the model and the trainer of the library tokenizers.
+
+    Returns:
+        The vocabulary and the merges, a list of pairs. Its type is Any, because transformers declares merges as a list of
+        strings and takes pairs.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     learner = Tokenizer(models.BPE(**settings))
@@ -46,20 +55,31 @@ def subwords(vocabulary: int = 440, **settings: Any) -> tuple[dict[str, int], An
 
 
 def tokenizer(specials: list[str], roles: dict[str, str] | None = None) -> Any:
-    """A Qwen2 tokenizer. ``roles`` names special tokens, the way processors ask for them."""
+    """A Qwen2 tokenizer.
+
+    Args:
+        specials: Special tokens.
+        roles: Attribute of the tokenizer to special token; processors look tokens up by attribute.
+    """
     from transformers import Qwen2Tokenizer
 
     vocab, merges = subwords()
-    words = Qwen2Tokenizer(
+    made = Qwen2Tokenizer(
         vocab, merges, eos_token=END, pad_token=PAD, unk_token=PAD, model_max_length=32768, padding_side="left",
         **({"extra_special_tokens": roles} if roles else {}),
     )  # fmt: skip
-    words.add_tokens(specials, special_tokens=True)
-    return words
+    made.add_tokens(specials, special_tokens=True)
+    return made
 
 
 def chat_template(image: str, video: str, system: str | None = None) -> str:
-    """ChatML: any role is written as it is; ``system`` opens conversations that bring no system message."""
+    """A chat template in ChatML that accepts any role.
+
+    Args:
+        image: Text that stands for an image.
+        video: Text that stands for a video.
+        system: Default system message, for conversations without one; None for no default.
+    """
     lines = ["{%- for message in messages -%}"]
     if system:
         lines += [
@@ -82,20 +102,20 @@ def chat_template(image: str, video: str, system: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def generation_settings(words: Any) -> Any:
-    """Settings like those the released models ship: they reshape the distribution, and must be neutralised."""
+def generation_settings(tokenizer: Any) -> Any:
+    """Generation settings as in the released models. They reshape the distribution, so captioners must ignore them."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
-        bos_token_id=words.pad_token_id, pad_token_id=words.pad_token_id, do_sample=True,
-        eos_token_id=[words.eos_token_id, words.pad_token_id], repetition_penalty=1.05, temperature=0.1, top_k=1, top_p=0.8,
+        bos_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], repetition_penalty=1.05, temperature=0.1, top_k=1, top_p=0.8,
     )  # fmt: skip
 
 
-def randomise(model: Any, words: Any, seed: int) -> Any:
-    """Weights of a scale at which picture and text matter, and captions look like words and end now and then.
+def randomise(model: Any, tokenizer: Any, seed: int) -> Any:
+    """Weights of a scale at which picture and text matter, and captions look like text and end now and then.
 
-    The first feature of every word vector is a constant that no layer touches, so in the output head the same feature
+    The first feature of every token embedding is a constant that no layer touches, so in the output head the same feature
     is a bias for or against a token: against bytes that are no text, in favour of the end.
     """
     import torch
@@ -112,23 +132,23 @@ def randomise(model: Any, words: Any, seed: int) -> Any:
         layer.input_layernorm.weight.data[0] = 0
         layer.post_attention_layernorm.weight.data[0] = 0
     decoder.norm.weight.data[0] = 8
-    tokens = words.convert_ids_to_tokens(range(len(words)))
-    spelled = [words.convert_tokens_to_string([token]) for token in tokens]
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    spelled = [tokenizer.convert_tokens_to_string([token]) for token in tokens]
     readable = torch.tensor([text.strip("\n").isprintable() and "\N{REPLACEMENT CHARACTER}" not in text for text in spelled])
-    readable[list(words.added_tokens_decoder)] = False
+    readable[list(tokenizer.added_tokens_decoder)] = False
     bias_V = torch.where(readable, 2.0, 1.0)
-    ends = [words.eos_token_id, words.pad_token_id]
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     bias_V[ends] = 2.34
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         table.weight.data[ends] *= 0.3  # ends are as likely after one text as after another
         table.weight.data[:, 0] = 1.0
-        table.weight.data[: len(words), 0] = bias_V
-    model.generation_config = generation_settings(words)
+        table.weight.data[: len(tokenizer), 0] = bias_V
+    model.generation_config = generation_settings(tokenizer)
     return model.eval()
 
 
 def qwen2_5_vl_processor() -> Any:
-    """The processor of Qwen2.5-VL with its released pixel budget: 28 x 28 pixels a token."""
+    """The processor of Qwen2.5-VL with the released bounds on image areas; a token covers 28 x 28 pixels."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     sizes: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
@@ -142,7 +162,7 @@ def qwen2_5_vl_processor() -> Any:
 
 
 def qwen2_5_vl(tied: bool, seed: int = 0) -> tuple[Any, Any]:
-    """Qwen2.5-VL and its processor; the 3B model shares its word vectors with its head, the 7B model does not."""
+    """Qwen2.5-VL and its processor. The 3B model ties its token embeddings to its head, the 7B model does not."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     processor = qwen2_5_vl_processor()
@@ -160,7 +180,7 @@ def qwen2_5_vl(tied: bool, seed: int = 0) -> tuple[Any, Any]:
 
 
 def qwen3_vl() -> tuple[Any, Any]:
-    """Qwen3-VL and its processor: 32 x 32 pixels a token, no system turn of its own."""
+    """Qwen3-VL and its processor. A token covers 32 x 32 pixels, and there is no default system message."""
     from transformers import (
         Qwen2VLImageProcessor,
         Qwen3VLConfig,
@@ -189,7 +209,7 @@ def qwen3_vl() -> tuple[Any, Any]:
 
 
 def internvl() -> tuple[Any, Any]:
-    """InternVL3 in the transformers layout, and its processor; 4 tokens a tile instead of 256."""
+    """InternVL3 in the layout of transformers and its processor, with 4 tokens per tile instead of 256."""
     from transformers import (
         GotOcr2ImageProcessor,
         InternVLConfig,
@@ -199,10 +219,10 @@ def internvl() -> tuple[Any, Any]:
     )
 
     roles = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    words, side = tokenizer(INTERN, {**roles, "video_token": "<video>"}), {"height": 56, "width": 56}
+    reader, side = tokenizer(INTERN, {**roles, "video_token": "<video>"}), {"height": 56, "width": 56}
     processor = InternVLProcessor(
         GotOcr2ImageProcessor(size=side, crop_to_patches=False, min_patches=1, max_patches=12, **IMAGENET),
-        words,
+        reader,
         InternVLVideoProcessor(size=side, **IMAGENET),
         image_seq_length=4,
         chat_template=chat_template("<IMG_CONTEXT>\n", "<video>\n"),
@@ -212,14 +232,14 @@ def internvl() -> tuple[Any, Any]:
         "image_size": [56, 56], "patch_size": [14, 14],
     }  # fmt: skip
     config = InternVLConfig(
-        text_config={"model_type": "qwen2", **_decoder(words, tied=False), **_rope()}, vision_config=vision,
-        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, tie_word_embeddings=False,
+        text_config={"model_type": "qwen2", **_decoder(reader, tied=False), **_rope()}, vision_config=vision,
+        image_token_id=reader.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, tie_word_embeddings=False,
     )  # fmt: skip
-    return randomise(InternVLForConditionalGeneration(config), words, seed=2), processor
+    return randomise(InternVLForConditionalGeneration(config), reader, seed=2), processor
 
 
 def llava_onevision() -> tuple[Any, Any]:
-    """LLaVA-OneVision and its processor; tiles of 28 x 28 pixels instead of 384 x 384."""
+    """LLaVA-OneVision and its processor, with tiles of 28 x 28 pixels instead of 384 x 384."""
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -228,10 +248,10 @@ def llava_onevision() -> tuple[Any, Any]:
         LlavaOnevisionVideoProcessor,
     )
 
-    words, side, pinpoints = tokenizer(LLAVA), {"height": 28, "width": 28}, [[28, 28], [28, 56], [56, 28], [56, 56]]
+    reader, side, pinpoints = tokenizer(LLAVA), {"height": 28, "width": 28}, [[28, 28], [28, 56], [56, 28], [56, 56]]
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=pinpoints),
-        words,
+        reader,
         LlavaOnevisionVideoProcessor(size=side),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
@@ -242,15 +262,15 @@ def llava_onevision() -> tuple[Any, Any]:
         "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
     }  # fmt: skip
     config = LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", **_decoder(words, tied=True), **_rope()}, vision_config=vision,
-        image_token_index=words.convert_tokens_to_ids("<image>"), image_grid_pinpoints=pinpoints,
-        video_token_index=words.convert_tokens_to_ids("<video>"), tie_word_embeddings=True,
+        text_config={"model_type": "qwen2", **_decoder(reader, tied=True), **_rope()}, vision_config=vision,
+        image_token_index=reader.convert_tokens_to_ids("<image>"), image_grid_pinpoints=pinpoints,
+        video_token_index=reader.convert_tokens_to_ids("<video>"), tie_word_embeddings=True,
     )  # fmt: skip
-    return randomise(LlavaOnevisionForConditionalGeneration(config), words, seed=3), processor
+    return randomise(LlavaOnevisionForConditionalGeneration(config), reader, seed=3), processor
 
 
 def save(create: Callable[[], tuple[Any, Any]]) -> Callable[[Path], None]:
-    """A writer of a model and its processor, in bfloat16 like the released ones."""
+    """A function that writes a model and its processor into a folder, in bfloat16 as released."""
 
     def write(folder: Path) -> None:
         model, processor = create()
@@ -260,11 +280,11 @@ def save(create: Callable[[], tuple[Any, Any]]) -> Callable[[Path], None]:
     return write
 
 
-def _decoder(words: Any, tied: bool) -> dict[str, Any]:
+def _decoder(tokenizer: Any, tied: bool) -> dict[str, Any]:
     return {
         "hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": len(words) + 8, "max_position_embeddings": 4096, "tie_word_embeddings": tied,
-        "bos_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id,
+        "num_key_value_heads": 2, "vocab_size": len(tokenizer) + 8, "max_position_embeddings": 4096, "tie_word_embeddings": tied,
+        "bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that only their authors' code reads: UAE, UniWorld-V1 and OpenUni, tiny and random, key by key as released."""
+"""Tiny random checkpoints of UAE, UniWorld-V1 and OpenUni, which no library reads, with the released names of all weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from uae.rehearsal.encoders import SIZES
 from uae.rehearsal.language_models import WIDTH, qwen2_5_vl
 from uae.rehearsal.pipelines import write_flux, write_sana, write_sd3
 
-QUERIES = 256  # OpenUni's number
+QUERIES = 256  # number of OpenUni's queries
 
 
 def write_uae(folder: Path) -> None:
-    """UAE: the Stable Diffusion 3 folder, its transformer trained on long captions and adapted, language model, projector."""
+    """UAE: Stable Diffusion 3, its trained transformer with an adapter, the language model with an adapter, the projector."""
     from diffusers import SD3Transformer2DModel
     from peft import LoraConfig, get_peft_model
 
@@ -39,13 +39,13 @@ def write_uae(folder: Path) -> None:
 
 
 def _write_adapted_shards(folder: Path, model: Any) -> None:
-    """The whole state dict around an adapter on the inner model, in three files without an index."""
+    """The state dict of a model whose inner model has an adapter, in three files without an index."""
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
 
     adapted = get_peft_model(model.model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
     model.model = _fill_adapter(adapted, seed=4)
-    _move(model.projector, seed=5)  # trained on beside the adapter
+    _move(model.projector, seed=5)  # trained together with the adapter
     state = {name: tensor.bfloat16().contiguous().clone() for name, tensor in model.state_dict().items()}
     folder.mkdir()
     names, shard = list(state), -(-len(state) // 3)
@@ -55,7 +55,7 @@ def _write_adapted_shards(folder: Path, model: Any) -> None:
 
 
 def write_uniworld(folder: Path) -> None:
-    """UniWorld-V1: Qwen2.5-VL of transformers 4.50, FLUX and three projectors in one set of files."""
+    """UniWorld-V1: Qwen2.5-VL as of transformers 4.50, FLUX and three projectors in one set of files."""
     from diffusers import FluxTransformer2DModel
     from huggingface_hub import save_torch_state_dict
 
@@ -81,7 +81,7 @@ def write_uniworld(folder: Path) -> None:
 
 
 def _uniworld_config(qwen: Any, denoiser: dict[str, Any]) -> dict[str, Any]:
-    """The language model's settings at the top, as transformers 4.50 wrote them; its image tower has the name of the whole."""
+    """``config.json`` as transformers 4.50 wrote it: the text settings are at the top, and the image tower is "qwen2_5_vl"."""
     from transformers import PreTrainedConfig
 
     general = {*PreTrainedConfig().to_dict(), "layer_types", "model_type"}
@@ -121,7 +121,7 @@ def _uniworld_config(qwen: Any, denoiser: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_openuni(folder: Path) -> None:
-    """OpenUni-B-512 and -L-512: what was trained, so the finetuned files (blip3o60k) hold Sana's transformer, too."""
+    """OpenUni-B-512 and -L-512. Files hold the trained parts only; those of blip3o60k also hold Sana's transformer."""
     from diffusers import SanaTransformer2DModel
 
     with TemporaryDirectory() as temporary:
@@ -142,7 +142,7 @@ def write_openuni(folder: Path) -> None:
 
 
 class _OpenUniConnector(nn.Module):
-    """Names and shapes only."""
+    """A connector with the released names and shapes, but without a forward pass."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _OpenUniConnector(nn.Module):
 
 
 def _as_on_disk(model: Any) -> dict[str, Tensor]:
-    """The state dict under the names transformers writes: ``visual.*``, ``model.*``, ``lm_head.*``."""
+    """The state dict with the names that transformers writes to disk: ``visual.*``, ``model.*``, ``lm_head.*``."""
     from safetensors.torch import load_file
 
     with TemporaryDirectory() as temporary:
@@ -167,7 +167,7 @@ def _mlp(width: int, inner_width: int, width_out: int, activation: nn.Module, se
 
 
 def _move(module: Any, seed: int) -> Any:
-    """Weights moved by noise of the size weights usually have."""
+    """Add noise of the usual size of weights to all parameters."""
     noise = torch.Generator().manual_seed(seed)
     for weight in module.parameters():
         size = 0.5 * weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
@@ -176,7 +176,7 @@ def _move(module: Any, seed: int) -> Any:
 
 
 def _fill_adapter(adapted: Any, seed: int) -> Any:
-    """An adapter starts at zero; a trained one does not."""
+    """Fill the factors that start at zero with noise, as if the adapter were trained."""
     noise = torch.Generator().manual_seed(seed)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:

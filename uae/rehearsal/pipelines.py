@@ -1,7 +1,7 @@
-"""Tiny random text-to-image pipelines of real library classes, saved as diffusers saves them.
+"""Tiny random text-to-image pipelines of the classes of diffusers, in its layout.
 
-Every pipeline has its own text encoders, tokenizers (one token per character), autoencoder and scheduler, and draws images
-from 32 x 32 pixels. The weights are random but the same at every call.
+Every pipeline has text encoders, tokenizers (one token per character), an autoencoder and a scheduler, and draws images of
+32 x 32 pixels or more. The weights are random but the same in every call.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_sd3(folder: Path, joint_attention_dim: int = 32, pooled_projection_dim
 def write_flux(
     folder: Path, joint_attention_dim: int = 32, pooled_projection_dim: int = 16, guidance_embeds: bool = True
 ) -> None:
-    """FLUX: a CLIP encoder for the pooled vector, a T5 for the sequence."""
+    """FLUX: a CLIP text encoder for the pooled vector and a T5 for the token embeddings."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     def create() -> Any:
@@ -65,7 +65,7 @@ def write_flux(
 
 
 def write_sana(folder: Path, caption_channels: int = 32) -> None:
-    """Sana: Gemma 2 and a deep-compression autoencoder (32 pixels per latent)."""
+    """Sana: Gemma 2 as the text encoder and a deep-compression autoencoder (32 pixels per latent)."""
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
@@ -94,7 +94,7 @@ def write_sana(folder: Path, caption_channels: int = 32) -> None:
 
 
 def write_qwen_image(folder: Path, joint_attention_dim: int = 32) -> None:
-    """Qwen-Image: Qwen2.5-VL reads the caption."""
+    """Qwen-Image: Qwen2.5-VL as the text encoder."""
     from diffusers import (
         AutoencoderKLQwenImage,
         FlowMatchEulerDiscreteScheduler,
@@ -147,7 +147,7 @@ def write_sdxl(folder: Path, cross_attention_dim: int = 32, pooled_projection_di
 
 
 def write_omnigen(folder: Path) -> None:
-    """OmniGen: one transformer reads the caption and draws; there are no embeddings to hand over."""
+    """OmniGen: one transformer reads the caption and draws, so it takes no embeddings."""
     from diffusers import FlowMatchEulerDiscreteScheduler, OmniGenPipeline, OmniGenTransformer2DModel
 
     def create() -> Any:
@@ -175,7 +175,7 @@ PIPELINES: dict[str, Callable[[Path], None]] = {
 
 
 def _write(folder: Path, create: Callable[[], Any]) -> None:
-    """Create with random weights of a size at which every word of the caption matters, and save."""
+    """Create a pipeline, set random weights with which every token of a caption changes the image, and save it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = create()
@@ -188,7 +188,7 @@ def _write(folder: Path, create: Callable[[], Any]) -> None:
 
 
 def _autoencoder(shift_factor: float | None = None) -> Any:
-    """8 pixels per latent, as all of them."""
+    """An autoencoder with 8 pixels per latent."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -199,7 +199,7 @@ def _autoencoder(shift_factor: float | None = None) -> Any:
 
 
 def _clip(width: int, projection: int | None) -> Any:
-    """A CLIP text encoder; ``projection`` is the width of its pooled vector, None leaves the projection out."""
+    """A CLIP text encoder. ``projection`` is the width of the projected vector; None gives an encoder without projection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = clip_tokenizer()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 _PRINTABLE = [chr(code) for code in range(33, 127)]
-_SPACE = "\u2581"  # how sentence pieces write a space
+_SPACE = "\u2581"  # the space of SentencePiece
 _TEMPLATE = (
     "the image by detailing color shape size texture quantity text spatial relationships of objects and background"
 )
 
 
 def clip_tokenizer() -> Any:
-    """Reads 77 tokens, like all of CLIP."""
+    """CLIP's tokenizer; it reads 77 tokens."""
     from transformers import CLIPTokenizer
 
     letters = _bytes()
@@ -21,7 +21,7 @@ def clip_tokenizer() -> Any:
 
 
 def t5_tokenizer(max_length: int) -> Any:
-    """Reads ``max_length`` tokens; the last one is the end."""
+    """T5's tokenizer; it reads ``max_length`` tokens, the end token included."""
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (_SPACE, -2.0), *((letter, -3.0) for letter in _PRINTABLE)]
@@ -29,7 +29,7 @@ def t5_tokenizer(max_length: int) -> Any:
 
 
 def gemma_tokenizer() -> Any:
-    """Starts with a token of its own."""
+    """Gemma's tokenizer; it adds a begin token."""
     from transformers import GemmaTokenizer
 
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *_byte_pieces(), _SPACE, "\n", *_PRINTABLE]
@@ -37,7 +37,7 @@ def gemma_tokenizer() -> Any:
 
 
 def llama_tokenizer() -> Any:
-    """One token per character, spaces included."""
+    """Llama's tokenizer, with one token per character, spaces included."""
     from transformers import LlamaTokenizerFast
 
     pieces = ["<unk>", "<s>", "</s>", *_byte_pieces(), _SPACE, "\n", *_PRINTABLE]
@@ -45,9 +45,9 @@ def llama_tokenizer() -> Any:
 
 
 def qwen_tokenizer() -> Any:
-    """Bytes, the tokens of the chat format, and the words of Qwen-Image's template.
+    """Qwen2's tokenizer, with tokens for bytes, the chat format and the words of Qwen-Image's template.
 
-    The pipeline drops the first 34 states, which is how many tokens its template has before the caption.
+    The template must have 34 tokens before the caption, because the pipeline drops the first 34 states.
     """
     from transformers import Qwen2Tokenizer
 
@@ -59,7 +59,7 @@ def qwen_tokenizer() -> Any:
 
 
 def _bytes() -> list[str]:
-    """The 256 letters that byte-level tokenizers write bytes with."""
+    """The 256 characters that stand for bytes in byte-level tokenizers."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     return sorted(ByteLevel.alphabet())

@@ -115,8 +115,8 @@ class OpenUni(_Queries):
     def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
         """Queries, connector and linear projector of the released file."""
         from uae.models.conditioners.connectors import OpenUniConnector
+        from uae.models.conditioners.prompts import chat_template
         from uae.models.conditioners.queries import QueryConditioner
-        from uae.models.conditioners.states import chat_template
         from uae.systems.layouts import openuni_parts
         from uae.weights.state import load_into, read_state
 
@@ -162,8 +162,8 @@ class MetaQuery(_Queries):
     def conditioner(self, captioner: Any, weights: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
         """Queries are the last rows of the token embeddings: a begin token, an end token, then one token per query."""
         from uae.models.conditioners.connectors import metaquery_connector
+        from uae.models.conditioners.prompts import chat_template
         from uae.models.conditioners.queries import QueryConditioner
-        from uae.models.conditioners.states import chat_template
         from uae.systems.layouts import below
         from uae.weights.state import load_into, read_state
 

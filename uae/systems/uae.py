@@ -125,7 +125,8 @@ class UAE:
     def _conditioners(self, captioner: Any, projector: nn.Module, folder: Path) -> tuple[Any, Any]:
         """The conditioner of captions and the conditioner of the negative prompt."""
         from uae.models.conditioners.answer_states import AnswerStateConditioner
-        from uae.models.conditioners.states import HiddenStateConditioner, chat_template
+        from uae.models.conditioners.prompts import chat_template
+        from uae.models.conditioners.states import HiddenStateConditioner
         from uae.models.conditioners.text_encoders import empty_pooled
 
         pooled_P = empty_pooled(folder / "SD3_model", ("", "_2"), projected=True)

@@ -121,7 +121,8 @@ class UniWorldV1:
 
     def _conditioner(self, captioner: Any, projectors: dict[str, Any], pipe: Any, flux: Path) -> Any:
         from uae.models.conditioners.joined import JoinedConditioner
-        from uae.models.conditioners.states import HiddenStateConditioner, chat_template
+        from uae.models.conditioners.prompts import chat_template
+        from uae.models.conditioners.states import HiddenStateConditioner
         from uae.models.conditioners.text_encoders import PipelineTextConditioner, empty_pooled
 
         reads = HiddenStateConditioner(

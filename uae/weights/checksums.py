@@ -1,4 +1,4 @@
-"""Checksums beside weights, so that half a download or a stray edit is found before it is a wrong number."""
+"""Checksums of weight files. They reveal an incomplete download or an accidental edit before it changes results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def verify(folder: Path) -> None:
-    """Raise unless the weights are the ones their ``checksums.json`` names."""
+    """Check that the weights in a folder are those in its ``checksums.json``.
+
+    Raises:
+        FileNotFoundError: There is no ``checksums.json``.
+        ValueError: A file is missing, added or changed.
+    """
     listed = folder / "checksums.json"
     if not listed.is_file():
         raise FileNotFoundError(

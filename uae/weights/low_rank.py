@@ -1,4 +1,4 @@
-"""Low-rank adapters as plain tensors: told apart from the weights they adapt, and added to them."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as plain tensors: split from the weights they adapt, or merged into them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\w+))?\.weight$")
-BASE = ".base_layer."  # PEFT moves the adapted layer below this name
+BASE = ".base_layer."  # PEFT stores the adapted layer under this name
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A [rank, in], B [out, rank]
 
 
 def split_adapter(state: Mapping[str, Tensor], adapter: str = "default") -> tuple[dict[str, Tensor], Factors]:
-    """The plain weights of a model with low-rank layers, under their plain names, and one adapter's factors.
+    """Split a state dict of PEFT into the weights of the model under their original names, and the factors of one adapter.
 
     Args:
-        state: A state dict as PEFT names it, with or without adapter names, without ``base_model.model.``.
-        adapter: Which one; the factors of others are dropped.
+        state: State dict with the names of PEFT, with or without the adapter's name, without ``base_model.model.``.
+        adapter: Name of the adapter; the factors of other adapters are dropped.
 
     Raises:
-        ValueError: A factor lacks its other half or its layer, or the adapter is more than two factors a layer.
+        ValueError: A layer has only one of its two factors, or the adapter is no plain LoRA.
     """
     check_low_rank(state)
     weights: dict[str, Tensor] = {}
@@ -40,10 +40,10 @@ def split_adapter(state: Mapping[str, Tensor], adapter: str = "default") -> tupl
 
 
 def check_low_rank(names: Iterable[str]) -> None:
-    """Raise unless an adapter consists of two factors a layer and nothing else.
+    """Check that an adapter is plain LoRA, which has exactly two factors per layer.
 
     Raises:
-        ValueError: It has magnitudes, embeddings, biases or copies of whole modules.
+        ValueError: The adapter has magnitudes, embeddings, biases or copies of whole modules.
     """
     other = [name for name in names if ("lora_" in name or "modules_to_save" in name) and not FACTOR.match(name)]
     if other:
@@ -56,15 +56,15 @@ def check_low_rank(names: Iterable[str]) -> None:
 def merge_adapter(
     weights: Mapping[str, Tensor], factors: Factors, scale: Callable[[str, int], float]
 ) -> dict[str, Tensor]:
-    """``W + scale * B A`` for every adapted layer, in float32: rounding is left to whoever loads it.
+    """Weights with ``W + scale * B A`` for every adapted layer. Merged weights are float32 and not rounded.
 
     Args:
-        weights: By plain name.
-        factors: By layer.
-        scale: Of a layer of a rank; PEFT's is ``alpha / rank``.
+        weights: Weights by name.
+        factors: ``A`` of shape ``[rank, in]`` and ``B`` of shape ``[out, rank]`` by layer.
+        scale: Function of a layer's name and rank; PEFT's is ``alpha / rank``.
 
     Raises:
-        ValueError: A layer is not among the weights, or its shape differs.
+        ValueError: The weights lack an adapted layer, or its shape differs.
     """
     merged = dict(weights)
     for layer, (A, B) in factors.items():

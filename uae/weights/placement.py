@@ -1,4 +1,4 @@
-"""Where a frozen component lives, and in what dtype."""
+"""Device and dtype of a frozen component."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TORCH = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-    "float8": torch.bfloat16,  # what 8-bit weights are computed in
+    "float8": torch.bfloat16,  # 8-bit weights are converted to this dtype for computation
 }
 
 
@@ -24,9 +24,9 @@ class Placement:
     """Memory settings of a frozen component.
 
     Args:
-        dtype: Of its weights and its computation. "float8" stores weights in 8 bits and computes in bfloat16.
-        device: E.g. "cuda:1" or "cpu"; None is wherever the policy is.
-        offload: Wait on the CPU, and move to the device for as long as there is work.
+        dtype: Dtype of weights and computation. "float8" stores weights in 8 bits and computes in bfloat16.
+        device: Device of the component, e.g. "cuda:1" or "cpu"; None is the policy's device.
+        offload: Keep the component on the CPU and move it to the device only while it computes.
     """
 
     dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
@@ -34,7 +34,11 @@ class Placement:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse names that torch does not know, before anything is loaded."""
+        """Check both names before anything is loaded.
+
+        Raises:
+            ValueError: ``dtype`` or ``device`` is unknown to torch.
+        """
         if self.dtype not in _TORCH:
             raise ValueError(f"placement.dtype={self.dtype!r}; allowed: {', '.join(_TORCH)}; change placement.dtype")
         try:
@@ -47,25 +51,47 @@ class Placement:
 
 
 def torch_dtype(placement: Placement) -> torch.dtype:
-    """The dtype a component computes in."""
+    """The dtype in which a component computes."""
     return _TORCH[placement.dtype]
 
 
 def working_device(placement: Placement, device: torch.device | str) -> torch.device:
-    """Where a component computes: its own device, or else ``device``, the policy's."""
+    """The device on which a component computes.
+
+    Args:
+        placement: Settings of the component.
+        device: The policy's device, which is used if the placement has none.
+    """
     return torch.device(device if placement.device is None else placement.device)
 
 
 def settle(modules: Iterable[nn.Module], placement: Placement, device: torch.device | str) -> None:
-    """Move frozen modules to where they wait: the working device, or the CPU if they are offloaded. Casts nothing."""
+    """Move frozen modules to their device, or to the CPU if they are offloaded. Dtypes do not change.
+
+    Args:
+        modules: The networks of one component.
+        placement: Settings of the component.
+        device: The policy's device, which is used if the placement has none.
+
+    Raises:
+        ValueError: The device does not exist on this machine.
+    """
     _move(modules, torch.device("cpu") if placement.offload else working_device(placement, device))
 
 
 @contextmanager
 def at_work(modules: Iterable[nn.Module], placement: Placement, device: torch.device | str) -> Iterator[torch.device]:
-    """Inside, the modules are on the working device, which is yielded; afterwards offloaded ones are on the CPU.
+    """Keep modules on their working device inside the block; offloaded ones return to the CPU afterwards.
 
-    May be nested, also with modules in common: the outermost block decides when a module leaves the device.
+    Blocks may be nested and may share modules: a module returns to the CPU at the end of its outermost block.
+
+    Args:
+        modules: The networks of one component.
+        placement: Settings of the component.
+        device: The policy's device, which is used if the placement has none.
+
+    Yields:
+        The working device.
     """
     modules = list(modules)
     work = working_device(placement, device)
@@ -81,7 +107,7 @@ def at_work(modules: Iterable[nn.Module], placement: Placement, device: torch.de
             _move([module for module in modules if not _BLOCKS[module]], torch.device("cpu"))
 
 
-_BLOCKS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many blocks of `at_work` each module is in
+_BLOCKS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # number of open `at_work` blocks of each module
 
 
 def _move(modules: Iterable[nn.Module], device: torch.device) -> None:

@@ -27,6 +27,9 @@ FOLDED = (  # the system message becomes a part of the user's turn
 )
 
 
+KEY = "model.init_args.system.init_args.condition_tokens"
+
+
 def words(template):
     made = tokenizer()
     made.chat_template = template
@@ -102,7 +105,7 @@ def test_a_long_caption_loses_its_own_end(pieces):
     rows, cut = prompt_ids(pieces, template, [short, long], len(whole[1]))
     assert (rows, cut) == (whole, 0)
     limit = len(whole[0]) + 3
-    with pytest.warns(UserWarning, match=rf"1 of 2 captions are longer .* max_tokens={limit}: raise model.init_args.system.init_args.condition_tokens") as told:
+    with pytest.warns(UserWarning, match=rf"1 of 2 captions are longer .* max_tokens={limit}: raise {KEY}") as told:
         rows, cut = prompt_ids(pieces, template, [short, long], limit)
     assert len(told) == cut == 1
     assert rows == [whole[0], whole[1][: limit - tail] + whole[1][-tail:]]

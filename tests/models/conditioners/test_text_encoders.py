@@ -80,7 +80,7 @@ def test_captions_beyond_the_limit_are_counted_and_said(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fits = conditioner.encode(["b" * limit, "b"])
-    with pytest.warns(UserWarning, match=r"2 of 3 captions .* sampling.max_tokens") as caught:
+    with pytest.warns(UserWarning, match=r"2 of 3 captions .* model.init_args.sampling.max_tokens") as caught:
         conditioner.encode(["b" * (limit + 1), "b", "b" * (limit + 5) + "c"])
     assert len(caught) == 1
     assert ("caption_tokens" in str(caught[0].message)) == (name != "sdxl")
@@ -102,7 +102,9 @@ def test_the_limit_can_be_chosen():
     conditioner = PipelineTextConditioner(pipe, 96, FLOAT32)
     assert conditioner.encode(["a" * 94]).embeds_NLD.shape[1] == 77 + 96  # both CLIPs beside each other, then T5
     with pytest.warns(
-        UserWarning, match=r"1 of 1 captions are longer than the 96 tokens .*longest has 97.*raise model.init_args.system.init_args.caption_tokens"
+        UserWarning,
+        match=r"1 of 1 captions are longer than the 96 tokens .*longest has 97.*"
+        r"raise model.init_args.system.init_args.caption_tokens",
     ):
         conditioner.encode(["a" * 95])
 

@@ -220,7 +220,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sana lacks the subfolder vae; .*change model.init_args.system.init_args.pipeline"):
         load_pipeline(str(tmp_path / "sana"), FLOAT32)
     load_pipeline(str(tmp_path / "sana"), FLOAT32, vae=load("sana").vae)
-    with pytest.raises(ValueError, match="has no part unet; allowed: scheduler, text_encoder"):
+    with pytest.raises(ValueError, match="has no component unet; allowed: scheduler, text_encoder"):
         load_pipeline(str(tmp_path / "sana"), FLOAT32, unet=None)
     (tmp_path / "sana" / "model_index.json").unlink()
     with pytest.raises(FileNotFoundError, match="no model_index.json, .* change x.y"):

@@ -153,15 +153,18 @@ def test_a_mask_per_pass_needs_to_know_the_pass():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sd3", {"height": 40}, r"rendering.height=40 must be a multiple of 16 .*change model.init_args.system.init_args.rendering.height"),
-        ("sana", {"width": 48}, r"rendering.width=48 must be a multiple of 32 .*change model.init_args.system.init_args.rendering.width"),
+        ("sd3", {"height": 40}, r"rendering.height=40 must be a multiple of 16 .*"
+         r"change model.init_args.system.init_args.rendering.height"),
+        ("sana", {"width": 48}, r"rendering.width=48 must be a multiple of 32 .*"
+         r"change model.init_args.system.init_args.rendering.width"),
         ("flux", {"width": 24}, r"rendering.width=24 must be a multiple of 16"),
         ("qwen_image", {"width": 24}, r"rendering.width=24 must be a multiple of 16"),
         ("sdxl", {"height": 0}, r"rendering.height=0 must be a multiple of 8"),
         ("omnigen", {"height": 24}, r"rendering.height=24 must be a multiple of 16"),
         ("sd3", {"steps": 0}, r"rendering.steps=0 must be at least 1"),
         ("sd3", {"rows": 0}, r"rendering.rows=0 must be at least 1"),
-        ("sd3", {"distilled_guidance": 3.5}, r"not distilled for guidance; set model.init_args.system.init_args.rendering.distilled_guidance to null"),
+        ("sd3", {"distilled_guidance": 3.5}, r"not distilled for guidance; "
+         r"set model.init_args.system.init_args.rendering.distilled_guidance to null"),
         (
             "qwen_image",
             {"distilled_guidance": 3.5},
@@ -212,7 +215,8 @@ def test_what_networks_cannot_do():
         DiffusersRenderer(pipe, settings(slice_vae=True))
     pipe = load("sd3")
     pipe.__dict__["transformer"] = Uncastable()
-    with pytest.raises(ValueError, match=r"Uncastable cannot store 8-bit weights; set model.init_args.system.init_args.rendering.placement.dtype"):
+    key = "model.init_args.system.init_args.rendering.placement.dtype"
+    with pytest.raises(ValueError, match=rf"Uncastable cannot store 8-bit weights; set {key}"):
         DiffusersRenderer(pipe, settings(placement=Placement("float8")))
     assert denoiser_of(pipe) is pipe.transformer
 

@@ -1,1 +1,1 @@
-"""Text to what a renderer is conditioned on."""
+"""Conditioners: they turn captions into the condition from which a renderer draws."""

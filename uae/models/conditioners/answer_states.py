@@ -1,4 +1,4 @@
-"""LEAKS: the caption's states as they were beside the image. The official cold start's conditioning, for parity and ablation."""
+"""LEAKS: hidden states of the caption's tokens, which attend to the image. For comparison with the official cold start only."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from uae.types import Rollout
 
 
 class AnswerStateConditioner(nn.Module):
-    """Hidden states at the caption's tokens in the sequence of image, question and caption, through a projector.
+    """Projects the hidden states of the caption's tokens in the sequence of image, question and caption.
 
-    This is **not** a text bottleneck. The states attend to the image: whatever the caption leaves out can reach the
-    renderer through them, and a reward for the reconstruction then says little about the caption. UAE's official cold start
-    conditions this way. Use it to reproduce that, or to measure the leak; `HiddenStateConditioner` reads text alone.
+    This is **not** a text bottleneck. The states attend to the image, so content that the caption does not mention can reach
+    the renderer, and the reward of the reconstruction says little about the caption. UAE's official cold start conditions
+    this way. Use this class to reproduce it or to measure the leak. `HiddenStateConditioner` reads only the text.
 
     Args:
-        captioner: A `uae.models.captioners.captioner.HFCaptioner`. It is borrowed: never moved, trained or saved from here.
-        projector: Maps ``[..., D]`` to the renderer's embedding width.
-        pooled: "mean" of the projected embeddings, "none", or one vector ``[P]`` or ``[1, P]`` that serves every caption.
-        max_tokens: Longest caption, its end-of-sequence token included; a longer one is cut, counted and warned of.
+        captioner: A `uae.models.captioners.captioner.HFCaptioner`. This class does not own it: it never moves, trains or
+            saves it.
+        projector: Network from hidden states ``[..., D]`` to the renderer's embedding width.
+        pooled: Pooled vector per caption: "mean" of the projected embeddings, "none", or a constant ``[P]`` or ``[1, P]``.
+        max_tokens: Most tokens of a caption, its end-of-sequence token included. Longer captions are cut and counted in
+            ``truncated``, with a warning.
     """
 
     def __init__(
@@ -38,10 +40,14 @@ class AnswerStateConditioner(nn.Module):
         self.pooled = pooling(pooled)
 
     def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
-        """The rollout's N captions to embeddings, right-padded. ``texts`` are not read: the rollout has their tokens.
+        """Embeddings of the rollout's N captions, right-padded.
+
+        Args:
+            texts: The captions of the rollout. Only the rollout's tokens are read.
+            rollout: The rollout that wrote the captions.
 
         Raises:
-            ValueError: Without a rollout, or with that of other captions.
+            ValueError: There is no rollout, or its captions are not ``texts``.
         """
         if rollout is None:
             raise ValueError(

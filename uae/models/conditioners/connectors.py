@@ -1,8 +1,8 @@
-"""Bidirectional transformers between a language model's query states and a diffusion decoder's conditioning.
+"""Connectors: bidirectional transformers from a language model's query states to a diffusion model's condition.
 
-Two published ones, with the names of their weights: OpenUni's (arXiv 2505.23661; keys ``layers.0.self_attn.q_proj.weight``
-and so on fit the released files) and MetaQuery's (arXiv 2504.06256; keys ``0.layers.0.self_attn.q_norm.gamma``, ``1.weight``,
-``3.weight``, ``4.weight``). Both see a fixed number of queries, so there is no padding and no mask.
+Two published connectors, whose weights have the official names: OpenUni's (arXiv 2505.23661; e.g.
+``layers.0.self_attn.q_proj.weight``) and MetaQuery's (arXiv 2504.06256; e.g. ``0.layers.0.self_attn.q_norm.gamma``,
+``1.weight``, ``3.weight``, ``4.weight``). The number of queries is fixed, so there is no padding and no mask.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ class OpenUniConnector(nn.Module):
     """Pre-norm encoder layers as in SigLIP: LayerNorm, biased attention, tanh-GELU MLP; no positions, no final norm.
 
     Args:
-        width: Of the language model and of the connector.
-        inner_width: Of the MLP.
-        layers, heads: Counts; the released models have 6 layers and heads of 64.
+        width: Width D of the language model's hidden states and of the connector.
+        inner_width: Width of the hidden layer of each MLP.
+        layers: Number of layers; 6 in the released models.
+        heads: Number of attention heads; None gives heads of width 64, as in the released models.
     """
 
     def __init__(self, width: int, inner_width: int, layers: int = 6, heads: int | None = None) -> None:
@@ -29,7 +30,7 @@ class OpenUniConnector(nn.Module):
         self.layers = nn.ModuleList([_OpenUniLayer(width, inner_width, heads) for _ in range(layers)])
 
     def forward(self, hidden_NQD: Tensor) -> Tensor:
-        """``[N, Q, D]`` to the same shape; every query sees all others."""
+        """Hidden states ``[N, Q, D]`` to the same shape. Every query attends to all queries."""
         for layer in self.layers:
             hidden_NQD = layer(hidden_NQD)
         return hidden_NQD
@@ -78,12 +79,12 @@ def metaquery_connector(
     """MetaQuery's connector: bidirectional Qwen2 layers, then Linear, tanh-GELU, Linear, RMSNorm.
 
     Args:
-        width: Of the language model and of the layers.
-        width_out: Of the renderer's conditioning.
-        layers: Their count.
-        heads: Their count; heads of 64 by default.
-        scale: Starting weight of the last norm, so that the output is as large as what the renderer is used to
-            (Sana: sqrt(5.5)).
+        width: Width of the language model's hidden states and of the layers.
+        width_out: Width of the renderer's embeddings.
+        layers: Number of layers.
+        heads: Number of attention heads; None gives heads of width 64.
+        scale: Initial weight of the last norm. It gives the output the size of the embeddings that the renderer was trained
+            on; sqrt(5.5) for Sana.
     """
     norm = nn.RMSNorm(width_out, eps=1e-5)
     nn.init.constant_(norm.weight, scale)
@@ -97,8 +98,9 @@ class MetaQueryEncoder(nn.Module):
     """Qwen2 layers without a causal mask and without a final norm; rotary positions, then a norm of queries and keys.
 
     Args:
-        width: Of the hidden states; the MLP is four times as wide.
-        layers, heads: Counts; heads of 64 by default.
+        width: Width D of the hidden states; each MLP is four times as wide inside.
+        layers: Number of layers.
+        heads: Number of attention heads; None gives heads of width 64.
     """
 
     def __init__(self, width: int, layers: int = 24, heads: int | None = None) -> None:
@@ -112,7 +114,7 @@ class MetaQueryEncoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, hidden_NQD: Tensor) -> Tensor:
-        """``[N, Q, D]`` to the same shape; every query sees all others."""
+        """Hidden states ``[N, Q, D]`` to the same shape. Every query attends to all queries."""
         rotation = _rotation(hidden_NQD.shape[1], self.head_width, hidden_NQD)
         for layer in self.layers:
             hidden_NQD = layer(hidden_NQD, rotation)
@@ -145,7 +147,7 @@ class _Qwen2Attention(nn.Module):
 
 
 class _HeadNorm(nn.Module):
-    """Unit length times sqrt(width), per head, with a gain per head."""
+    """Scales each head to length sqrt(width), times a learned gain per head."""
 
     def __init__(self, heads: int, head_width: int) -> None:
         super().__init__()
@@ -166,7 +168,11 @@ class _Qwen2MLP(nn.Module):
 
 
 def heads_of(width: int, heads: int | None) -> int:
-    """Heads of 64 unless a count is given."""
+    """The number of attention heads; None gives heads of width 64.
+
+    Raises:
+        ValueError: ``width`` is not divisible by the number of heads.
+    """
     heads = heads or width // 64
     if heads < 1 or width % heads:
         raise ValueError(f"connector width {width} does not split into {heads} heads: give a count that divides it")

@@ -1,4 +1,4 @@
-"""Several conditioners side by side: their tokens in one sequence."""
+"""A conditioner that concatenates the tokens of several conditioners."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from uae.types import Conditioner, Rollout
 
 
 class JoinedConditioner(nn.Module):
-    """Concatenates the token embeddings of its parts, padding moved to the right end.
+    """Concatenates the token embeddings of its parts and moves all padding to the right end.
 
-    UniWorld-V1: the caption's T5 states and the projected states of the language model, with CLIP's pooled vector.
+    UniWorld-V1 uses it for T5's states of the caption, the projected states of the language model and CLIP's pooled vector.
 
     Args:
-        parts: Conditioners that return embeddings of one width; their order is that of the tokens.
-        pooled_from: Which part's pooled vector is used; None for none.
+        parts: Conditioners whose embeddings have the same width, in the order of their tokens.
+        pooled_from: Index of the part whose pooled vector is used; None for no pooled vector.
     """
 
     def __init__(self, parts: Sequence[Conditioner], pooled_from: int | None = None) -> None:
@@ -34,17 +34,21 @@ class JoinedConditioner(nn.Module):
 
     @property
     def truncated(self) -> int:
-        """Captions cut so far, summed over the parts: one that two parts cut counts twice."""
+        """Number of captions cut so far, summed over the parts. A caption that two parts cut counts twice."""
         return sum(part.truncated for part in self._order)
 
     def to(self, *args: Any, **kwargs: Any) -> JoinedConditioner:
-        """Move every part, also those that are not modules."""
+        """Move every part, including parts that are not modules."""
         for part in self._order:
             part.to(*args, **kwargs)
         return self
 
-    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
-        """N captions to the tokens of all parts, right-padded, on the first part's device."""
+    def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
+        """The tokens of all parts for N captions, right-padded, on the device of the first part.
+
+        Raises:
+            ValueError: A part gives no embeddings, the widths differ, or the part ``pooled_from`` has no pooled vector.
+        """
         conditions: list[EmbeddingCondition] = []
         for part in self._order:
             condition = part.encode(texts, rollout)
@@ -70,7 +74,7 @@ class JoinedConditioner(nn.Module):
 
 
 def _compact(embeds_NLD: Tensor, mask_NL: Tensor) -> tuple[Tensor, Tensor]:
-    """Real tokens first, in order, and no longer than the longest row: padding in the middle is gone."""
+    """Move real tokens to the front of each row, in order, and cut the rows to the length of the longest."""
     length = int(mask_NL.sum(1).max())
     order_NL = (mask_NL == 0).long().argsort(dim=1, stable=True)[:, :length]
     return embeds_NLD.take_along_dim(order_NL[..., None], 1), mask_NL.gather(1, order_NL)

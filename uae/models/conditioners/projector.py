@@ -1,4 +1,4 @@
-"""The MLP projector of UMM-1 out of a checkpoint."""
+"""Loads the MLP projector of UMM-1 from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from uae.weights.state import load_into
 def load_projector(
     state: dict[str, Tensor], width_in: int, key: str, activation: Literal["gelu", "silu"] = "gelu"
 ) -> nn.Module:
-    """Frozen and in eval mode, whatever its widths; UAE's are 2048, 8192, 4096.
+    """A frozen MLP projector in eval mode. Its widths follow from the weights; UAE's are 2048, 8192 and 4096.
 
     Args:
-        state: ``0.weight``, ``0.bias``, ``2.weight``, ``2.bias``.
-        width_in: Of the states it will be given.
-        key: Of the checkpoint in the configuration, for errors.
-        activation: See `uae.models.conditioners.states.mlp_projector`.
+        state: The weights ``0.weight``, ``0.bias``, ``2.weight`` and ``2.bias``.
+        width_in: Width of the language model's hidden states.
+        key: Path of the setting that names the checkpoint, for error messages.
+        activation: Activation between the two linear layers, see `uae.models.conditioners.states.mlp_projector`.
 
     Raises:
-        ValueError: It is incomplete or takes states of another width.
+        ValueError: The weights are incomplete, or the projector takes states of another width.
     """
     first, last = state.get("0.weight"), state.get("2.weight")
     if first is None or last is None:
         raise ValueError(
-            f"the checkpoint has no projector (0.weight and 2.weight below its prefix); set {key} to a complete one"
+            f"the checkpoint has no projector (0.weight and 2.weight after its prefix); set {key} to a complete checkpoint"
         )
     if first.shape[1] != width_in:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The text around a caption: from a chat template to token ids that end as the template does, however long the caption."""
+"""Prompts around captions: from a chat template to token ids. A long caption is cut, the text around it is not."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Any
 PLACEHOLDER = "{caption}"
 
 
-def chat_template(words: Any, role: str = "user", system: bool | str = True, text: str = PLACEHOLDER) -> str:
-    """One chat message and the generation prompt, as a template for captions. Nothing in it is escaped.
+def chat_template(tokenizer: Any, role: str = "user", system: bool | str = True, text: str = PLACEHOLDER) -> str:
+    """A prompt template of one chat message and the generation prompt. Nothing in it is escaped.
 
     Args:
-        words: A tokenizer or a processor with a chat template, which may take a message's content as a string or as a
-            list of parts.
-        role: Of the message; templates in ChatML print any name (UAE: ``generate``).
-        system: True: as the chat template has it, with a default system turn if it puts one. False: without that turn
-            (UniWorld-V1). A string: this system message (MetaQuery).
-        text: Content of the message; "{caption}" stands for the caption.
+        tokenizer: Tokenizer or processor with a chat template. The template may take the content of a message as a string
+            or as a list of parts.
+        role: Role of the message. Templates in ChatML accept any name (UAE: ``generate``).
+        system: True keeps the default system message of the chat template, if it has one. False removes it (UniWorld-V1).
+            A string replaces it (MetaQuery).
+        text: Content of the message; "{caption}" marks the place of the caption.
 
     Raises:
-        ValueError: No chat template, one that does not show the text, or one whose system turn is not a part of its own.
+        ValueError: There is no chat template, it does not show the text, or its system message cannot be removed.
     """
-    if not getattr(words, "chat_template", None):
+    if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{type(words).__name__} has no chat template: point the system at an instruction-tuned checkpoint"
+            f"{type(tokenizer).__name__} has no chat template: point the system at an instruction-tuned checkpoint"
         )
     message = (role, text)
     if system is True:
-        return _rendered(words, [message])
+        return _rendered(tokenizer, [message])
     first = ("system", system or "-")
-    both = _rendered(words, [first, message])
+    both = _rendered(tokenizer, [first, message])
     if system:
         return both
-    alone = _rendered(words, [first], prompt=False)
+    alone = _rendered(tokenizer, [first], prompt=False)
     if not both.startswith(alone):
         raise ValueError("this chat template puts no system turn before the message, so system=False cannot cut it off")
     return both.removeprefix(alone)
 
 
-def _rendered(words: Any, messages: list[tuple[str, str]], prompt: bool = True) -> str:
-    """The messages in the chat template, content as plain strings if it takes those, else as lists of parts."""
+def _rendered(tokenizer: Any, messages: list[tuple[str, str]], prompt: bool = True) -> str:
+    """The messages in the chat template. Content is a plain string if the template takes one, else a list of parts."""
     from jinja2 import TemplateError
 
     for as_parts in (False, True):
@@ -48,7 +48,7 @@ def _rendered(words: Any, messages: list[tuple[str, str]], prompt: bool = True) 
             {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text} for role, text in messages
         ]
         try:
-            rendered = words.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+            rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
         except (TemplateError, TypeError):
             continue
         if all(text in rendered for _, text in messages):
@@ -57,21 +57,31 @@ def _rendered(words: Any, messages: list[tuple[str, str]], prompt: bool = True) 
 
 
 def check_template(template: str) -> None:
-    """Raise unless a caption has exactly one place in the template."""
+    """Check that a template contains "{caption}" exactly once.
+
+    Raises:
+        ValueError: It does not.
+    """
     if template.count(PLACEHOLDER) != 1:
         raise ValueError(f"conditioner template {template!r} has no {PLACEHOLDER}, or more than one; it must have one")
 
 
 def prompt_ids(tokenizer: Any, template: str, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
-    """Token ids of every caption in the template, and how many captions had to be cut.
+    """Token ids of N prompts, and the number of captions that were cut.
 
-    A caption that is too long loses its own last tokens, so that the prompt still ends as the template does.
+    If a caption is too long, its last tokens are removed, so that the prompt still ends with the end of the template.
 
     Args:
-        tokenizer: Called without special tokens: those it needs are in the template.
-        template: Text with one "{caption}". Braces in captions mean nothing.
+        tokenizer: Tokenizer that is called without special tokens, because the template contains them.
+        template: Text with one "{caption}". Braces inside captions have no meaning.
         texts: N captions.
         max_tokens: Most tokens of a prompt, template included.
+
+    Returns:
+        N lists of token ids, and the number of captions that were cut.
+
+    Raises:
+        ValueError: The template alone has ``max_tokens`` tokens or more, and a caption is too long.
     """
     head, _, tail = template.partition(PLACEHOLDER)
     rows = _tokenized(tokenizer, [head + text + tail for text in texts])
@@ -85,14 +95,14 @@ def prompt_ids(tokenizer: Any, template: str, texts: list[str], max_tokens: int)
             "model.init_args.system.init_args.condition_tokens"
         )
     for n, opened in zip(long, _tokenized(tokenizer, [head + texts[n] for n in long]), strict=True):
-        closing = max(len(rows[n]) - len(opened), 0)  # tokens of the tail, as they are behind this caption
+        closing = max(len(rows[n]) - len(opened), 0)  # number of tokens of the tail after this caption
         rows[n] = opened[: max_tokens - closing] + rows[n][len(rows[n]) - closing :]
     warn_truncated(len(long), len(texts), max_tokens)
     return rows, len(long)
 
 
 def warn_truncated(cut: int, total: int, max_tokens: int) -> None:
-    """Say that captions were cut."""
+    """Warn that ``cut`` of ``total`` captions were cut to ``max_tokens`` tokens."""
     warnings.warn(
         f"{cut} of {total} captions are longer than the conditioner reads and were cut to max_tokens={max_tokens}: "
         "raise model.init_args.system.init_args.condition_tokens, or lower model.init_args.sampling.max_tokens",

@@ -1,4 +1,4 @@
-"""LEAKS: tokens of the source image itself, for editing models and ablation."""
+"""LEAKS: features of the source image as a condition. For models that edit images, and for ablations."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from uae.types import Rollout
 
 
 class SourceImageConditioner(nn.Module):
-    """Patch features of the image a caption describes, through a projector (UniWorld-V1: SigLIP2, 512 pixels, 1024 tokens).
+    """Projects patch features of the image that a caption describes (UniWorld-V1: SigLIP2, 512 pixels, 1024 tokens).
 
-    This is **not** a text bottleneck: the renderer sees the picture it is to redraw, and the caption need not say anything.
-    It is how UniWorld-V1 edits images; here it bounds from above what any caption could reach. Join it with a conditioner
-    that reads the caption, see `uae.models.conditioners.joined`.
+    This is **not** a text bottleneck: the renderer sees the image that it has to redraw, even if the caption is empty.
+    UniWorld-V1 edits images this way. In this project it gives an upper bound on the reward of any caption. Join it with a
+    conditioner that reads the caption, see `uae.models.conditioners.joined`.
 
     Args:
-        tower: A vision model such as ``SiglipVisionModel``: called with ``pixel_values``. Frozen.
-        processor: Its image processor, which resizes to one size.
-        projector: Maps ``[..., D]`` to the renderer's embedding width (UniWorld-V1's ``siglip_projector``: 1152 to 12288 to
-            4096 with SiLU, see `uae.models.conditioners.states.mlp_projector`).
+        tower: Vision model that takes ``pixel_values``, such as ``SiglipVisionModel``. It is frozen.
+        processor: Image processor of the tower, which resizes all images to one size.
+        projector: Network from features ``[..., D]`` to the renderer's embedding width (UniWorld-V1's ``siglip_projector``
+            has widths 1152, 12288 and 4096 and SiLU, see `uae.models.conditioners.states.mlp_projector`).
     """
 
     truncated = 0
@@ -32,16 +32,20 @@ class SourceImageConditioner(nn.Module):
         self.tower, self.processor, self.projector = tower.requires_grad_(False).eval(), processor, projector
 
     def train(self, mode: bool = True) -> SourceImageConditioner:
-        """The tower stays in eval mode."""
+        """Switch the projector between training and eval mode. The tower stays in eval mode."""
         super().train(mode)
         self.tower.eval()
         return self
 
     def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
-        """The image of every caption, N rows. No pooled vector, nothing is padding.
+        """Projected features of the source image of each caption, N rows without padding and without pooled vectors.
+
+        Args:
+            texts: The N captions of the rollout. Only their number is used.
+            rollout: The rollout that wrote the captions.
 
         Raises:
-            ValueError: Without a rollout, or with one of another number of captions.
+            ValueError: There is no rollout, or it has another number of captions.
         """
         if rollout is None:
             raise ValueError(
@@ -56,7 +60,7 @@ class SourceImageConditioner(nn.Module):
 
     @torch.no_grad()
     def _features(self, images: tuple[Tensor, ...]) -> Tensor:
-        """Last hidden states ``[B, L, D]`` of B images ``[3, H, W]`` in [0, 1], each once however many captions it has."""
+        """Last hidden states ``[B, L, D]`` of B images ``[3, H, W]`` in [0, 1]."""
         pictures = [(image.clamp(0, 1) * 255).round().to(torch.uint8).cpu() for image in images]
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         weight = next(self.tower.parameters())

@@ -1,4 +1,4 @@
-"""Caption text to whatever a renderer is conditioned on. The image is never seen: text is the bottleneck."""
+"""Conditions and the conditioners that read only the caption's text. They never see the image: text is the bottleneck."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_ids
-from uae.models.conditioners.prompts import chat_template as chat_template  # beside what it is an argument of
 from uae.types import Rollout
 
 Pooling = Literal["mean", "none"] | Tensor  # how a conditioner makes one vector per caption, or that vector
@@ -19,7 +18,7 @@ Pooling = Literal["mean", "none"] | Tensor  # how a conditioner makes one vector
 
 @dataclass(frozen=True)
 class TextCondition:
-    """Plain captions, for pipelines that bring their own text encoders."""
+    """Captions as plain text, for pipelines with their own text encoders."""
 
     texts: list[str]
 
@@ -28,7 +27,7 @@ class TextCondition:
         return len(self.texts)
 
     def index(self, rows: Sequence[int]) -> TextCondition:
-        """The condition of some of its rows."""
+        """The condition of the given rows."""
         return TextCondition([self.texts[row] for row in rows])
 
 
@@ -37,9 +36,9 @@ class EmbeddingCondition:
     """Embeddings per caption token.
 
     Args:
-        embeds_NLD: Padded on the right; positions where the mask is 0 are ignored by the renderer.
-        mask_NL: 1 for real tokens.
-        pooled_NP: One vector per caption, or None.
+        embeds_NLD: Embeddings, padded on the right. The renderer ignores positions where the mask is 0.
+        mask_NL: 1 for real tokens, 0 for padding.
+        pooled_NP: One pooled vector per caption, or None.
     """
 
     embeds_NLD: Tensor
@@ -51,32 +50,39 @@ class EmbeddingCondition:
         return len(self.embeds_NLD)
 
     def index(self, rows: Sequence[int]) -> EmbeddingCondition:
-        """The condition of some of its rows."""
+        """The condition of the given rows."""
         at = list(rows)
         pooled = None if self.pooled_NP is None else self.pooled_NP[at]
         return EmbeddingCondition(self.embeds_NLD[at], self.mask_NL[at], pooled)
 
 
 class TextConditioner:
-    """Hands the caption over as text."""
+    """Passes captions to the renderer as plain text."""
 
     truncated = 0
 
-    def encode(self, texts: list[str], rollout: Rollout | None = None) -> TextCondition:
-        """N captions to N rows."""
+    def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> TextCondition:
+        """A condition of N rows for N captions."""
         return TextCondition(list(texts))
 
     def to(self, device: Any) -> TextConditioner:
-        """Nothing to move."""
+        """Do nothing: there are no weights to move."""
         return self
 
 
 def mlp_projector(
     width_in: int, width: int, width_out: int, activation: Literal["gelu", "silu"] = "gelu"
 ) -> nn.Sequential:
-    """Linear, activation, Linear: the projector g of the paper (UMM-1), from hidden states to the renderer's conditioning.
+    """The projector g of the paper (UMM-1): Linear, activation, Linear, with random weights.
 
-    UAE's activation is the exact GELU; UniWorld-V1's is SiLU, though its configuration says "mlp2x_gelu".
+    Args:
+        width_in: Width of the language model's hidden states.
+        width: Width of the hidden layer.
+        width_out: Width of the renderer's embeddings.
+        activation: "gelu" is the exact GELU (UAE). "silu" is UniWorld-V1's, although its configuration says "mlp2x_gelu".
+
+    Raises:
+        ValueError: The activation is unknown.
     """
     activations = {"gelu": nn.GELU, "silu": nn.SiLU}
     if activation not in activations:
@@ -85,13 +91,13 @@ def mlp_projector(
 
 
 class LanguageReader(nn.Module):
-    """A language model that reads text for a conditioner: its own, or one that belongs to somebody else.
+    """Base class of conditioners that read text with a language model, which they own or borrow.
 
     Args:
-        language_model: A decoder-only Hugging Face model. A module is owned: it is moved, trained and saved along. A
-            function that returns one borrows it: it is asked at every call, so it may hand out the policy in force, and
-            what it returns is never moved, trained or saved from here.
-        weights: Context manager that is entered around every call, such as ``captioner.learner.reference``.
+        language_model: A decoder-only Hugging Face model, or a function that returns one. A module is owned: it is moved,
+            trained and saved with the conditioner. A function lends a model: it is called for every batch, so it can return
+            the current policy; the conditioner never moves, trains or saves the model.
+        weights: Context manager that is entered around each call of the language model, such as ``captioner.learner.reference``.
     """
 
     def __init__(
@@ -107,24 +113,25 @@ class LanguageReader(nn.Module):
 
     @contextmanager
     def reading(self) -> Iterator[Any]:
-        """The model to call, with the weights to call it with."""
+        """Enter the ``weights`` context and yield the language model."""
         with self.weights():
             yield self.language_model if self._borrow is None else self._borrow()
 
 
 class HiddenStateConditioner(LanguageReader):
-    """Final hidden states of a language model that reads the caption, through an MLP projector (paper: c = g(h_T)).
+    """Projects the final hidden states of a language model that reads the caption (paper: c = g(h_T)).
 
     Args:
-        language_model: A decoder-only Hugging Face model, called with ``input_ids`` and ``attention_mask``; or a function
-            that returns the one to call, see `LanguageReader`.
-        tokenizer: Its tokenizer.
-        projector: Maps ``[..., D]`` to the renderer's embedding width, in a precision of its own.
-        template: Text around the caption; must contain one "{caption}". See `uae.models.conditioners.prompts.chat_template`.
-        max_tokens: Longest prompt, template included. A longer caption is cut, counted in ``truncated`` and warned of.
-        pooled: "mean" of the projected embeddings, "none", or one vector ``[P]`` or ``[1, P]`` that serves every caption.
-        weights: Context manager entered around the language model, such as ``captioner.learner.reference`` for the weights the
-            run started from.
+        language_model: A decoder-only Hugging Face model that takes ``input_ids`` and ``attention_mask``; or a function
+            that returns it, see `LanguageReader`.
+        tokenizer: Tokenizer of the language model.
+        projector: Network from hidden states ``[..., D]`` to the renderer's embedding width. It may have its own dtype.
+        template: Prompt with "{caption}" exactly once, see `uae.models.conditioners.prompts.chat_template`.
+        max_tokens: Most tokens of a prompt, template included. Longer captions are cut and counted in ``truncated``, with a
+            warning.
+        pooled: Pooled vector per caption: "mean" of the projected embeddings, "none", or a constant ``[P]`` or ``[1, P]``.
+        weights: Context manager that is entered around each call of the language model, such as ``captioner.learner.reference`` for
+            the weights the run started from.
     """
 
     def __init__(
@@ -143,8 +150,8 @@ class HiddenStateConditioner(LanguageReader):
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
         self.pooled = pooling(pooled)
 
-    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
-        """N captions to embeddings, right-padded; a row does not depend on the padding."""
+    def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
+        """Embeddings of N captions, right-padded. A row does not depend on the other captions."""
         rows, cut = prompt_ids(self.tokenizer, self.template, texts, self.max_tokens)
         self.truncated += cut
         with self.reading() as reader:
@@ -154,7 +161,7 @@ class HiddenStateConditioner(LanguageReader):
 
 
 def right_padded(rows: list[list[int]], tokenizer: Any, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids ``[N, L]`` and their mask, int64. A row without tokens reads one padding token."""
+    """Token ids ``[N, L]`` and their mask, int64. A row without tokens gets one padding token that counts as real."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     rows = [row or [pad] for row in rows]
     length = max(map(len, rows))
@@ -179,7 +186,14 @@ def pooling(pooled: Pooling) -> Pooling:
 
 
 def projected(projector: nn.Module, hidden_NLD: Tensor, mask_NL: Tensor, pooled: Pooling) -> EmbeddingCondition:
-    """Hidden states through a projector, where and in what precision it works; zero where the mask is."""
+    """Apply a projector to hidden states, on the projector's device and in its dtype.
+
+    Args:
+        projector: Network from ``[N, L, D]`` to the renderer's embedding width.
+        hidden_NLD: Hidden states.
+        mask_NL: 1 for real tokens. Where it is 0, the embeddings are set to 0.
+        pooled: Pooled vector per caption: the "mean" over real tokens, "none", or a constant ``[1, P]``.
+    """
     weight = next(projector.parameters(), hidden_NLD)
     mask_NL = mask_NL.to(weight.device)
     embeds_NLD = projector(hidden_NLD.to(weight.device, weight.dtype)) * mask_NL[..., None]
@@ -192,7 +206,7 @@ def projected(projector: nn.Module, hidden_NLD: Tensor, mask_NL: Tensor, pooled:
 
 
 def pad_to_length(condition: EmbeddingCondition, length: int) -> EmbeddingCondition:
-    """Zero-pad the token dimension on the right up to ``length``."""
+    """Pad the token dimension with zeros on the right to ``length``. A longer condition is returned as it is."""
     missing = length - condition.embeds_NLD.shape[1]
     if missing <= 0:
         return condition

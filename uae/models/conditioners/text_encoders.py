@@ -1,4 +1,4 @@
-"""Captions through the text encoders that a pipeline brings along."""
+"""A conditioner that reads captions with the text encoders of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ KEY = "model.init_args.system.init_args.caption_tokens"
 
 
 class PipelineTextConditioner:
-    """The embeddings that the pipeline would have made of its prompts; implements `uae.types.Conditioner`.
+    """Makes the embeddings that the pipeline itself makes from its prompts; implements `uae.types.Conditioner`.
 
-    An encoder of fixed length pads, and its decoder was trained to attend to the padding: then the mask is all ones.
+    If the pipeline's text encoder pads to a fixed length, the denoiser was trained to attend to the padding, and the mask is
+    all ones.
 
     Args:
         pipe: A diffusers pipeline with its text encoders.
-        max_tokens: Longest caption that is read, where the pipeline leaves a choice; None is its default.
-        placement: Of the text encoders, which are cast to its dtype.
+        max_tokens: Most tokens of a caption that are read, if the pipeline has such a setting; None is its default.
+        placement: Device and dtype of the text encoders, which are cast to that dtype.
+
+    Raises:
+        ValueError: The pipeline takes no embeddings, or ``max_tokens`` or the dtype is not possible for it.
     """
 
     def __init__(self, pipe: Any, max_tokens: int | None = None, placement: Placement = Placement()) -> None:  # noqa: B008
@@ -60,18 +64,22 @@ class PipelineTextConditioner:
         return list(text_encoders_of(self.pipe).values())
 
     def to(self, device: Any) -> PipelineTextConditioner:
-        """Move the text encoders to where they wait."""
+        """Move the text encoders to their device, or to the CPU if they are offloaded."""
         self.device = torch.device(device)
         settle(self.modules(), self.placement, self.device)
         return self
 
-    def encode(self, texts: list[str], rollout: Rollout | None = None) -> EmbeddingCondition:
-        """N captions to N rows. Captions that are too long are cut, as the pipeline does: counted, with a warning."""
+    def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
+        """A condition of N rows for N captions. Longer captions are cut and counted in ``truncated``, with a warning."""
         self._count_truncated(texts)
         return self._condition(self._encoded(prompt=list(texts)), "")
 
     def negative(self, text: str | None = None) -> EmbeddingCondition:
-        """What guidance moves away from, one row. None is the pipeline's own default (not always the empty prompt)."""
+        """The negative condition of classifier-free guidance, one row.
+
+        Args:
+            text: The negative prompt; None is the pipeline's own default, which is not always the empty prompt.
+        """
         if f"negative_{EMBEDS}" not in self.contract.encoded:
             return self._condition(self._encoded(prompt=[text or ""]), "")
         default = inspect.signature(type(self.pipe).__call__).parameters["negative_prompt"].default
@@ -82,12 +90,12 @@ class PipelineTextConditioner:
 
     @torch.no_grad()
     def _encoded(self, **arguments: Any) -> dict[str, Tensor | None]:
-        """What ``encode_prompt`` returns, by name."""
+        """The tensors that ``encode_prompt`` returns, by name."""
         if f"negative_{EMBEDS}" in self.contract.encoded:
             arguments = {"do_classifier_free_guidance": False, **arguments}
         home = self.device or next(self.modules()[0].parameters()).device
         with at_work(self.modules(), self.placement, home) as work, _quiet(type(self.pipe).__module__):
-            # the caption goes to every encoder: those of `prompt_2` and `prompt_3` read `prompt` if they get nothing
+            # every encoder must read the caption: pipelines use `prompt` where `prompt_2` or `prompt_3` is None
             others = {name: None for name in _parameters(self.pipe) if name in ("prompt_2", "prompt_3")}
             outputs = self.pipe.encode_prompt(**arguments, **others, **self.options, device=work)
         return dict(zip(self.contract.encoded, outputs, strict=False))
@@ -115,7 +123,7 @@ class PipelineTextConditioner:
             )
 
     def _lengths(self, texts: list[str]) -> tuple[int, list[int]]:
-        """What the encoder that reads most reads of a caption, and the captions' lengths; both in its tokens."""
+        """The limit of the text encoder with the highest limit, and the lengths of the captions in its tokens."""
         limits = []
         for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             tokenizer = getattr(self.pipe, name, None)
@@ -129,7 +137,7 @@ class PipelineTextConditioner:
         return limit, [len(row) - before for row in ids]
 
     def _around(self, tokenizer: Any) -> tuple[int, str]:
-        """Tokens before the caption that do not count against the limit, and the text around the caption."""
+        """The number of tokens before the caption that do not count, and the text around the caption (its place is "{}")."""
         if hasattr(self.pipe, "prompt_template_encode"):  # Qwen-Image
             return self.pipe.prompt_template_encode_start_idx, self.pipe.prompt_template_encode
         instruction = self.options.get("complex_human_instruction")  # Sana
@@ -166,7 +174,7 @@ def _parameters(pipe: Any) -> Any:
 
 
 def _options(kind: Any) -> dict[str, Any]:
-    """Options of ``encode_prompt`` with the defaults of ``__call__``, which are not always its own."""
+    """Options of ``encode_prompt`` with the defaults of ``__call__``, which can differ from its own defaults."""
     call = inspect.signature(kind.__call__).parameters
     about = ("max_sequence_length", "clean_caption", "complex_human_instruction", "system_prompt")
     takes = inspect.signature(kind.encode_prompt).parameters
@@ -175,7 +183,7 @@ def _options(kind: Any) -> dict[str, Any]:
 
 @contextmanager
 def _quiet(module: str) -> Iterator[None]:
-    """Inside, a module of diffusers logs errors only: it repeats the end of every caption that it cuts."""
+    """Inside, a module of diffusers logs only errors. Otherwise it would log the end of every caption that it cuts."""
     logger = logging.getLogger(module)
     level = logger.level
     logger.setLevel(logging.ERROR)

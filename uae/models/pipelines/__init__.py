@@ -1,1 +1,1 @@
-"""What is known of diffusers pipelines: arguments, masks, steps, loading."""
+"""Diffusers pipelines: how they are loaded, called, masked and stepped."""

@@ -1,6 +1,6 @@
-"""How a diffusers pipeline class takes conditions: read from its signatures, and from a short table where they do not say.
+"""How a diffusers pipeline class takes conditions. Most of it is read from the class's signatures, the rest from two tables.
 
-Read from diffusers 0.42. A class that is not in the tables is treated with more care, and is slower for it.
+The tables hold for diffusers 0.42. Classes that are not in the tables get one caption per call, which is safe but slower.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ Masking = Literal["keyword", "joint", "per_pass", "cross", "none"]
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
-# Pipelines whose own text encoders give a row the same embeddings in any batch; the others are given one caption at a time.
-# (CogView4 pads to the longest caption without a mask; OmniGen takes the positions of the first row for all.)
+# Pipelines in which the embeddings of a caption do not depend on the other captions of the batch. All others get one caption
+# per call: CogView4 pads to the longest caption without a mask, OmniGen uses the positions of the first row for all rows.
 _READ_TOGETHER = {
     "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "SanaSprintPipeline", "QwenImagePipeline",
     "StableDiffusionXLPipeline", "StableDiffusionPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
@@ -26,22 +26,23 @@ _ENCODED = {
 
 @dataclass(frozen=True)
 class Contract:
-    """What a pipeline's ``__call__`` and ``encode_prompt`` are called with. Names are those of keyword arguments.
+    """The keyword arguments of a pipeline's ``__call__``, and the outputs of its ``encode_prompt``.
 
     Args:
-        embeddings: Takes embeddings; None: only prompts.
-        pooled: Takes one vector per caption, or None.
-        mask: Takes the mask of the embeddings, or None.
-        masking: Where padding is hidden: "keyword" (``mask``), "joint" (`MaskedJointAttention`), "per_pass" (a mask of
-            text and image, by attention keywords, another one in the negative pass), "cross" (a mask given to the U-Net's
-            cross-attention), "none" (only rows of equal length go together, without padding).
-        guidance: Classifier-free guidance, or None.
-        distilled: Guidance as an input of a distilled network, or None.
-        negatives: The ``negative_*`` it takes.
-        own_negative: Guidance on prompts has a negative of its own if none is given.
-        encoded: Names of what ``encode_prompt`` returns, as far as they are used.
-        read_together: Several prompts may share a call.
-        fixed: Arguments that are always given.
+        embeddings: Name of the argument for embeddings; None if the pipeline takes only prompts.
+        pooled: Name of the argument for one pooled vector per caption, or None.
+        mask: Name of the argument for the mask of the embeddings, or None.
+        masking: How padding is hidden from the denoiser. "keyword": by the argument ``mask``. "joint": by
+            `MaskedJointAttention`. "per_pass": by a mask of text and image tokens that differs between the positive and the
+            negative pass. "cross": by a mask for the U-Net's cross-attention. "none": there is no mask, so only rows of
+            equal length share a call.
+        guidance: Name of the argument for the classifier-free guidance scale, or None.
+        distilled: Name of the argument for the guidance scale that a distilled network takes as an input, or None.
+        negatives: Names of the arguments for negative prompts.
+        own_negative: Whether guidance on prompts uses a default negative prompt if none is given.
+        encoded: Names of the outputs of ``encode_prompt`` that are used, in order.
+        read_together: Whether several prompts may share a call.
+        fixed: Arguments that are passed in every call.
     """
 
     embeddings: str | None
@@ -58,12 +59,12 @@ class Contract:
 
     @property
     def takes_embeddings(self) -> bool:
-        """Whether an `EmbeddingCondition` can be handed over."""
+        """Whether the pipeline can draw from an `EmbeddingCondition`."""
         return self.embeddings is not None
 
 
 def contract_of(pipe: Any) -> Contract:
-    """The contract of a pipeline's class (and of its denoiser, for masks)."""
+    """The contract of a pipeline, read from its class and, for masks, from its denoiser."""
     kind = type(pipe)
     call = inspect.signature(kind.__call__).parameters
     embeddings = EMBEDS if hasattr(kind, "encode_prompt") and _complete(call) else None
@@ -98,7 +99,7 @@ def text_encoders_of(pipe: Any) -> dict[str, Any]:
 
 
 def _complete(call: Any) -> bool:
-    """Whether a tensor of embeddings, one vector and one mask are all the call can be given about the caption."""
+    """Whether embeddings, one pooled vector and one mask are the only arguments of the call about the caption."""
     known = {sign + name for sign in ("", "negative_") for name in (EMBEDS, POOLED, *MASKS)}
     about = [name for name in call if ("embeds" in name or "mask" in name) and "ip_adapter" not in name]
     as_list = EMBEDS in call and "list" in str(call[EMBEDS].annotation).lower()
@@ -106,7 +107,7 @@ def _complete(call: Any) -> bool:
 
 
 def _guidances(call: Any, negatives: bool) -> tuple[str | None, str | None]:
-    """Keywords of real and of distilled guidance. ``guidance_scale`` means either, depending on what stands beside it."""
+    """Names of the arguments for classifier-free and for distilled guidance. ``guidance_scale`` can be either of them."""
     scale = "guidance_scale" if "guidance_scale" in call else None
     if "true_cfg_scale" in call:
         return "true_cfg_scale", scale
@@ -127,7 +128,7 @@ def _masking(pipe: Any, mask: str | None) -> Masking:
 
 
 def _attends_jointly(transformer: Any) -> bool:
-    """Whether every attention is the stock joint one, which lacks a text mask (Stable Diffusion 3)."""
+    """Whether all attention processors are the standard joint one without a text mask (Stable Diffusion 3)."""
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 
     from uae.models.pipelines.masks import MaskedJointAttention

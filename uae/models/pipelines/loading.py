@@ -1,4 +1,4 @@
-"""Diffusers pipelines: loading them, and lending their parts for one call."""
+"""Loads diffusers pipelines, and changes their components for one call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def load_pipeline(name: str, placement: Placement, key: str = "model.init_args.s
 
     Args:
         name: Folder or hub id in the layout of diffusers.
-        placement: The networks are loaded in its dtype.
-        key: What errors tell to change: the setting that holds the name.
-        parts: Components by name: taken in place of the checkpoint's; None leaves the component out.
+        placement: Placement whose dtype the networks are loaded in.
+        key: Path of the setting that holds ``name``, for error messages.
+        parts: Components that replace those of the checkpoint, by name. None leaves a component out.
 
     Raises:
-        ValueError: The checkpoint is no pipeline, or has no such part.
-        FileNotFoundError: A component is not in the checkpoint.
+        ValueError: The pipeline has no component of a name in ``parts``.
+        FileNotFoundError: The checkpoint is no pipeline, or lacks a component.
     """
     import diffusers
 
@@ -41,14 +41,14 @@ def load_pipeline(name: str, placement: Placement, key: str = "model.init_args.s
 
 
 def _check_folder(folder: Path, key: str, parts: dict[str, Any]) -> None:
-    """One line for what would be a trace from deep inside the library."""
+    """Raise in one line where diffusers would fail with a long traceback."""
     file = folder / "model_index.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no model_index.json, so it is no diffusers pipeline; change {key}")
     index = {name: value for name, value in json.loads(file.read_text()).items() if isinstance(value, list) and name[0] != "_"}
     unknown = sorted(set(parts) - set(index))
     if unknown:
-        raise ValueError(f"{folder} has no part {', '.join(unknown)}; allowed: {', '.join(sorted(index))}")
+        raise ValueError(f"{folder} has no component {', '.join(unknown)}; allowed: {', '.join(sorted(index))}; change {key}")
     for name, (library, _) in index.items():
         if library is not None and name not in parts and not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder} lacks the subfolder {name}; complete the folder or change {key}")
@@ -56,7 +56,7 @@ def _check_folder(folder: Path, key: str, parts: dict[str, Any]) -> None:
 
 @contextmanager
 def without(pipe: Any, names: Iterable[str]) -> Iterator[None]:
-    """Inside, the pipeline lacks some components, so that it neither runs them nor looks for its device or dtype there."""
+    """Inside, the named components are None. The pipeline does not run them or take its device or dtype from them."""
     parts = {name: getattr(pipe, name) for name in names}
     try:
         for name in parts:
@@ -69,7 +69,7 @@ def without(pipe: Any, names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def fresh_scheduler(pipe: Any) -> Iterator[None]:
-    """Inside, the pipeline has a copy of its scheduler: solvers of higher order keep earlier predictions (and graphs)."""
+    """Inside, the pipeline has a copy of its scheduler. Multistep solvers store earlier predictions and their graphs in it."""
     scheduler = getattr(pipe, "scheduler", None)
     try:
         if scheduler is not None:

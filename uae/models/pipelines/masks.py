@@ -1,6 +1,6 @@
-"""Text masks where diffusers has none (or none per pass), so that padding cannot change an image.
+"""Text masks for pipelines of diffusers that have none, or none per pass.
 
-Without one, padded caption tokens are attended to and move every pixel.
+Without a mask, image tokens attend to the padding of a caption, and the padding changes every pixel.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 
 class MaskedJointAttention:
-    """A diffusers attention processor: image and text tokens attend to each other, masked text tokens to nobody.
+    """An attention processor of diffusers in which no token attends to masked text tokens.
 
-    Takes ``text_mask`` ``[N, L]`` (1 = real token) through the transformer's ``joint_attention_kwargs``.
+    The transformer passes ``text_mask`` ``[N, L]`` (1 for real tokens) to it through ``joint_attention_kwargs``.
     """
 
     def __call__(
@@ -28,14 +28,14 @@ class MaskedJointAttention:
         attention_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Image ``[N, I, D]`` and text ``[N, L, D]`` in, the same shapes out."""
+        """Attend from image ``[N, I, D]`` and text ``[N, L, D]``. The outputs have the same shapes."""
         tokens_of_image = hidden_states.shape[1]
         query, key, value = _heads(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
         mask = None
         if encoder_hidden_states is not None:
             names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            text = _heads(attn, encoder_hidden_states, *names)
-            query, key, value = (torch.cat(pair, dim=2) for pair in zip((query, key, value), text, strict=True))
+            of_text = _heads(attn, encoder_hidden_states, *names)
+            query, key, value = (torch.cat(pair, dim=2) for pair in zip((query, key, value), of_text, strict=True))
             if text_mask is not None:
                 image_mask = text_mask.new_ones(len(text_mask), tokens_of_image)
                 mask = torch.cat([image_mask, text_mask], dim=1).bool()[:, None, None]
@@ -44,14 +44,14 @@ class MaskedJointAttention:
         image = attn.to_out[1](attn.to_out[0](out[:, :tokens_of_image]))
         if encoder_hidden_states is None:
             return image
-        words = out[:, tokens_of_image:]
-        return image, words if attn.context_pre_only else attn.to_add_out(words)
+        text = out[:, tokens_of_image:]
+        return image, text if attn.context_pre_only else attn.to_add_out(text)
 
 
 def _heads(
     attn: Any, x: Tensor, projections: tuple[str, ...], norms: tuple[str, str]
 ) -> tuple[Tensor, ...]:
-    """Query, key and value ``[N, heads, tokens, width]`` of one stream."""
+    """Query, key and value ``[N, heads, tokens, width]`` of the image or the text tokens."""
     query, key, value = (getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in projections)
     norm_query, norm_key = (getattr(attn, name) for name in norms)
     return norm_query(query) if norm_query else query, norm_key(key) if norm_key else key, value
@@ -59,7 +59,12 @@ def _heads(
 
 @contextmanager
 def masked_cross_attention(unet: torch.nn.Module, mask_NL: Tensor) -> Iterator[None]:
-    """Inside, the U-Net's cross-attention ignores text where the mask is 0. N: rows of a step, negatives first."""
+    """Inside, the U-Net's cross-attention ignores text where the mask is 0.
+
+    Args:
+        unet: The denoiser.
+        mask_NL: Mask of all N rows of a denoising step; rows of the negative pass come first.
+    """
 
     def give(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return arguments, {**named, "encoder_attention_mask": mask_NL.bool()}
@@ -73,13 +78,16 @@ def masked_cross_attention(unet: torch.nn.Module, mask_NL: Tensor) -> Iterator[N
 
 @contextmanager
 def masked_passes(transformer: torch.nn.Module, passes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Inside, attention of a FLUX transformer ignores text where the mask that belongs to the text is 0.
+    """Inside, a FLUX transformer ignores text where the mask of the current pass is 0.
 
-    FLUX takes a mask of text and image tokens, and its pipeline gives one mask to the positive and the negative pass.
+    FLUX takes a mask of text and image tokens, but its pipeline gives the same mask to the positive and the negative pass.
 
     Args:
-        transformer: Its pipeline must hand the embeddings on as they are: each pass is known by them.
-        passes: Embeddings ``[N, L, D]`` and mask ``[N, L]`` of each.
+        transformer: The denoiser. Its pipeline must pass on the same embedding tensors, by which a pass is recognised.
+        passes: Embeddings ``[N, L, D]`` and mask ``[N, L]`` of each pass.
+
+    Raises:
+        RuntimeError: The transformer is called with embeddings that are not among ``passes``.
     """
 
     def give(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,6 +1,7 @@
-"""What happens between the steps of a pipeline's loop, changed for one call: its schedule stays its own.
+"""Changes to the denoising loop of a pipeline for one call. The schedule remains that of the pipeline.
 
-Both work on the copy of the scheduler that `uae.models.pipelines.loading.fresh_scheduler` lends the pipeline.
+`stepping` and `gradient_through` change the scheduler, so they need the copy from
+`uae.models.pipelines.loading.fresh_scheduler`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ Advance = Callable[[int, float, float, Tensor, Tensor], Tensor]  # step, t, t_ne
 
 
 def check_flow(pipe: Any) -> None:
-    """Raise unless the pipeline's scheduler has the times of a flow, in one prediction per step."""
+    """Check that a pipeline draws by flow matching, with one prediction of the denoiser per step.
+
+    Raises:
+        ValueError: It does not.
+    """
     scheduler = getattr(pipe, "scheduler", None)
     config = getattr(scheduler, "config", {})
     euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
@@ -29,22 +34,23 @@ def check_flow(pipe: Any) -> None:
     if getattr(pipe, "transformer", None) is None or not (euler or solver) or getattr(scheduler, "order", 1) != 1:
         raise ValueError(
             f"{type(pipe).__name__} with {type(scheduler).__name__} does not draw by flow matching, so its steps have no "
-            "log-probs here; allowed: FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas; change the renderer"
+            "log-probs here; allowed: FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas; change model.init_args.system"
         )
 
 
 @contextmanager
 def stepping(pipe: Any, advance: Advance, first: int = 0, stop: int | None = None) -> Iterator[None]:
-    """Inside, the pipeline takes some of its steps, each by ``advance``.
+    """Inside, the pipeline computes the steps ``first`` to ``stop - 1`` with the function ``advance``.
 
-    The times are those that its own scheduler makes of whatever the pipeline asks for, shifts included. A scheduler of
-    higher order (Sana's) is reduced to its times, so without noise the steps are Euler's.
+    The times come from the pipeline's own scheduler, shifts included. Of a multistep solver (Sana's) only the times are
+    used, so the steps without noise are Euler steps.
 
     Args:
-        pipe: Its scheduler must be a copy.
-        advance: Called with the number of the step, t and t_next (1 is noise, 0 the image), latents and velocity.
+        pipe: Pipeline whose scheduler is a copy.
+        advance: Function of the number of the step, t and t_next (1 is noise, 0 is the image), latents and velocity. It
+            returns the latents at t_next.
         first: Number of the first step.
-        stop: One behind the last step; None takes all. With ``stop == first`` the pipeline only decodes.
+        stop: Number after that of the last step; None takes all steps. With ``stop == first`` the pipeline only decodes.
     """
     scheduler, numbers = pipe.scheduler, itertools.count(first)
     plan = scheduler.set_timesteps
@@ -69,10 +75,14 @@ def stepping(pipe: Any, advance: Advance, first: int = 0, stop: int | None = Non
 
 @contextmanager
 def gradient_through(pipe: Any, last: int) -> Iterator[None]:
-    """Inside, velocities have a graph in the last so many steps only; for calls with gradient.
+    """Inside, only the velocities of the last steps keep their graph. For calls with gradient.
 
-    It is the network that is switched, not the loop: what the pipeline prepares from the condition keeps its graph, and
-    so does the autoencoder.
+    Gradients are switched off inside the denoiser alone, so the embeddings that the pipeline prepares from the condition
+    and the autoencoder keep their graphs.
+
+    Args:
+        pipe: Pipeline whose scheduler is a copy.
+        last: Number of denoising steps, counted from the end, that keep their graph.
     """
     scheduler, taken = pipe.scheduler, 0
     step = scheduler.step

@@ -1,4 +1,4 @@
-"""Pictures made outside this process: what clients answer with, and keeping it on disk."""
+"""Images from clients outside this process: their formats, and a cache on disk."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from uae.files.pictures import UnreadableImageError, as_rgb, read_picture
 
 
 def picture_of(answer: Any) -> Image.Image:
-    """What a client may answer with, as one RGB picture of 8 bit.
+    """Convert the answer of a client to an RGB image with 8 bits per channel.
 
     Args:
-        answer: The content of an image file (bytes); a PIL image; a tensor ``[3, H, W]``, uint8 or float in [0, 1].
+        answer: The content of an image file (bytes), a PIL image, or a tensor ``[3, H, W]`` (uint8, or float in [0, 1]).
 
     Raises:
-        ValueError: Something else.
+        ValueError: The answer is of another type, shape or range.
     """
     if isinstance(answer, bytes):
         return read_picture(answer)
@@ -43,36 +43,36 @@ def picture_of(answer: Any) -> Image.Image:
 
 
 def as_pixels(picture: Image.Image, height: int, width: int) -> Tensor:
-    """float32 ``[3, height, width]`` in [0, 1]; another size is resized (bicubic, antialiased), whatever its aspect."""
+    """The image as float32 ``[3, height, width]`` in [0, 1], resized (bicubic, antialiased) without keeping its aspect ratio."""
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 class PictureCache:
-    """Pictures on disk, filed under what they were asked for. Safe for several threads and processes at once.
+    """Images on disk by the request that made them. Several threads and processes may use it at the same time.
 
     Args:
-        folder: Made when the first picture is kept.
+        folder: Folder of the images. It is created when the first image is written.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder).expanduser()
 
     def file(self, *key: str | int) -> Path:
-        """Where the picture of a key is, or would be."""
+        """Path of the image of a key, whether or not the file exists."""
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.png"
 
     def read(self, *key: str | int) -> Image.Image | None:
-        """The picture of a key; None if there is none or its file is damaged."""
+        """The image of a key; None if it does not exist or its file is damaged."""
         try:
             return read_picture(self.file(*key))
         except UnreadableImageError:
             return None
 
     def write(self, picture: Image.Image, *key: str | int) -> None:
-        """Keep a picture, without loss. A process killed meanwhile leaves a .part file, never half a picture."""
+        """Write an image as PNG. A process that is killed meanwhile leaves a .part file, never an incomplete image."""
         file = self.file(*key)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=file.parent, suffix=".part")

@@ -1,4 +1,4 @@
-"""Functions of the user's own code: how a configuration names them, and what they are called on disk."""
+"""Clients are Python functions of the user: how a configuration names them, and their names in the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY = "model.init_args.system.init_args.renderer.init_args"
 
 
 def import_client(client: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself, from "package.module:function" or "package.module.function".
+    """Import a client named "package.module:function" or "package.module.function". A function is returned as it is.
 
     Raises:
         ValueError: There is no such function.
@@ -33,24 +33,28 @@ def import_client(client: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def client_name(client: str | Callable[..., Any], version: str) -> str:
-    """What a client's answers are filed under, equal in every process: "package.module:function".
+    """The name of a client in the cache, which is the same in every process: "package.module:function".
+
+    Args:
+        client: The client or its import path.
+        version: Part of the cache's keys; a version other than "" allows names that are not unique.
 
     Raises:
-        ValueError: Two different clients could have this name (lambdas, methods, partials, functions of a script), and
-            no version tells them apart.
+        ValueError: Other clients could have the same name (lambdas, methods, partials, functions of a script), and there is
+            no version.
     """
     if isinstance(client, str):
         return _path(client)
     name = f"{getattr(client, '__module__', '')}:{getattr(client, '__qualname__', type(client).__qualname__)}"
     if not version and (not isinstance(client, FunctionType) or "<" in name or name.startswith("__main__:")):
         raise ValueError(
-            f"the client {name!r} has no name of its own to file its pictures under; set {KEY}.version"
+            f"the client {name!r} has no name of its own under which its images are cached; set {KEY}.version"
         )
     return name
 
 
 def one_line(error: BaseException) -> str:
-    """An error of somebody else's code, for a message of one line."""
+    """Type and message of an exception in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

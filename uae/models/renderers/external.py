@@ -1,6 +1,6 @@
-"""Renderers outside this process: a folder of pictures made elsewhere, or a system behind a Python function.
+"""Renderers outside this process: a folder of existing images, or a program behind a Python function.
 
-They give pixels and nothing else, so they serve evaluation and caption training, never stages that need a gradient.
+They return pixels without gradients. They can be used for evaluation and to train the captioner, but not to train a renderer.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from uae.types import Condition
 
 
 class ExternalRenderer:
-    """What renderers outside this process share; implements `uae.types.Renderer`.
+    """Base class of renderers outside this process; implements `uae.types.Renderer`.
 
     Args:
-        height, width: Of the images it returns, in pixels; pictures of another size are resized, whatever their aspect.
+        height, width: Size of the returned images in pixels. Other sizes are resized without keeping their aspect ratio.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -38,19 +38,19 @@ class ExternalRenderer:
         self.device = torch.device("cpu")
 
     def check(self) -> None:
-        """Find out early whether anything can be drawn; called when the run is placed on its device."""
+        """Raise early if nothing can be drawn. Called when the run is moved to its device."""
         raise NotImplementedError
 
     def pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """One RGB picture per row, of any size."""
+        """One RGB image of any size per row."""
         raise NotImplementedError
 
     def modules(self) -> list[nn.Module]:
-        """No networks here."""
+        """An empty list: there are no networks in this process."""
         return []
 
     def to(self, device: Any) -> ExternalRenderer:
-        """Where images are returned."""
+        """Return images on this device from now on, after `check`."""
         self.check()
         self.device = torch.device(device)
         return self
@@ -59,12 +59,12 @@ class ExternalRenderer:
         """Images float32 ``[N, 3, height, width]`` in [0, 1].
 
         Args:
-            condition: N captions.
+            condition: A `TextCondition` of N captions.
             seeds: N numbers.
-            grad: Must be False.
+            grad: Must be False, because there are no gradients.
 
         Raises:
-            ValueError: A gradient is wanted, the condition is not text, or there is not one seed per caption.
+            ValueError: ``grad`` is True, the condition is not text, or the numbers of captions and seeds differ.
         """
         name = type(self).__name__
         if grad:
@@ -84,14 +84,14 @@ class ExternalRenderer:
 
 
 class FolderRenderer(ExternalRenderer):
-    """Pictures made elsewhere, looked up by caption.
+    """Looks up existing images by caption.
 
-    The folder is in Hugging Face's imagefolder layout: a ``metadata.jsonl`` with ``file_name`` (below the folder) and
-    ``text`` (the caption, letter by letter) per line. If a text has several files, the seed chooses among them.
+    The folder is in Hugging Face's imagefolder layout: it has a ``metadata.jsonl`` with ``file_name`` (relative to the folder)
+    and ``text`` (the exact caption) in each line. If a text has several files, the seed selects one of them.
 
     Args:
-        folder: The folder.
-        height, width: See `ExternalRenderer`.
+        folder: Folder of the images and their ``metadata.jsonl``.
+        height, width: Size of the returned images in pixels, see `ExternalRenderer`.
     """
 
     def __init__(self, folder: str, height: int, width: int) -> None:
@@ -100,15 +100,15 @@ class FolderRenderer(ExternalRenderer):
         self._files: dict[str, list[Path]] | None = None
 
     def check(self) -> None:
-        """Read the folder's list."""
+        """Read ``metadata.jsonl``."""
         if self._files is None:
             self._files = _files_by_text(Path(self.folder).expanduser(), self.folder)
 
     def pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """One picture per row.
+        """One image per row.
 
         Raises:
-            ValueError: Captions without a picture, or files that cannot be read.
+            ValueError: A caption has no image, or a file cannot be read.
         """
         self.check()
         files = self._files or {}
@@ -157,22 +157,25 @@ def _files_by_text(folder: Path, name: str) -> dict[str, list[Path]]:
 
 
 class CallableRenderer(ExternalRenderer):
-    """A text-to-image system behind a Python function, e.g. the client of an HTTP service.
+    """Draws with a Python function, e.g. the client of an HTTP service.
 
-    Every picture is kept on disk under what it was asked for, so nothing is asked twice: not the equal captions of a
-    group that shares its noise, and not what an interrupted run already has. The rate limit holds per process.
+    Every image is cached on disk by its request, so no request is sent twice. This saves requests for equal captions with
+    equal seeds, and in a run that is started again. The rate limit holds per process.
 
     Args:
-        client: ``client(text, height, width, seed)`` returns one picture: the content of an image file (bytes), a PIL
-            image, or a tensor ``[3, H, W]`` (uint8, or float in [0, 1]). Called from several threads; seeds have 63 bits;
-            any exception is a failed try. In a configuration its import path, "package.module:function".
-        cache: Folder of the pictures; may be shared by runs and processes.
-        height, width: See `ExternalRenderer`; the client is told.
-        retries: Further tries after a failed one, 1, 2, 4, ... seconds later, at most ``longest_pause``.
-        requests_per_minute: None for no limit. Failed tries count.
-        workers: Requests at a time.
-        version: Part of what pictures are filed under: change it when the system behind the client changes.
-        longest_pause: Between two tries, in seconds.
+        client: Function ``client(text, height, width, seed)`` that returns one image: the content of an image file (bytes),
+            a PIL image, or a tensor ``[3, H, W]`` (uint8, or float in [0, 1]). It is called from several threads. Seeds have
+            63 bits. Any exception counts as a failed try. In a configuration: its import path, "package.module:function".
+        cache: Folder of the images. Runs and processes may share it.
+        height, width: Size of the returned images in pixels, see `ExternalRenderer`; also passed to the client.
+        retries: Number of further tries after a failed try, 0 or more. The pauses before them are 1, 2, 4, ... seconds.
+        requests_per_minute: Limit on requests, failed tries included; None for no limit.
+        workers: Number of simultaneous requests, 1 or more.
+        version: Part of the cache's keys. Change it when the program behind the client changes.
+        longest_pause: Longest pause between two tries, in seconds, 0 or more.
+
+    Raises:
+        ValueError: A number is out of its range, or the client has no unique name and there is no version.
     """
 
     def __init__(
@@ -205,17 +208,21 @@ class CallableRenderer(ExternalRenderer):
         self._free_at = float("-inf")  # when the next request may start
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_free_at": float("-inf")}  # another machine's clock means nothing here
+        return self.__dict__ | {"_free_at": float("-inf")}  # clocks of different machines cannot be compared
 
     def check(self) -> None:
-        """Import the client."""
+        """Import the client.
+
+        Raises:
+            ValueError: It cannot be imported.
+        """
         import_client(self.client)
 
     def pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """One picture per row, from the cache or else from the client.
+        """One image per row, from the cache or else from the client.
 
         Raises:
-            RuntimeError: Some could not be had; all others are in the cache by then.
+            RuntimeError: The client failed for some rows. The images of all other rows are in the cache.
         """
         rows = list(zip(texts, seeds, strict=True))
         unique = list(dict.fromkeys(rows))
@@ -224,7 +231,7 @@ class CallableRenderer(ExternalRenderer):
         if errors:
             raise RuntimeError(
                 f"{len(errors)} of {len(unique)} pictures could not be had from the client {self.name!r} in "
-                f"{self.retries + 1} tries each (first: {one_line(errors[0])}); the others are kept: run again, or change "
+                f"{self.retries + 1} tries each (first: {one_line(errors[0])}); the others are cached: run again, or change "
                 f"{KEY}.client, .retries or .requests_per_minute"
             ) from errors[0]
         return [found[row] for row in rows]
@@ -233,7 +240,7 @@ class CallableRenderer(ExternalRenderer):
         return self.name, self.version, text, self.height, self.width, seed
 
     def _fetch(self, rows: list[tuple[str, int]], found: dict[tuple[str, int], Image.Image]) -> list[Exception]:
-        """Add these rows to ``found``; returns what went wrong."""
+        """Request these rows and add their images to ``found``. Returns the errors of rows that failed."""
         from tqdm.auto import tqdm
 
         if not rows:
@@ -265,7 +272,7 @@ class CallableRenderer(ExternalRenderer):
         return picture
 
     def _wait(self, turn: threading.Lock) -> None:
-        """Until the rate limit allows the next request: each takes the next free slot."""
+        """Sleep until the rate limit allows the next request."""
         if not self.interval:
             return
         with turn:

@@ -1,4 +1,4 @@
-"""Settings of a renderer, and whether a pipeline can follow them."""
+"""Settings of a renderer, and the check that a pipeline can follow them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ KEY = "model.init_args.system.init_args.rendering"
 
 @dataclass(frozen=True)
 class Rendering:
-    """How images are drawn.
+    """Settings of a renderer.
 
     Args:
-        height, width: In pixels.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance scale; 1 means none, and no second pass.
-        distilled_guidance: Guidance as an input of a distilled network (FLUX.1-dev); None is the pipeline's default.
-        rows: Images per pipeline call; bounds memory, changes nothing else.
-        placement: Of the denoiser and the autoencoder.
-        compile: Compile the denoiser (for any batch size and length).
-        slice_vae: Decode one image at a time.
-        tile_vae: Decode large images in overlapping tiles, which differs a little from decoding them whole.
+        height, width: Size of the images in pixels. The pipeline determines of which number they must be multiples.
+        steps: Number of denoising steps, 1 or more.
+        guidance: Classifier-free guidance scale. 1 turns it off and saves the negative pass.
+        distilled_guidance: Guidance scale that a distilled network takes as an input (FLUX.1-dev); None is the pipeline's
+            default.
+        rows: Number of images per pipeline call, 1 or more. It bounds memory and changes nothing else.
+        placement: Device and dtype of the denoiser and the autoencoder.
+        compile: Whether the denoiser is compiled, for any batch size and length.
+        slice_vae: Whether the autoencoder decodes one image at a time, which saves memory.
+        tile_vae: Whether the autoencoder decodes in overlapping tiles, which saves memory and changes images slightly.
     """
 
     height: int = 512
@@ -43,7 +44,17 @@ class Rendering:
 
 
 def check(rendering: Rendering, pipe: Any, contract: Contract, has_negative: bool) -> None:
-    """Raise where the pipeline would ignore a setting, or fail on it much later."""
+    """Check that a pipeline can follow the settings. Otherwise it would ignore them, or fail much later.
+
+    Args:
+        rendering: The settings.
+        pipe: The diffusers pipeline.
+        contract: The contract of the pipeline.
+        has_negative: Whether the system gives a negative condition.
+
+    Raises:
+        ValueError: The pipeline cannot follow a setting.
+    """
     name = type(pipe).__name__
     multiple = _multiple(pipe)
     for key in ("height", "width"):
@@ -82,7 +93,7 @@ def _check_guidance(guidance: float, pipe: Any, contract: Contract, has_negative
 
 
 def _multiple(pipe: Any) -> int:
-    """What height and width must be multiples of: pixels per latent, times latents per token."""
+    """The number of which height and width must be multiples: pixels per latent times latents per token."""
     patch = getattr(getattr(denoiser_of(pipe), "config", None), "patch_size", 1)
     patch = max(patch) if isinstance(patch, tuple | list) else patch
     own = getattr(pipe, "vae_scale_factor", 1) * (patch or 1)
@@ -91,7 +102,11 @@ def _multiple(pipe: Any) -> int:
 
 
 def spare_memory(pipe: Any, rendering: Rendering) -> None:
-    """Slices, tiles and 8-bit weights, where the classes have them."""
+    """Apply the settings that save memory: 8-bit weights, slices and tiles.
+
+    Raises:
+        ValueError: The denoiser or the autoencoder does not support a setting.
+    """
     if rendering.placement.dtype == "float8":
         denoiser = denoiser_of(pipe)
         if not hasattr(denoiser, "enable_layerwise_casting"):
