@@ -1,4 +1,4 @@
-"""Which file may import which, and how long anything may get. See the README's architecture section."""
+"""Which file may import which, and how long anything may get. See docs/architecture.md."""
 
 import ast
 import re
@@ -25,8 +25,8 @@ def tree(path):
 
 
 def floors():
-    """Room to floor, as the README's table of the architecture says. A room is a folder, or a file beside folders."""
-    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """Room to floor, as the tables of docs/architecture.md say. A room is a folder, or a file beside folders."""
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     named = [(int(floor), room) for floor, rooms in rows for room in re.findall(r"`([\w/]+)(?:\.py)?/?`", rooms)]
     assert len({room for _, room in named}) == len(named), "a room stands on two floors"
     return {room.rstrip("/").replace("/", "."): floor for floor, room in named}
@@ -66,6 +66,14 @@ def test_the_table_names_every_folder_and_nothing_else():
     folders = {module_of(path).rpartition(".")[0] if path.stem != "__init__" else module_of(path) for path in SOURCES}
     ground = {module_of(path) for path in SOURCES if path.parent == ROOT / "uae" and path.stem != "__init__"}
     assert set(FLOORS) == folders - {"uae"} | ground
+
+
+def test_the_readme_shows_every_room():
+    section = (ROOT / "README.md").read_text().partition("## Architecture")[2].partition("\n## ")[0]
+    shown = {room.rstrip("/") for room in re.findall(r"`((?:uae|callbacks)[\w/.]*)`", section)}
+    folders = {short(path.parent) for path in SOURCES if path.parent != ROOT / "uae" and short(path.parent).count("/") < 2}
+    assert folders <= shown
+    assert all((ROOT / room).exists() for room in shown)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=short)
