@@ -1,4 +1,4 @@
-"""Functions as commands: parameters become options, docstrings become the help."""
+"""Command lines from functions: parameters become options, docstrings become the help text."""
 
 from __future__ import annotations
 
@@ -11,34 +11,40 @@ from jsonargparse import ArgumentParser, auto_cli
 from uae.cli import debugging, fail
 from uae.cli.explain import explain
 
+Function = Callable[..., Any]
+
 
 class Parser(ArgumentParser):
-    """Abbreviations are errors, and an error is one line."""
+    """A parser that refuses abbreviated options and reports an error in one line."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # jsonargparse passes whatever argparse takes
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2 and the line that helps."""
+        """Print one line about what is wrong and what is allowed, and exit with status 2."""
         if debugging():
             super().error(message, ex)
         fail(explain(message, [action.dest for action in self._actions]))
 
 
-def run(name: str, functions: Callable[..., Any] | Mapping[str, Callable[..., Any]], args: Sequence[str]) -> Any:
-    """Parse ``args`` for a function, or for the one of several that the first argument names, and call it.
+def run(name: str, functions: Function | Mapping[str, Function], args: Sequence[str]) -> Any:
+    """Parse ``args`` as the options of a function and call it.
 
     Args:
-        name: The command, for its usage line.
-        functions: One function, or name to function. All options are keywords, and may come from ``--config FILE``.
-        args: What the user typed behind the command.
+        name: Name of the command, for the usage text.
+        functions: One function; or several by name, of which the first argument chooses one. All parameters become options
+            ``--name``, which ``--config FILE`` may also hold.
+        args: The words that the user typed behind the command's name.
+
+    Returns:
+        What the function returns.
     """
-    components: Any = functions if callable(functions) else dict(functions)
+    components: Any = functions if callable(functions) else dict(functions)  # jsonargparse declares only literal nestings
     return auto_cli(components, args=list(args), as_positional=False, parser_class=Parser, prog=f"python -m uae.bench {name}")
 
 
 def listed(args: Sequence[str], option: str) -> list[str]:
-    """Arguments in which ``--option a b c`` became one list, as the parser reads lists."""
+    """Join ``--option a b c`` into one list ``--option ["a", "b", "c"]``, which is how the parser reads lists."""
     rest, values = [], []
     words = list(args)
     while words:

@@ -1,4 +1,4 @@
-"""What was read, by its content: names stay the same when files change."""
+"""Digests of files: a result names its inputs by content, since a file can change and keep its name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _BLOCK = 1 << 22
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's bytes; of a folder's files, with their relative names."""
+    """The sha256 of a file's bytes, or of all files below a folder with their relative names, as hexadecimal digits."""
     path, digest = Path(path), hashlib.sha256()
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
@@ -22,6 +22,6 @@ def sha256(path: str | Path) -> str:
 
 
 def git_blob(path: str | Path) -> str:
-    """What ``git hash-object`` prints: published files are named by it."""
+    """The digest that ``git hash-object`` prints for a file; published prompt files are recognised by it."""
     content = Path(path).read_bytes()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()

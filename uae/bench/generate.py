@@ -1,4 +1,4 @@
-"""Images of prompts, by any system, into a folder: any number of processes, interrupted and taken up again at will."""
+"""Draw prompts into a folder with any system: on any number of processes, which may be stopped and started again at any time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from inspect import signature
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -21,17 +21,19 @@ from uae.bench.system import LoadedSystem, load
 from uae.files.whole import write_whole
 from uae.seeds import seed_of
 
-RECORD = "drawn_by.json"  # in the folder: who drew it, so that no other system's images get mixed in
+T = TypeVar("T")
+
+RECORD = "drawn_by.json"  # in a folder of images: the system that drew them, so that no other system's images get mixed in
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One image file.
+    """One image file to draw.
 
     Args:
-        path: Where it goes; the suffix is the format.
-        prompt: What it shows.
-        seeds: One for a picture; four, nine, ... for a square grid of pictures, row by row.
+        path: Path of the file; its suffix is the format.
+        prompt: Prompt of the image.
+        seeds: Seeds of the noise: one for a picture; four, nine, ... for a square grid of pictures, row by row.
     """
 
     path: Path
@@ -41,15 +43,15 @@ class Drawing:
 
 @dataclass(frozen=True)
 class DrawingJob:
-    """What a command wants drawn.
+    """All images that a benchmark needs.
 
     Args:
-        folder: Where to.
-        drawings: All of them, also those that are there already.
-        origin: What they are drawn from, as prompts and seed: a folder is of one origin and one system.
-        batch_size: Pictures drawn at once.
+        folder: Folder of the images.
+        drawings: All images, also those that exist already.
+        origin: What the images are drawn from (prompts, seed): a folder holds images of one origin and one system.
+        batch_size: Number of pictures drawn at once.
         part: "i/n": this process draws the i-th of n shares, 1/n to n/n.
-        device: Where to draw; None is the first GPU, or the CPU.
+        device: Name of the device; None is the first GPU, or the CPU if there is none.
     """
 
     folder: Path
@@ -61,43 +63,44 @@ class DrawingJob:
 
 
 def seeds_of(seed: int, number: int | str, samples: int, first: int = 0) -> tuple[int, ...]:
-    """The seeds of a prompt's pictures: they depend on its number (or name) and theirs, not on batches, parts or other prompts."""
+    """Seeds of a prompt's pictures. They depend on the prompt's number (or name) and the pictures' numbers alone, not on batches."""
     return tuple(seed_of(seed, "prompt", number, sample) for sample in range(first, first + samples))
 
 
 def generate_command(name: str, describe: Callable[..., DrawingJob], words: Sequence[str]) -> None:
-    """``generate`` of a benchmark: its own options describe the job, all others the system, as ``uae.cli`` takes them.
+    """Run ``generate`` of a benchmark.
 
     Args:
-        name: Of the benchmark.
-        describe: Its parameters are the command's options.
-        words: What the user typed behind ``generate``.
+        name: Name of the benchmark.
+        describe: Makes the job; its parameters are the command's own options. All other options describe the system, as in
+            ``python -m uae.cli predict``.
+        words: The words that the user typed behind ``generate``.
     """
     job, system = parse_job(f"{name} generate", describe, words, "draw with")
     draw_missing(load(system, job.device), job)
 
 
-def parse_job(name: str, describe: Callable[..., Any], words: Sequence[str], purpose: str) -> tuple[Any, list[str]]:
-    """A job from a command's own options, and the words that are the system's.
+def parse_job(name: str, describe: Callable[..., T], words: Sequence[str], purpose: str) -> tuple[T, list[str]]:
+    """Make a job from a command's own options; the other words, which describe the system, are returned beside it.
 
     Args:
-        name: Of the command.
-        describe: Makes the job; its parameters are the command's options.
-        words: What the user typed behind the command.
-        purpose: What the system is for, as the error says it.
+        name: Name of the command.
+        describe: Makes the job; its parameters are the command's own options.
+        words: The words that the user typed behind the command.
+        purpose: What the command does with a system, for the error: "draw with", "run".
 
     Raises:
-        ValueError: No system is given.
+        ValueError: The words have no ``--config``, so no system is given.
     """
     own, system = split_options(words, {f"--{option}" for option in signature(describe).parameters})
     job = run(name, describe, own)
     if "--config" not in {word.partition("=")[0] for word in system}:
-        raise ValueError(f"no system to {purpose}: give --config FILE, a complete run as configs/tiny.yaml")
+        raise ValueError(f"no system to {purpose}; give --config FILE, a complete run such as configs/tiny.yaml")
     return job, system
 
 
 def split_options(words: Sequence[str], options: set[str]) -> tuple[list[str], list[str]]:
-    """The words that give one of ``options`` a value (or ask for help), and the others; in the order given."""
+    """Split words into those that set one of ``options`` (or ask for help) and the others, each in the order given."""
     own: list[str] = []
     others: list[str] = []
     rest = iter(words)
@@ -111,17 +114,17 @@ def split_options(words: Sequence[str], options: set[str]) -> tuple[list[str], l
 
 
 def draw_missing(system: LoadedSystem, job: DrawingJob) -> None:
-    """Draw what is missing; every file appears whole or not at all.
+    """Draw the images that do not exist yet; every file appears whole or not at all.
 
     Raises:
-        ValueError: The folder holds another system's images, two drawings share a path, or ``part`` is none.
+        ValueError: The folder holds another system's images, two drawings share a path, or ``part`` is not i/n.
     """
     check_job(job)
     claim_folder(job.folder, {**system.identity, **job.origin})
     first, parts = parse_part(job.part)
     mine = list(job.drawings)[first::parts]
     missing = [drawing for drawing in mine if not drawing.path.is_file()]
-    done = {drawing.path: [] for drawing in missing}  # type: dict[Path, list[Tensor]]
+    done: dict[Path, list[Tensor]] = {drawing.path: [] for drawing in missing}
     rows = [(drawing, seed) for drawing in missing for seed in drawing.seeds]
     with tqdm(total=len(rows), unit="image", desc="drawing", disable=not rows) as bar:
         for batch in _batches(rows, job.batch_size):
@@ -135,27 +138,27 @@ def draw_missing(system: LoadedSystem, job: DrawingJob) -> None:
 
 
 def check_job(job: DrawingJob) -> None:
-    """Refuse what could only go wrong later.
+    """Raise before anything is loaded if a job cannot be drawn.
 
     Raises:
-        ValueError: As said there.
+        ValueError: There is no prompt, two drawings share a path, or the batch size or the part is not allowed.
     """
     if job.batch_size < 1:
         raise ValueError(f"--batch_size {job.batch_size}: allowed: 1 or more")
     paths = [drawing.path for drawing in job.drawings]
     if not paths:
-        raise ValueError("there is no prompt to draw: correct --prompts")
+        raise ValueError("--prompts holds no prompt to draw; give a file or folder with prompts")
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"two prompts would be drawn to {str(twice)!r}: give every prompt a name of its own")
+        raise ValueError(f"two prompts would be drawn to {str(twice)!r}; give every prompt of --prompts a name of its own")
     parse_part(job.part)
 
 
 def parse_part(part: str) -> tuple[int, int]:
-    """``"2/8"`` as (1, 8).
+    """The place of a share, from 0, and the number of shares: "2/8" is (1, 8).
 
     Raises:
-        ValueError: It is not i/n with 1 <= i <= n.
+        ValueError: The text is not i/n with 1 <= i <= n.
     """
     i, _, n = part.partition("/")
     if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
@@ -164,10 +167,15 @@ def parse_part(part: str) -> tuple[int, int]:
 
 
 def claim_folder(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
-    """Write down who draws into a folder (unless ``write`` is off), or check that it is who drew before.
+    """Record in a folder which system draws into it, or check that the recorded system is the same.
+
+    Args:
+        folder: Folder of images.
+        identity: System, settings and inputs that all images of the folder share.
+        write: Whether to record the identity in a folder that has no record yet; False only checks.
 
     Raises:
-        ValueError: It was another system, or the same with other weights or settings.
+        ValueError: The folder was drawn by another system, or by the same one with other weights or settings.
     """
     record, written = folder / RECORD, json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
     if not record.is_file():
@@ -177,13 +185,13 @@ def claim_folder(folder: Path, identity: dict[str, Any], write: bool = True) -> 
     before, now = (set(_leaves(json.loads(text)).items()) for text in (record.read_text(), written))
     if before != now:
         raise ValueError(
-            f"{folder} holds images of another system or of other prompts (they differ in {min(before ^ now)[0]}, see {RECORD}): "
+            f"{folder} holds images of another system or of other prompts (they differ in {min(before ^ now)[0]}, see {RECORD}); "
             "draw into another folder, or delete this one"
         )
 
 
 def save(images: Sequence[Tensor], path: Path) -> None:
-    """One picture, or a square grid of pictures row by row, each ``[3, H, W]`` in [0, 1], as a file."""
+    """Write one picture, or a square grid of pictures row by row, as a file. Pictures are ``[3, H, W]`` in [0, 1]."""
     from torchvision.transforms.functional import to_pil_image
 
     side = math.isqrt(len(images))
@@ -202,12 +210,12 @@ def _render(system: LoadedSystem, prompts: list[str], seeds: list[int]) -> Tenso
         return system.umm.renderer.render(system.umm.conditioner.encode(prompts), seeds)
 
 
-def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def _batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _leaves(node: Any, path: str = "") -> dict[str, str]:
-    """Dotted key to value of everything in a nested configuration."""
+def _leaves(node: object, path: str = "") -> dict[str, str]:
+    """Dotted key to value of every entry of a nested configuration."""
     if isinstance(node, dict):
         return {key: value for name, inner in node.items() for key, value in _leaves(inner, f"{path}.{name}".strip(".")).items()}
     return {path: repr(node)}

@@ -1,4 +1,4 @@
-"""What a slow model said about each case, kept line by line: a killed run goes on, and rules can be applied without the model."""
+"""Answers of a slow model, kept line by line: a killed run continues where it stopped, and rules can be applied without the model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 
 class Ledger:
-    """A JSONL file: a header that says what made the rows, then one row per case.
+    """A JSON Lines file: a header that names the model which makes the rows, then one row per case.
 
-    A line that a killed process left half-written is cut off; the last row of a key counts.
+    A line that a killed process left half-written is cut off. If a key has several rows, the last one counts.
 
     Args:
-        path: Of the file; made on the first row.
-        header: What makes the rows. None takes the file's.
+        path: Path of the file; it is created with the first row.
+        header: Description of the model that makes the rows. None takes the header of the file.
 
     Raises:
-        FileNotFoundError: Without a header of one's own, there must be a file.
-        ValueError: The file is no ledger, or other models made its rows.
+        FileNotFoundError: No header is given and the file does not exist.
+        ValueError: The file is not a ledger, or another model made its rows.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any] | None = None) -> None:
@@ -29,16 +29,21 @@ class Ledger:
             if header is not None and header != self.header:
                 differing = sorted(key for key in {*header, *self.header} if header.get(key) != self.header.get(key))
                 raise ValueError(
-                    f"{str(path)!r} was made by {self._said(self.header, differing)}, now it is {self._said(header, differing)}: "
+                    f"{str(path)!r} was made by {self._said(self.header, differing)}, now it is {self._said(header, differing)}; "
                     "give another file, or the same models"
                 )
         elif header is None:
-            raise FileNotFoundError(f"nothing at {str(path)!r}: give the file that an earlier run wrote")
+            raise FileNotFoundError(f"no file {str(path)!r}; give the file that an earlier run wrote")
         else:
             self.header = header
 
     def add(self, key: str, **row: Any) -> None:
-        """Append a row, on the disk before this returns."""
+        """Append a row to the file; the row of a key that has one already is replaced.
+
+        Args:
+            key: Name of the case.
+            **row: What the model said about it, as JSON values.
+        """
         new = not self.path.is_file() or not self.path.stat().st_size
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:

@@ -2,7 +2,8 @@
 
 python -m uae.bench run --config FILE [--config FILE ...] [--ckpt_path FILE] --sources DIR --output DIR [--key value]
 
-The path of ``uae.cli predict``, on as many processes as ``--trainer.devices`` says; killed and started again, it goes on.
+The command works as ``uae.cli predict`` does, on as many processes as ``--trainer.devices`` says. A run that was killed and is
+started again continues after the last finished image.
 """
 
 from __future__ import annotations
@@ -15,32 +16,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from tqdm import tqdm
 
 from callbacks.predictions import Predictions, collect, finished
 from uae.bench.fingerprints import sha256
 from uae.bench.generate import claim_folder, parse_job
-from uae.bench.system import check_auto_encoder
+from uae.bench.system import auto_encoder
 from uae.cli import CLI
 from uae.data.folder import FolderSource, list_images
 from uae.data.module import ImageData, Stage
+from uae.data.photographs import PhotographData
 from uae.data.sampler import ImageSource
 from uae.files.pictures import Reading, UnreadableImageError, read_picture
 
-ROLE = "predict:"  # ids, and with them seeds, as in `uae.cli predict`
+ROLE = "predict:"  # the ids of images, and with them the seeds, are those of `uae.cli predict`
 
 
 @dataclass(frozen=True)
 class ReconstructionJob:
-    """What to reconstruct.
+    """A folder of images to reconstruct.
 
     Args:
-        sources: Folder of images.
-        output: Where captions and reconstructions go.
-        image_size: Side of the square images that the system sees; None is the configuration's.
-        fit: How a source becomes square; None is the configuration's.
-        batch_size: Images per batch and process; None is the configuration's.
+        sources: Folder of the source images.
+        output: Folder of the captions and reconstructions.
+        image_size: Side of the square images that the system sees, in pixels; None takes the configuration's.
+        fit: How a source becomes square; None takes the configuration's.
+        batch_size: Number of images per batch and process; None takes the configuration's.
     """
 
     sources: str
@@ -70,14 +72,14 @@ def reconstruction_job(
 
 
 class Remaining(ImageData):
-    """The images of a folder that are not done yet; every one can be read.
+    """The images of a folder that are not reconstructed yet, all of them readable.
 
     Args:
-        root: The folder.
-        names: Relative.
-        reading: How they are read.
-        batch_size: Images per batch and process.
-        num_workers: Processes that read ahead.
+        root: Folder of the images.
+        names: Paths of the images, relative to the folder.
+        reading: How an image file becomes a square tensor.
+        batch_size: Number of images per batch and process.
+        num_workers: Number of processes that read ahead.
     """
 
     def __init__(self, root: str, names: list[str], reading: Reading, batch_size: int, num_workers: int) -> None:
@@ -85,16 +87,16 @@ class Remaining(ImageData):
         self.root, self.names, self.reading = root, names, reading
 
     def source(self, stage: Stage) -> ImageSource | None:
-        """The files."""
+        """The same images for every stage."""
         return FolderSource(self.root, self.names, self.reading, role=ROLE)
 
 
 class Reconstruction(CLI):
-    """``predict`` with the job's images and folder in place of the configuration's.
+    """``predict`` with the images and the output folder of a job in place of the configuration's.
 
     Args:
-        job: What to do.
-        words: The rest of the command line.
+        job: Images to reconstruct and where to write them.
+        words: All other words of the command line; they describe the system.
     """
 
     def __init__(self, job: ReconstructionJob, words: Sequence[str]) -> None:
@@ -102,27 +104,32 @@ class Reconstruction(CLI):
         super().__init__(["predict", *words, "--trainer.logger=false"])
 
     def instantiate_classes(self) -> None:
-        """Look for what is left to do before anything is loaded, and refuse another system's folder."""
+        """Find the images that are left to do before weights are loaded.
+
+        Raises:
+            ValueError: The output folder was written by another system.
+        """
         super().instantiate_classes()
         config, output = self.config["predict"], Path(self.job.output)
-        check_auto_encoder(self.model)
-        reading = _reading(self.job, self.datamodule)
+        auto_encoder(self.model)
+        data = self.datamodule
+        reading = _reading(self.job, data)
         names = list_images(self.job.sources, "sources")
         identity = {
             "model": config.model.as_dict(), "checkpoint": _checkpoint(config.ckpt_path),
             "sources": str(Path(self.job.sources).expanduser().resolve()), "reading": asdict(reading),
         }  # fmt: skip
         claim_folder(output, identity, write=False)
-        # Signed when weights and checkpoint are in place: a run that fails before leaves the folder to the next one.
-        self.trainer.callbacks.append(LambdaCallback(on_predict_start=lambda *_: claim_folder(output, identity)))  # type: ignore[attr-defined]
+        # The folder is claimed once weights and checkpoint are loaded: a run that fails before leaves it to the next one.
+        _callbacks(self.trainer).append(LambdaCallback(on_predict_start=lambda *_: claim_folder(output, identity)))
         done = finished(output)
         self.left, broken = readable(Path(self.job.sources).expanduser(), [n for n in names if n not in done], reading)
         self.datamodule = Remaining(
             self.job.sources,
             self.left,
             reading,
-            self.job.batch_size or getattr(self.datamodule, "eval_batch_size", 1),
-            getattr(self.datamodule, "num_workers", 0),
+            self.job.batch_size or (data.eval_batch_size if isinstance(data, ImageData) else 1),
+            data.num_workers if isinstance(data, ImageData) else 0,
         )
         if self.trainer.is_global_zero:
             print(f"{len(names)} images: {len(done)} done, {len(self.left)} to do, {len(broken)} unreadable")
@@ -130,10 +137,11 @@ class Reconstruction(CLI):
                 print(f"* unreadable: {name} ({reason})")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The configured one, writing into the job's folder."""
+        """The configured trainer, which writes into the job's folder."""
         trainer = super().instantiate_trainer(**kwargs)
-        others = [callback for callback in trainer.callbacks if not isinstance(callback, Predictions)]  # type: ignore[attr-defined]
-        trainer.callbacks = [*others, Predictions(self.job.output, resume=True)]  # type: ignore[attr-defined]
+        callbacks = _callbacks(trainer)
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, Predictions)]
+        callbacks.append(Predictions(self.job.output, resume=True))
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -143,26 +151,32 @@ class Reconstruction(CLI):
             print(f"{len(collect(Path(self.job.output)))} captions and reconstructions in {self.job.output}")
 
 
-def _reading(job: ReconstructionJob, data: Any) -> Reading:
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    """The callbacks of a trainer, a list that may be changed; Lightning does not declare the attribute."""
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    return callbacks
+
+
+def _reading(job: ReconstructionJob, data: object) -> Reading:
     """How sources are read: as the job says, else as the configured data are."""
-    configured = getattr(data, "reading", None)
-    size = getattr(configured, "size", None) if job.image_size is None else job.image_size
+    reading = data.reading if isinstance(data, PhotographData) else None
+    size = job.image_size if job.image_size is not None else reading.size if reading else None
     if size is None:
-        raise ValueError(f"data={type(data).__name__} does not say how large images are: give --image_size (24 for scenes)")
+        raise ValueError(f"data={type(data).__name__} does not say how large images are; give --image_size (24 for scenes)")
     if size < 1:
         raise ValueError(f"--image_size {size}: allowed: 1 or more")
-    return Reading(size, job.fit or getattr(configured, "fit", "crop"))
+    return Reading(size, job.fit or (reading.fit if reading else "crop"))
 
 
 def _checkpoint(path: str | None) -> str | None:
-    """Of its content: names change, and ``last.ckpt`` is another one every day."""
+    """The sha256 of a checkpoint's content, since the file behind a name such as ``last.ckpt`` changes."""
     if path is not None and not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint at {path!r}: correct ckpt_path (a file, or the folder of a sharded run)")
+        raise FileNotFoundError(f"no checkpoint at {path!r}; correct --ckpt_path (a file, or the folder of a sharded run)")
     return None if path is None else sha256(path)
 
 
 def readable(root: Path, names: Sequence[str], reading: Reading, workers: int = 4) -> tuple[list[str], dict[str, str]]:
-    """Which files can be read, and why the others cannot: a system's batches must be full on every process."""
+    """The files that can be read, and why the others cannot. Batches must be full on every process, so this is known beforehand."""
 
     def check(name: str) -> str:
         try:
@@ -178,7 +192,7 @@ def readable(root: Path, names: Sequence[str], reading: Reading, workers: int = 
 
 
 def main(args: Sequence[str]) -> None:
-    """The command."""
+    """Run the command with the words behind its name."""
     asked, system = parse_job("run", reconstruction_job, args, "run")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")

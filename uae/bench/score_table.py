@@ -1,4 +1,4 @@
-"""A result as a user reads it: Markdown, times 100."""
+"""One result as a Markdown table, scores multiplied by 100."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ SHOWN = 5
 
 
 def score_table(result: Mapping[str, Any], notes: Mapping[str, Sequence[str]] | None = None) -> str:
-    """The scores of one result with their 95 % intervals, and below them what was left out.
+    """The scores of one result with their 95 % intervals, and notes below them.
 
     Args:
-        result: What `uae.bench.result.write_result` returns.
-        notes: Title to names, of which the first few are shown; empty ones are not.
+        result: Content of a result file, see `uae.bench.result.write_result`.
+        notes: Title to names (of files that are missing, for instance); the first five of each title are shown. A title
+            without names is left out.
     """
     lines = [f"## {result['benchmark']}: {result['system']}", "", "| | score | 95 % | n |", "|---|---|---|---|"]
     for name, one in result["scores"].items():

@@ -1,4 +1,4 @@
-"""A system as a configuration describes it, ready to caption and draw: ``--config FILE [--ckpt_path FILE] [--key value]``."""
+"""Build a system from the words of a command line: ``--config FILE [--ckpt_path FILE] [--key value]``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from jsonargparse import Namespace
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from uae.bench.fingerprints import sha256
 from uae.checkpoints.files import read, read_metadata
@@ -26,103 +28,114 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 @dataclass(frozen=True)
 class LoadedSystem:
-    """A system on its device.
+    """A system on its device, ready to caption and to draw.
 
     Args:
-        module: As configured, with the checkpoint's weights; its reward and metrics are not loaded.
-        device: Where everything is.
-        identity: The resolved configuration of the model, and the checkpoint: results of equal identity may be mixed.
-        precision: A context to caption and draw in.
+        module: The configured module with the checkpoint's weights; its reward and metrics are not loaded.
+        device: Device of all weights.
+        identity: Resolved configuration of the model (``model``) and sha256 of the checkpoint (``checkpoint``). Images of systems
+            with equal identities may lie in one folder.
+        precision: Makes the autocast context in which the system captions and draws.
     """
 
     module: AutoEncoder
     device: torch.device
     identity: dict[str, Any]
-    precision: Callable[[], AbstractContextManager[Any]]
+    precision: Callable[[], AbstractContextManager[object]]
 
     @property
     def umm(self) -> UMM:
-        """The three roles."""
+        """The captioner, the conditioner and the renderer of the module."""
         assert self.module.umm is not None
         return self.module.umm
 
 
 class _ParsedConfiguration(CLI):
-    """The command line of ``predict`` up to the point where something would run."""
+    """Parses the command line of ``predict`` and builds the model, but no trainer, and runs nothing."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """None: the trainer would ask for every device."""
+    def instantiate_trainer(self, **kwargs: object) -> None:  # type: ignore[override]  # Lightning only keeps what this returns
+        """Build no trainer, since a trainer would claim every device."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
+        """Run nothing."""
 
 
-class _Unscored:
-    """In the place of a reward, whose encoders nothing here looks through."""
+class _NoReward:
+    """Stands in for the configured reward, so that the encoders of the reward are not loaded."""
 
-    def load(self, device: Any = "cpu") -> _Unscored:
+    def load(self, device: torch.device | str = "cpu") -> _NoReward:
         return self
 
 
 def load(words: Sequence[str], device: str | None = None) -> LoadedSystem:
-    """Build a system and give it a checkpoint's weights.
+    """Build a system and load a checkpoint's weights into it.
 
     Args:
-        words: As behind ``python -m uae.cli predict``.
-        device: Where to; None is the first GPU, or the CPU.
+        words: The words behind ``python -m uae.cli predict``.
+        device: Name of the device; None is the first GPU, or the CPU if there is none.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: The configuration is of no auto-encoder, or the checkpoint is of another one.
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: The configured model cannot caption and draw, or the checkpoint belongs to another model.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        described = _ParsedConfiguration(["predict", *words])
-    config, module = described.config["predict"], described.model
-    check_auto_encoder(module)
-    module.reward, module.unified_score = _Unscored(), None  # type: ignore[assignment]
+        parsed = _ParsedConfiguration(["predict", *words])
+    config, module = parsed.config["predict"], auto_encoder(parsed.model)
+    module.unified_score = None
+    module.reward = _NoReward()  # type: ignore[assignment]  # never called here; the real one would load its encoders
     module.configure_model()
     place = working_device(device)
     if config.ckpt_path is not None:
         read_checkpoint(module, config.ckpt_path)
     module.eval().requires_grad_(False).to(place)
-    for part in (module.umm.captioner, module.umm.conditioner, module.umm.renderer):  # type: ignore[union-attr]
-        part.to(place)
     identity = {"model": _plain(config.model), "checkpoint": None if config.ckpt_path is None else sha256(config.ckpt_path)}
-    return LoadedSystem(module, place, identity, _precision(config.trainer.precision, place))
+    system = LoadedSystem(module, place, identity, _precision(config.trainer.precision, place))
+    roles: tuple[Any, ...] = (system.umm.captioner, system.umm.conditioner, system.umm.renderer)  # protocols without ``to``
+    for role in roles:
+        role.to(place)
+    return system
 
 
-def check_auto_encoder(module: Any) -> None:
-    """Refuse a configuration of anything else.
+def auto_encoder(module: object) -> AutoEncoder:
+    """Return a configured module if it can caption and draw.
 
     Raises:
-        ValueError: The model neither captions nor draws.
+        ValueError: The module is of another kind.
     """
     if not isinstance(module, AutoEncoder):
         raise ValueError(
             f"model={type(module).__name__} neither captions nor draws; give a complete run of uae.module.UnifiedGRPO "
-            "(configs/*.yaml)"
+            "(configs/*.yaml) by --config"
         )
+    return module
 
 
 def working_device(name: str | None) -> torch.device:
-    """The device of that name; for None the first GPU, or the CPU."""
+    """The device of a name; for None the first GPU, or the CPU if there is none."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def read_checkpoint(module: AutoEncoder, path: str | Path) -> None:
-    """Give a module the weights that a run saved: a file, or the folder of a sharded run.
+    """Load the weights that a training run saved.
+
+    Args:
+        module: Configured module; it gets the weights.
+        path: Checkpoint file, or the folder of a sharded run.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged, no checkpoint, or does not hold exactly what trains.
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: The checkpoint is damaged, or does not hold exactly the trained weights of this module.
     """
     path = Path(path)
     if path.is_dir():
         read_metadata(path)
         reader, prefix = ShardReader(path), "state_dict."
         stored = reader.read_metadata().state_dict_metadata
-        weights = {key.removeprefix(prefix): torch.empty(stored[key].size) for key in stored if key.startswith(prefix)}
+        weights = {
+            key.removeprefix(prefix): torch.empty(entry.size)
+            for key, entry in stored.items() if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }  # fmt: skip
         dcp.load({"state_dict": weights}, storage_reader=reader, planner=PlainPlanner(), no_dist=True)
     else:
         weights = read(path, mmap=True)["state_dict"]
@@ -130,9 +143,10 @@ def read_checkpoint(module: AutoEncoder, path: str | Path) -> None:
     module.load_state_dict(trainable_state(module, weights), strict=False)
 
 
-def _precision(setting: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    return partial(torch.autocast, device.type, AUTOCAST[setting]) if setting in AUTOCAST else nullcontext
+def _precision(setting: str | int | None, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    dtype = AUTOCAST.get(str(setting))
+    return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
 
 
-def _plain(node: Any) -> Any:
-    return node.as_dict() if hasattr(node, "as_dict") else node
+def _plain(node: object) -> object:
+    return node.as_dict() if isinstance(node, Namespace) else node

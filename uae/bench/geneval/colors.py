@@ -88,7 +88,7 @@ def cut_out(image: Image.Image, box: Sequence[float], mask: np.ndarray) -> Image
     """An object on flat gray, cut out at its box."""
     left, top, right, bottom = box[:4]
     blank = Image.new("RGB", image.size, color=GRAY)
-    return Image.composite(image, blank, Image.fromarray(mask)).crop((left, top, right, bottom))  # type: ignore[arg-type]
+    return Image.composite(image, blank, Image.fromarray(mask)).crop((left, top, right, bottom))
 
 
 def check_activation(model: nn.Module) -> None:

@@ -186,8 +186,7 @@ class JudgingRun:
             if came.paid:
                 self.cache.append(**note, lost=came.message, cost_usd=most)
             return most if came.paid else 0.0
-        counted = came.input_tokens is not None and came.output_tokens is not None
-        cost = judge.usd(came.input_tokens, came.output_tokens) if counted else most
+        cost = most if came.input_tokens is None or came.output_tokens is None else judge.usd(came.input_tokens, came.output_tokens)
         note |= {"answered": came.model, "input_tokens": came.input_tokens, "output_tokens": came.output_tokens}
         if came.model is None or judge.accepts(came.model):
             self.strikes[judge.name] = 0

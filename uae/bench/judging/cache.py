@@ -1,4 +1,4 @@
-"""Answers on disk: one line each, only ever appended, on the disk before anything else is asked."""
+"""Judges' answers in a JSON Lines file that is only appended to; each line is on the disk before the next request is sent."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from uae.bench.judging.prompt import Prompt
 from uae.bench.judging.requests import JudgeRequest
 
-ASKED_AT_MOST = 2  # an answer that cannot be read is asked for once more
+ASKED_AT_MOST = 2  # a request whose answer cannot be read is sent once more
 
 
 class AnswerCache:
-    """Records by key.
+    """The records of all requests, by the requests' keys.
 
-    A record is an answer (``text``), an answer of the wrong model (``error``), or a call that may have been paid and whose
-    answer never came (``lost``).
+    A record is an answer (``text``), an answer of another model than the one that was asked (``error``), or a call whose answer
+    never came and that may have been charged (``lost``).
 
     Args:
-        path: The file; need not exist. Lines that were torn by a crash are passed over.
+        path: Path of the file; it need not exist. Lines that a crash left incomplete are ignored.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file: Any = None
+        self._file: BinaryIO | None = None
         self._load()
 
     def append(self, **record: Any) -> None:
-        """Keep a record; it is on the disk when this returns."""
+        """Append a record; it is on the disk when this returns. Only within `writing`."""
+        assert self._file is not None, "answers are appended while writing() is entered"
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -40,10 +41,10 @@ class AnswerCache:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """While this lasts, nobody else asks.
+        """Hold the lock of the file, within which `append` may be called.
 
         Raises:
-            ValueError: Somebody does already: two runs would pay twice.
+            ValueError: Another run holds the lock; two runs would pay for the same requests twice.
         """
         from filelock import FileLock, Timeout
 
@@ -52,34 +53,34 @@ class AnswerCache:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            lock = None
-        if lock is None:
-            raise ValueError(f"another run is writing {str(self.path)!r}; wait for it, or give another cache")
+            raise ValueError(f"another run is writing {str(self.path)!r}; wait for it, or give another file by --cache") from None
         try:
-            self._load()  # what another run wrote before the lock was ours
-            with self.path.open("ab") as self._file:
+            self._load()  # another run may have appended before this one got the lock
+            with self.path.open("ab") as file:
                 if self.path.stat().st_size and not self._whole():
-                    self._file.write(b"\n")
+                    file.write(b"\n")
+                self._file = file
                 yield
         finally:
+            self._file = None
             lock.release()
 
     def spent(self, keys: Iterable[str]) -> float:
-        """USD that requests have cost so far; calls without an answer count with what they can have cost."""
+        """Cost of some requests so far, in USD; a call without an answer counts with the most it can have cost."""
         return sum(record["cost_usd"] for key in set(keys) for record in self.records.get(key, ()))
 
     def texts(self, key: str) -> list[str]:
-        """Answers, oldest first."""
+        """Texts of the answers to a request, oldest first."""
         return [record["text"] for record in self.records.get(key, ()) if "text" in record]
 
     def answer(self, request: JudgeRequest, prompt: Prompt) -> str | None:
-        """What a judge said: one of the prompt's answers, "invalid", or None if there is no answer (yet)."""
+        """A judge's answer: one of the prompt's answers, "invalid" if none of its texts can be read, or None if there is none yet."""
         texts = self.texts(request.key)[:ASKED_AT_MOST]
         readable = [answer for text in texts if (answer := prompt.read(text)) is not None]
         return readable[0] if readable else "invalid" if len(texts) == ASKED_AT_MOST else None
 
     def errors(self, key: str) -> list[str]:
-        """Answers that came from another model."""
+        """Descriptions of the answers that another model gave than the one that was asked."""
         return [record["error"] for record in self.records.get(key, ()) if "error" in record]
 
     def _load(self) -> None:

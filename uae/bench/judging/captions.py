@@ -1,4 +1,4 @@
-"""Captions of several systems for the same images, and which of them are compared."""
+"""Reading the captions of several systems for the same images, and making the requests that compare them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _PREAMBLE = re.compile(
 
 
 def read_captions(path: str | Path) -> dict[str, str]:
-    """Name of an image to its caption.
+    """The captions of a file: name of an image to its caption.
 
     Args:
         path: JSON (a list of objects with ``name`` and ``caption``, as ``predict`` writes, or a mapping of name to caption),
             or JSON Lines of such objects.
 
     Raises:
-        FileNotFoundError, ValueError: There is no such file, or it holds something else.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds something else, or several captions for one image.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no captions at {str(path)!r}")
+        raise FileNotFoundError(f"no captions at {str(path)!r}; correct --captions NAME=FILE")
     try:
         rows = _rows(Path(path).read_text(encoding="utf-8"))
         pairs = [(row["name"], row["caption"]) for row in rows]
@@ -60,7 +61,7 @@ def _rows(text: str) -> list[dict[str, Any]]:
 
 
 def plain(caption: str) -> str:
-    """A caption without Markdown and without "Here is a caption:"; not a word of the caption itself is taken away."""
+    """A caption without Markdown and without an opening such as "Here is a caption:"; the caption's own words are kept."""
     text = _LINE_MARKS.sub("", _FENCE.sub("", unicodedata.normalize("NFC", caption)))
     while (bare := _MARKS.sub(r"\2", text)) != text:
         text = bare
@@ -68,10 +69,10 @@ def plain(caption: str) -> str:
 
 
 def find_images(folder: str | Path, names: list[str]) -> dict[str, Path]:
-    """Name to file, for those names that have one: a path below the folder, or such a path without its extension."""
+    """Find the image file of each name: a path below the folder, with or without its extension. Names without a file are left out."""
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder of images at {str(folder)!r}; set images")
+        raise FileNotFoundError(f"no folder of images at {str(folder)!r}; correct --images")
     stems: dict[str, list[Path]] = {}
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         stems.setdefault(path.relative_to(root).with_suffix("").as_posix(), []).append(path)
@@ -80,7 +81,7 @@ def find_images(folder: str | Path, names: list[str]) -> dict[str, Path]:
 
 
 def compared(systems: list[str], ours: str, all_pairs: bool) -> list[tuple[str, str]]:
-    """Pairs of systems: ours with each other one, or each with each."""
+    """Pairs of systems to compare: ``ours`` with each other system, or every system with every other."""
     ordered = [ours, *(system for system in systems if system != ours)]
     return list(combinations(ordered, 2)) if all_pairs else [(ours, rival) for rival in ordered[1:]]
 
@@ -92,22 +93,25 @@ def caption_requests(
     images: Mapping[str, Path],
     pairs: list[tuple[str, str]],
 ) -> Iterator[JudgeRequest]:
-    """Each pair in both orders for each judge, image by image: what an interrupted run has is complete for its images.
+    """Requests to compare each pair of captions, in both orders, by each judge.
+
+    Requests are ordered by image, so that an interrupted run has all answers about the images it got to. Equal captions are not
+    compared.
 
     Args:
-        judges: By name.
-        prompt: Fills in ``$first`` and ``$second``.
-        captions: System to name to plain caption.
-        images: Name to file.
-        pairs: Of systems.
+        judges: Judges by name.
+        prompt: Instruction with the placeholders ``$first`` and ``$second``.
+        captions: System to name of an image to plain caption.
+        images: Name of an image to its file.
+        pairs: Pairs of systems.
     """
     for name, path in sorted(images.items()):
         sha256 = image_digest(path) if prompt.image else ""
         for a, b in pairs:
-            texts = [captions[system].get(name) for system in (a, b)]
-            if None in texts or texts[0] == texts[1]:
+            text_a, text_b = captions[a].get(name), captions[b].get(name)
+            if text_a is None or text_b is None or text_a == text_b:
                 continue
             for judge in judges.values():
-                for order, (first, second) in (("ab", texts), ("ba", texts[::-1])):
+                for order, first, second in (("ab", text_a, text_b), ("ba", text_b, text_a)):
                     about = {"image": name, "a": a, "b": b, "order": order}
                     yield judge_request(judge, prompt, {"first": first, "second": second}, str(path), sha256, about)

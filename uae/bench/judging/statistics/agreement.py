@@ -1,4 +1,4 @@
-"""How far judges agree."""
+"""Agreement of judges."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 
 def krippendorff(units: Iterable[Sequence[float]]) -> float | None:
-    """Krippendorff's alpha with squared differences: 1 is full agreement, 0 is chance.
+    """Krippendorff's alpha with squared differences (Krippendorff 2011): 1 is full agreement, 0 is agreement by chance.
 
     Args:
-        units: For each thing judged, what its judges said: numbers, as many as there are.
+        units: For each compared pair, the scores that its judges gave; pairs may have different numbers of judges.
 
     Returns:
-        None if no two judges judged the same thing, or if all said the same of everything.
+        None if no pair has two judges, or if all scores are equal.
     """
     judged = [values for values in units if len(values) > 1]
     pooled = [value for values in judged for value in values]

@@ -1,4 +1,4 @@
-"""Strengths of systems from comparisons in pairs (Bradley & Terry 1952), fitted by minorization (Hunter 2004)."""
+"""The Bradley-Terry model: strengths of systems from pairwise comparisons (Bradley & Terry 1952), fitted as in Hunter 2004."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ VIRTUAL = 0.25  # wins added to either side of every compared pair, half a tie: 
 
 
 def strengths(wins_RSS: np.ndarray, tolerance: float = 1e-10, rounds: int = 20000) -> np.ndarray:
-    """Log-strengths ``[R, S]`` of zero sum: a beats b with probability ``sigmoid(theta_a - theta_b)``.
+    """Log-strengths ``[R, S]`` with sum zero: a beats b with probability ``sigmoid(theta_a - theta_b)``.
 
     Args:
-        wins_RSS: Wins of a over b, ties as half a win for each, for R data sets over the same pairs.
-        tolerance: Largest change of a log-strength in the last round.
-        rounds: At most.
+        wins_RSS: Number of wins of system a over system b, ties as half a win for each, for R resamples of the same pairs.
+        tolerance: The iteration ends when no log-strength changes by more than this.
+        rounds: Largest number of iterations.
 
     Raises:
-        ValueError: Systems fall into groups that were never compared.
+        ValueError: The comparisons do not connect all systems.
     """
     compared_SS = (wins_RSS + wins_RSS.swapaxes(1, 2)).sum(0) > 0
     if not connected(compared_SS):
-        raise ValueError("some systems were never compared, not even through others: strengths would mean nothing")
+        raise ValueError("some systems were never compared, not even through others, so their strengths are undefined")
     wins_RSS = wins_RSS + VIRTUAL * compared_SS
     won_RS, games_RSS = wins_RSS.sum(2), wins_RSS + wins_RSS.swapaxes(1, 2)
     theta_RS = np.zeros_like(won_RS)
@@ -36,7 +36,7 @@ def strengths(wins_RSS: np.ndarray, tolerance: float = 1e-10, rounds: int = 2000
 
 
 def connected(compared_SS: np.ndarray) -> bool:
-    """Whether every system was compared with every other, at least through others."""
+    """Whether the comparisons connect all systems, directly or through other systems."""
     reached = np.zeros(len(compared_SS), dtype=bool)
     reached[0] = True
     for _ in range(len(compared_SS)):

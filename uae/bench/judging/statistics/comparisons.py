@@ -1,9 +1,10 @@
-"""One judge's two answers about one pair of captions, with the order of the captions undone."""
+"""One judge's two answers about a pair of captions, one for each order of the captions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypedDict
 
 INVALID = "invalid"
 SHARE_OF_A = {"ab": {"first": 1.0, "second": 0.0, "tie": 0.5}, "ba": {"first": 0.0, "second": 1.0, "tie": 0.5}}
@@ -15,13 +16,13 @@ class Comparison:
 
     Args:
         image: Name of the image.
-        a: One system.
-        b: The other.
+        a: Name of one system.
+        b: Name of the other system.
         judge: Name of the judge.
-        words_a: Length of a's caption.
-        words_b: Length of b's caption.
-        ab: The answer when a's caption came first: "first", "second", "tie", "invalid", or None if there is none.
-        ba: The answer when b's came first.
+        words_a: Number of words of a's caption.
+        words_b: Number of words of b's caption.
+        ab: Answer when a's caption came first: "first", "second", "tie", "invalid", or None if there is none.
+        ba: Answer when b's caption came first.
     """
 
     image: str
@@ -35,13 +36,13 @@ class Comparison:
 
     @property
     def shares(self) -> list[float]:
-        """What a gets of each valid answer: 1, 1/2 or 0."""
+        """For each valid answer 1 if it prefers a, 0 if it prefers b, 1/2 for a tie."""
         answers = (("ab", self.ab), ("ba", self.ba))
-        return [SHARE_OF_A[order][answer] for order, answer in answers if answer not in (None, INVALID)]
+        return [SHARE_OF_A[order][answer] for order, answer in answers if answer is not None and answer != INVALID]
 
     @property
     def score(self) -> float | None:
-        """1 if a wins in both orders, 0 if b does, else 1/2; None if there is no valid answer, or one is missing.
+        """1 if a wins in both orders, 0 if b does, else 1/2; None if an answer is missing or both are invalid.
 
         An invalid answer counts as half a win for its order: it can only turn a win into a tie.
         """
@@ -53,16 +54,32 @@ class Comparison:
 
     @property
     def inconsistent(self) -> bool | None:
-        """Whether the order of the captions changed the answer; None unless both answers are valid."""
+        """Whether the answer depends on the order of the captions; None unless both answers are valid."""
         return self.shares[0] != self.shares[1] if len(self.shares) == 2 else None
 
 
-def answer_counts(comparisons: Iterable[Comparison]) -> dict[str, float | int | bool | None]:
-    """How a judge answered: wins, losses, ties, and how far it can be trusted.
+class AnswerCounts(TypedDict):
+    """How a judge answered, and how reliable it is.
 
-    ``inconsistency`` is the share of pairs whose answer changed with the order of the captions; ``first_position_bias`` the
-    share of decisive answers for the caption that came first, minus 1/2; more than 5 % of invalid answers are ``flagged``.
+    ``n`` is the number of usable comparisons; ``inconsistency`` the share of pairs whose answer depends on the order of the
+    captions; ``first_position_bias`` the share of decisive answers for the caption that came first, minus 1/2; ``invalid`` the share
+    of answers that cannot be read, ``flagged`` above 5 %. ``missing`` counts comparisons without one of the two answers.
     """
+
+    n: int
+    wins: int
+    losses: int
+    ties: int
+    inconsistency: float | None
+    first_position_bias: float | None
+    invalid: float
+    flagged: bool
+    both_invalid: int
+    missing: int
+
+
+def answer_counts(comparisons: Iterable[Comparison]) -> AnswerCounts:
+    """Count the answers of one judge."""
     given = list(comparisons)
     answers = [answer for c in given for answer in (c.ab, c.ba) if answer is not None]
     decisive = [answer for answer in answers if answer in ("first", "second")]

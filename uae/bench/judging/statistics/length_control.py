@@ -1,10 +1,10 @@
-"""The win rate as it would be if captions were equally long: a logistic regression on the difference of lengths."""
+"""The win rate at equal caption length, by logistic regression on the difference of lengths."""
 
 from __future__ import annotations
 
 import numpy as np
 
-PRIOR = 1.0  # of the slope: a unit normal; the intercept has one virtual tie at equal lengths
+PRIOR = 1.0  # precision of the normal prior of the slope; the prior of the intercept is one virtual tie at equal lengths
 ROUNDS, LONGEST_STEP = 60, 2.0
 
 
@@ -14,10 +14,10 @@ def at_equal_length(total_I: np.ndarray, cases_I: np.ndarray, difference_I: np.n
     The probability at equal lengths is ``sigmoid(intercept)``. Finite whatever the data: see `PRIOR`.
 
     Args:
-        total_I: Wins of a on each image, ties as a half.
-        cases_I: Comparisons on each image.
-        difference_I: Words of a's caption minus words of b's.
-        weight_RI: How often each image counts in each resample.
+        total_I: Number of wins of a on each image, ties as a half.
+        cases_I: Number of comparisons on each image.
+        difference_I: Number of words of a's caption minus number of words of b's.
+        weight_RI: How often each image counts in each resample, see `resample_weights`.
     """
     spread = np.sqrt(np.average(difference_I**2.0, weights=cases_I)) or 1.0  # about zero: zero stays equal length
     x_I, beta_R2 = difference_I / spread, np.zeros((len(weight_RI), 2))
