@@ -30,7 +30,7 @@ unit: $(READY)
 lint: $(READY)  ## ruff
 	$(RUN) -m ruff check .
 
-types: $(READY)  ## mypy on the maths and the types
+types: $(READY)  ## mypy
 	$(RUN) -m mypy
 
 pretrain: $(READY)  ## rebuild the miniature's cold-start weights (about an hour of one CPU core)
