@@ -84,7 +84,8 @@ def test_long_captions_are_cut_and_counted(captioner, rollout, projector):
 
 def test_without_its_rollout_there_is_no_answer(captioner, rollout, projector):
     conditioner = AnswerStateConditioner(captioner, projector)
-    with pytest.raises(ValueError, match=r"there is no rollout: condition on text \(model\.init_args\.system\.init_args\.condition_on: text\)"):
+    key = r"model\.init_args\.system\.init_args\.condition_on"
+    with pytest.raises(ValueError, match=rf"there is no rollout: condition on text \({key}: text\)"):
         conditioner.encode(["a red square"])
     with pytest.raises(ValueError, match="of the rollout's own captions"):
         conditioner.encode(["other"] * 12, rollout)

@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 from uae.miniature.tiny import processor, tokenizer
 from uae.models.conditioners.prompts import chat_template, check_template, prompt_ids
 
+KEY = "model.init_args.system.init_args.condition_tokens"
 DEFAULT = "<|im_start|>system\nBe helpful.<|im_end|>\n"
 END = "<|im_end|>\n<|im_start|>assistant\n"
 CHATML = (  # strings or parts, and a system turn of its own where there is none
@@ -102,7 +103,7 @@ def test_a_long_caption_loses_its_own_end(pieces):
     rows, cut = prompt_ids(pieces, template, [short, long], len(whole[1]))
     assert (rows, cut) == (whole, 0)
     limit = len(whole[0]) + 3
-    with pytest.warns(UserWarning, match=rf"1 of 2 captions are longer .* max_tokens={limit}: raise model.init_args.system.init_args.condition_tokens") as told:
+    with pytest.warns(UserWarning, match=rf"1 of 2 captions are longer .* max_tokens={limit}: raise {KEY}") as told:
         rows, cut = prompt_ids(pieces, template, [short, long], limit)
     assert len(told) == cut == 1
     assert rows == [whole[0], whole[1][: limit - tail] + whole[1][-tail:]]

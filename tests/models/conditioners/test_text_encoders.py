@@ -22,6 +22,7 @@ from uae.weights.placement import Placement
 
 each = pytest.mark.parametrize("name", WITH_EMBEDDINGS)
 # the most the longest-reading encoder takes, in letters (one token each), with what it adds to a caption
+SYSTEM = "model.init_args.system.init_args"
 LIMITS = {"sd3": 256 - 2, "flux": 512 - 2, "sana": 300 - 2, "qwen_image": 512 - 5, "sdxl": 77 - 2}
 
 
@@ -102,7 +103,7 @@ def test_the_limit_can_be_chosen():
     conditioner = PipelineTextConditioner(pipe, 96, FLOAT32)
     assert conditioner.encode(["a" * 94]).embeds_NLD.shape[1] == 77 + 96  # both CLIPs beside each other, then T5
     with pytest.warns(
-        UserWarning, match=r"1 of 1 captions are longer than the 96 tokens .*longest has 97.*raise model.init_args.system.init_args.caption_tokens"
+        UserWarning, match=rf"1 of 1 captions are longer than the 96 tokens .*longest has 97.*raise {SYSTEM}.caption_tokens"
     ):
         conditioner.encode(["a" * 95])
 
@@ -123,7 +124,7 @@ def test_text_encoders_and_denoiser_live_apart():
     denoiser_of(pipe).to("meta")
     assert conditioner.encode(["a"]).embeds_NLD.dtype == torch.float32
     assert pipe.vae.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"set model.init_args.system.init_args.text_encoders.dtype to bfloat16"):
+    with pytest.raises(ValueError, match=rf"set {SYSTEM}.text_encoders.dtype to bfloat16"):
         PipelineTextConditioner(pipe, placement=Placement("float8"))
 
 

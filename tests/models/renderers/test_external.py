@@ -17,6 +17,7 @@ from uae.models.renderers.external import CallableRenderer, FolderRenderer
 torch.set_num_threads(1)
 
 CALLS = []  # what `draw` was asked
+KEY = "model.init_args.system.init_args.renderer.init_args"
 
 
 def colour(text, seed):
@@ -205,11 +206,11 @@ def test_a_configuration_names_the_client(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"client": "no.such.module:draw"}, "client='no.such.module:draw' cannot be imported.*model.init_args.system.init_args.renderer.init_args.client"),
+        ({"client": "no.such.module:draw"}, f"client='no.such.module:draw' cannot be imported.*{KEY}.client"),
         ({"client": f"{__name__}:nothing"}, "cannot be imported.*nothing"),
         ({"client": "draw"}, "cannot be imported.*allowed: package.module:function"),
         ({"client": f"{__name__}:CALLS"}, "is no function"),
-        ({"client": lambda *_: None}, "no name of its own.*model.init_args.system.init_args.renderer.init_args.version"),
+        ({"client": lambda *_: None}, f"no name of its own.*{KEY}.version"),
         ({"client": partial(draw, width=4)}, "no name of its own"),
         ({"client": Clock().sleep}, "no name of its own"),
         ({"retries": -1}, "retries=-1; allowed: 0 or more"),
@@ -259,11 +260,11 @@ def test_captions_without_a_picture_are_one_error(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "metadata.jsonl").unlink(), "no metadata.jsonl in .*model.init_args.system.init_args.renderer.init_args.folder"),
+        (lambda root: (root / "metadata.jsonl").unlink(), f"no metadata.jsonl in .*{KEY}.folder"),
         (lambda root: (root / "metadata.jsonl").write_text('{"file_name": "made/0.png"}'), "line 1 of .*text"),
         (lambda root: (root / "metadata.jsonl").write_text("a cat, 0.png"), "line 1 of .*JSON object"),
         (lambda root: (root / "made/2.png").unlink(), "1 files of .*metadata.jsonl are not there, e.g. 2.png"),
-        (lambda root: (root / "made/0.png").write_bytes(b"\x89PNG"), "replace 0.png in .*model.init_args.system.init_args.renderer.init_args.folder"),
+        (lambda root: (root / "made/0.png").write_bytes(b"\x89PNG"), f"replace 0.png in .*{KEY}.folder"),
     ],
 )
 def test_a_bad_folder_is_named(folder, spoil, message):

@@ -24,6 +24,8 @@ from uae.models.renderers.diffusers import DiffusersRenderer
 from uae.models.renderers.rendering import Rendering
 from uae.weights.placement import Placement
 
+KEY = "model.init_args.system.init_args.rendering"
+
 
 def settings(**changes):
     return Rendering(SIDE, SIDE, **{"steps": 2, "placement": FLOAT32, **changes})
@@ -153,15 +155,15 @@ def test_a_mask_per_pass_needs_to_know_the_pass():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sd3", {"height": 40}, r"rendering.height=40 must be a multiple of 16 .*change model.init_args.system.init_args.rendering.height"),
-        ("sana", {"width": 48}, r"rendering.width=48 must be a multiple of 32 .*change model.init_args.system.init_args.rendering.width"),
+        ("sd3", {"height": 40}, rf"rendering.height=40 must be a multiple of 16 .*change {KEY}.height"),
+        ("sana", {"width": 48}, rf"rendering.width=48 must be a multiple of 32 .*change {KEY}.width"),
         ("flux", {"width": 24}, r"rendering.width=24 must be a multiple of 16"),
         ("qwen_image", {"width": 24}, r"rendering.width=24 must be a multiple of 16"),
         ("sdxl", {"height": 0}, r"rendering.height=0 must be a multiple of 8"),
         ("omnigen", {"height": 24}, r"rendering.height=24 must be a multiple of 16"),
         ("sd3", {"steps": 0}, r"rendering.steps=0 must be at least 1"),
         ("sd3", {"rows": 0}, r"rendering.rows=0 must be at least 1"),
-        ("sd3", {"distilled_guidance": 3.5}, r"not distilled for guidance; set model.init_args.system.init_args.rendering.distilled_guidance to null"),
+        ("sd3", {"distilled_guidance": 3.5}, rf"not distilled for guidance; set {KEY}.distilled_guidance to null"),
         (
             "qwen_image",
             {"distilled_guidance": 3.5},
@@ -170,7 +172,7 @@ def test_a_mask_per_pass_needs_to_know_the_pass():
         (
             "flux",
             {"guidance": 2.0},
-            r"guidance=2.0 needs a negative condition; give one or set model.init_args.system.init_args.rendering.guidance to 1",
+            rf"guidance=2.0 needs a negative condition; give one or set {KEY}.guidance to 1",
         ),
     ],
 )
@@ -208,11 +210,11 @@ def test_conditions_of_the_wrong_kind():
 def test_what_networks_cannot_do():
     pipe = load("sd3")
     pipe.register_modules(vae=nn.Identity())
-    with pytest.raises(ValueError, match="set model.init_args.system.init_args.rendering.slice_vae to false"):
+    with pytest.raises(ValueError, match=rf"set {KEY}.slice_vae to false"):
         DiffusersRenderer(pipe, settings(slice_vae=True))
     pipe = load("sd3")
     pipe.__dict__["transformer"] = Uncastable()
-    with pytest.raises(ValueError, match=r"Uncastable cannot store 8-bit weights; set model.init_args.system.init_args.rendering.placement.dtype"):
+    with pytest.raises(ValueError, match=rf"Uncastable cannot store 8-bit weights; set {KEY}.placement.dtype"):
         DiffusersRenderer(pipe, settings(placement=Placement("float8")))
     assert denoiser_of(pipe) is pipe.transformer
 
