@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 from uae.miniature.tiny import processor, tokenizer
 from uae.models.conditioners.prompts import chat_template, check_template, prompt_ids
 
+KEY = "model.init_args.system.init_args.condition_tokens"
 DEFAULT = "<|im_start|>system\nBe helpful.<|im_end|>\n"
 END = "<|im_end|>\n<|im_start|>assistant\n"
 CHATML = (  # strings or parts, and a system turn of its own where there is none
