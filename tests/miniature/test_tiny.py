@@ -102,7 +102,10 @@ def test_a_decoder_is_loaded_as_it_was_saved(tmp_path):
         texts = ["a red square", "a tiny pink ring at top left"]
         with torch.no_grad():
             expected = same.render(conditioner.encode(texts), [1, 2])
-            assert torch.equal(loaded.render(again.encode(texts), [1, 2]), expected)
+            # Weights in a mapped file lie at other addresses, for which some processors add in another order.
+            torch.testing.assert_close(loaded.render(again.encode(texts), [1, 2]), expected, atol=1e-5, rtol=0)
+        for mine, theirs in ((again, conditioner), (loaded.pipe.transformer, same.pipe.transformer)):
+            assert all(torch.equal(mine.state_dict()[name], value) for name, value in theirs.state_dict().items())
         assert not any(p.requires_grad for p in again.parameters())
 
 

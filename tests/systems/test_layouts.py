@@ -51,7 +51,7 @@ def test_uae_language_model_merges_its_adapter(tmp_path, trained, kind):
         del state[rename("lm_head.weight")]  # tied weights were left out
     cases.write_uae(tmp_path, start, state)
     loaded, projector = uae_language_model(tmp_path, alpha=2 * cases.RANK)
-    close(cases.logits(loaded), expected, 2e-6)
+    close(cases.logits(loaded), expected, 4e-6)  # the merged product is rounded; by how much depends on the processor
     assert (expected - cases.logits(start)).abs().max() > 0.1
     close(projector, cases.projector(), 0)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
