@@ -240,3 +240,10 @@ def test_saved_states_may_share_memory(tmp_path):
     file = save_state(tmp_path / "new", "projector", {"a": weight, "b": weight, "c": weight.T})
     assert file == tmp_path / "new/projector.safetensors"
     same(load_file(file), {"a": weight, "b": weight, "c": weight.T})
+
+
+def test_one_name_in_two_shards_is_refused(tmp_path, tensors):
+    write_shards(tmp_path, tensors, index=False)
+    save_file({"layers.0.weight": torch.zeros(3, 4)}, tmp_path / "model-00003-of-00003.safetensors")
+    with pytest.raises(ValueError, match=r"holds 'layers\.0\.weight' in two files.*model-00003-of-00003.safetensors"):
+        read_state(tmp_path)

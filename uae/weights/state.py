@@ -29,12 +29,18 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: ``path`` or one of the shards does not exist.
         ValueError: A file is damaged, would run code when opened or holds other things than tensors; or the folder holds
-            several checkpoints.
+            several checkpoints, or one name in two files.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
-    return {name: value for file in (weight_files(path) if path.is_dir() else [path]) for name, value in _read(file).items()}
+    state: dict[str, Tensor] = {}
+    for file in weight_files(path) if path.is_dir() else [path]:
+        part = _read(file)
+        if twice := sorted(state.keys() & part.keys()):
+            raise ValueError(f"{str(path)!r} holds {twice[0]!r} in two files, the second is {file.name}; remove one of them")
+        state |= part
+    return state
 
 
 def weight_files(folder: Path) -> list[Path]:
