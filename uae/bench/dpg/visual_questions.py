@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ INSTRUCTION = "Answer with yes or no only."  # follows every question to a chat 
 class Answerer(Protocol):
     """Answers questions about an image."""
 
-    backend: Mapping[str, str | None]  # description of the model in results
+    backend: dict[str, str | None]  # description of the model in results
 
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
         """One answer per question, as "yes" or "no"."""
