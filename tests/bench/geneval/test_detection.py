@@ -167,7 +167,7 @@ def test_an_object_alone():
 
 
 def test_gelu_is_refused_where_quickgelu_is_meant(tmp_path, clip):
-    with pytest.raises(ValueError, match="set it to 'ViT-L-14-quickgelu'"):
+    with pytest.raises(ValueError, match="set --color_model ViT-L-14-quickgelu"):
         ColorReader("ViT-L-14", "openai")
     model, _ = clip
     check_activation(model)

@@ -62,7 +62,7 @@ def test_the_cap_holds_and_a_higher_one_goes_on(judging, capsys):
         assert 0 < len(server.paid) * PAID <= 0.05
         assert json.loads(Path(folder, "status.json").read_text())["status"] == "partial"
         paid = len(server.paid)
-        with pytest.raises(ValueError, match=r"max_cost_usd=0.05 does not do for one more call"):
+        with pytest.raises(ValueError, match=r"--max_cost_usd 0.05 is too small for one more call"):
             run(folder, cap=0.05)
         assert len(server.requests) == paid
         assert run(folder, cap=1.0)["status"] == "complete"
@@ -82,7 +82,7 @@ def test_the_cap_holds_for_calls_whose_answers_never_come(judging):
 
 def test_nothing_is_asked_without_money(judging):
     with serving(prefers("good")) as server:
-        with pytest.raises(ValueError, match="max_cost_usd=0 does not do"):
+        with pytest.raises(ValueError, match="--max_cost_usd 0 is too small"):
             run(judging(server), cap=0.0)
         assert not server.requests
         assert run(judging(server, usd_per_million_input=0, usd_per_million_output=0), cap=0.0)["status"] == "complete"
@@ -158,7 +158,7 @@ def test_an_image_that_changed_since_is_refused(judging, tmp_path):
     with serving(prefers("good")) as server:
         folder = judging(server)
         (tmp_path / "images" / "000.png").write_bytes(b"\x89PNG\r\n\x1a\nother")
-        with pytest.raises(ValueError, match=r"000.png' is not the one"):
+        with pytest.raises(ValueError, match=r"000.png' has changed since"):
             run(folder)
         assert not server.requests
 

@@ -1,4 +1,4 @@
-"""DPG-Bench: do images show what dense prompts ask for, question by question?
+"""DPG-Bench (arXiv 2403.05135): do images show what dense prompts ask for, question by question?
 
 python -m uae.bench dpg generate --prompts DIR --images DIR --config FILE [--ckpt_path FILE]
 python -m uae.bench dpg score --csv dpg_bench.csv --images DIR --resolution 1024 --output result.json
@@ -31,7 +31,7 @@ PUBLISHED = "98457fc9901943f51ff9a30367250fc292533bed"  # git blob of ELLA's dpg
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TILES = 4
 
-Answers = dict[str, list[dict[int, bool]]]  # item to, per tile, number of the question to whether it is answered by yes
+Answers = dict[str, list[dict[int, bool]]]  # item to one mapping per tile: number of the question to whether the answer is yes
 
 
 def generate(
@@ -43,18 +43,18 @@ def generate(
     part: str = "1/1",
     device: str | None = None,
 ) -> DrawingJob:
-    """Draw prompts in DPG-Bench's layout. Other options are the system's: --config FILE, --ckpt_path FILE, --key value.
+    """Draw prompts in DPG-Bench's layout. All other options describe the system: --config FILE, --ckpt_path FILE, --key value.
 
-    One grid of images per prompt, DIR/<name of the prompt file>.png; what is drawn already stays.
+    Each prompt gets one grid of images, DIR/<name of the prompt file>.png. Grids that exist already are kept.
 
     Args:
-        prompts: Folder of prompts, a .txt file each.
-        images: Folder to draw to.
-        tiles: Images per prompt: 1, 4, 9, ...
-        seed: Of the noise; every image has its own, whatever the batch.
-        batch_size: Images drawn at once.
-        part: i/n: draw only the i-th of n shares, for n processes at once.
-        device: Where to draw; the default is the first GPU, or the CPU.
+        prompts: Folder of prompts, one .txt file each.
+        images: Folder of the grids.
+        tiles: Number of images in a grid: 1, 4, 9, ...
+        seed: Seed of the noise; each image's noise depends on its prompt and its place in the grid alone, not on the batch.
+        batch_size: Number of images drawn at once.
+        part: i/n draws only the i-th of n shares, for n processes at once.
+        device: Name of the device; the default is the first GPU, or the CPU if there is none.
     """
     files = sorted(Path(prompts).glob("*.txt"))
     if not files:
@@ -83,17 +83,17 @@ def score_images(
     """Score grids of images in DPG-Bench's layout, or answers about them.
 
     Args:
-        csv: The questions, dpg_bench.csv.
-        output: The result, a JSON file.
-        images: Folder of the grids. Without it, the answers are scored as they are.
+        csv: File of the questions, dpg_bench.csv.
+        output: Result file, ending in .json.
+        images: Folder of the grids. Without it, the answers of an earlier run are scored.
         resolution: Side of a tile in pixels; needed with images.
-        answers: File that answers are kept in (JSONL); the default is beside the output. With it nothing is asked twice.
-        mode: "official" repeats the published script with its defects, "fixed" is without them.
-        tiles: Images in a grid: 1, 4, 9, ...
-        vqa: The model that answers: BLIP, or a vision-language model with a chat template.
-        batch_size: Questions at once.
-        system: Name of what drew the images; the default is their folder's.
-        device: Where the model works; the default is the first GPU, or the CPU.
+        answers: File in which answers are kept (JSON Lines), so that no question is asked twice; the default lies beside the output.
+        mode: "official" repeats the published script with its defects, "fixed" corrects them.
+        tiles: Number of images in a grid: 1, 4, 9, ...
+        vqa: Model that answers the questions: BLIP, or a vision-language model with a chat template.
+        batch_size: Number of questions answered at once.
+        system: Name of the system that drew the images; the default is the name of their folder.
+        device: Name of the device; the default is the first GPU, or the CPU if there is none.
     """
     check_output(output)
     questions = read_questions(csv, mode)
@@ -104,7 +104,7 @@ def score_images(
         given = collect(questions, sorted({key.rsplit("/", 2)[0] for key in kept.rows}), kept, tiles)
     else:
         if resolution is None:
-            raise ValueError("--resolution is missing: the side of one tile of a grid, in pixels")
+            raise ValueError("--resolution is missing; give the side of one tile of a grid, in pixels")
         grids = find_grids(Path(images), resolution, tiles)
         answerer = TransformersAnswerer(vqa, working_device(device), batch_size)
         kept = Ledger(file, answerer.backend)
@@ -128,11 +128,11 @@ def score_images(
 
 
 def find_grids(folder: Path, resolution: int, tiles: int) -> dict[str, Path]:
-    """Item to its file.
+    """Item to the file of its grid.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no image in it.
-        ValueError: Two files are of one item, or one has not the size of a grid: its tiles would be cut out wrongly.
+        FileNotFoundError: The folder does not exist or holds no image.
+        ValueError: An item has two files, or a file has not the size of a grid, so that its tiles would be cut out wrongly.
     """
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
     if not files:
@@ -146,7 +146,7 @@ def find_grids(folder: Path, resolution: int, tiles: int) -> dict[str, Path]:
         try:
             with Image.open(file) as image:
                 found = image.size
-        except OSError:  # told and counted when it is read
+        except OSError:  # the file is reported and counted when it is read
             found = size
         if found != size:
             raise ValueError(
@@ -160,7 +160,11 @@ def find_grids(folder: Path, resolution: int, tiles: int) -> dict[str, Path]:
 def ask_all(
     questions: Mapping[str, Item], grids: Mapping[str, Path], answerer: Answerer, kept: Ledger, tiles: int
 ) -> dict[str, str]:
-    """Put the answers about every grid into the ledger that are not there; the files that cannot be read, and why."""
+    """Ask all questions about every grid whose answers the ledger lacks.
+
+    Returns:
+        Item of each grid that cannot be read, with the reason.
+    """
     unreadable = {}
     for name, file in tqdm(grids.items(), unit="prompt", desc="asking"):
         digest = sha256(file)
@@ -181,7 +185,7 @@ def ask_all(
 
 
 def cut_tiles(image: Image.Image, tiles: int) -> list[Image.Image]:
-    """The pictures of a square grid, row by row."""
+    """Cut a square grid into its pictures, row by row."""
     side = _side(tiles)
     width, height = image.width // side, image.height // side
     places = [(column * width, row * height) for row in range(side) for column in range(side)]
@@ -189,10 +193,10 @@ def cut_tiles(image: Image.Image, tiles: int) -> list[Image.Image]:
 
 
 def collect(questions: Mapping[str, Item], names: Sequence[str], kept: Ledger, tiles: int) -> Answers:
-    """The answers of some items, from the ledger. Only "yes" is yes.
+    """The answers about some items, from the ledger. Every answer but "yes" counts as no.
 
     Raises:
-        ValueError: Some are missing, or were given to other questions.
+        ValueError: Answers are missing, or belong to other questions.
     """
     missing, collected = [], {}
     for name in names:
@@ -206,14 +210,14 @@ def collect(questions: Mapping[str, Item], names: Sequence[str], kept: Ledger, t
                     answers[number] = row["answer"] == "yes"
     if missing:
         raise ValueError(
-            f"{str(kept.path)!r} lacks {len(missing)} answers ({', '.join(missing[:3])}, ...); go on with --images, or correct "
+            f"{str(kept.path)!r} lacks {len(missing)} answers ({', '.join(missing[:3])}, ...); continue with --images, or correct "
             "--csv or --tiles"
         )
     return collected
 
 
 def summarize(scores: DPGScores) -> dict[str, Score]:
-    """The score, then broad categories, then all categories, with intervals over items."""
+    """The score, then the broad categories (L1), then all categories (L2), with bootstrap intervals over items."""
     if not scores.items:
         raise ValueError("no item has a score: the images are named as no item of --csv")
     items_N = np.array(list(scores.items.values()))
@@ -230,7 +234,7 @@ def summarize(scores: DPGScores) -> dict[str, Score]:
 
 
 def _answered(row: Mapping[str, Any] | None, question: str, digest: str) -> bool:
-    """Whether a row of the ledger is of this question about this image; rows made elsewhere may not say the image."""
+    """Whether a row of the ledger answers this question about this image. Rows of other programs need not name the image."""
     return row is not None and row.get("question", question) == question and row.get("sha256", digest) == digest
 
 
@@ -242,7 +246,7 @@ def _side(tiles: int) -> int:
 
 
 def main(args: list[str]) -> None:
-    """``generate`` or ``score``."""
+    """Run ``generate`` or ``score``."""
     if args[:1] == ["generate"]:
         generate_command("dpg", generate, args[1:])
     else:

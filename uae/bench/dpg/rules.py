@@ -1,10 +1,10 @@
-"""DPG-Bench's rules: what answers to questions about an image are worth (Hu et al., ELLA, arXiv 2403.05135).
+"""DPG-Bench's rules: the score of an image from the answers to questions about it (Hu et al., ELLA, arXiv 2403.05135).
 
-A question may depend on others: whether the cat is red means nothing without a cat. Two readings:
+A question may depend on others: whether the cat is red means nothing without a cat. There are two modes:
 
 * ``official`` does what the published script does, defects included: its first row of questions is skipped (so an item whose
   first question others depend on is dropped), dependencies are followed in the order of the file (a child listed before
-  its parent escapes), and categories count the last tile of a grid alone.
+  its parent is not zeroed), and categories count only the last tile of a grid.
 * ``fixed`` uses every row, follows dependencies from parents to children, and counts every tile.
 """
 
@@ -29,9 +29,9 @@ class YesNoQuestion:
     """One question about an image, answered by yes or no.
 
     Args:
-        text: As asked.
-        parents: Numbers of the questions it depends on.
-        category: What it is about, as "attribute - color"; the broad category is the part before the dash.
+        text: Words of the question.
+        parents: Numbers of the questions that this one depends on.
+        category: Category of the question, as "attribute - color"; the broad category is the part before the dash.
     """
 
     text: str
@@ -49,12 +49,12 @@ Item = dict[int, YesNoQuestion]  # number to question, in the order of the file
 
 @dataclass
 class DPGScores:
-    """What answers are worth.
+    """Scores of items and answers by category.
 
     Args:
-        items: Item to score, in [0, 1].
-        categories: Category to pairs (item, answer in {0, 1}), of whatever the mode counts.
-        dropped: Item to why it has no score.
+        items: Item to its score, in [0, 1].
+        categories: Category to pairs (item, answer in {0, 1}) of all answers that the mode counts.
+        dropped: Item without a score of its own to the reason.
     """
 
     items: dict[str, float] = field(default_factory=dict)
@@ -66,9 +66,9 @@ def read_questions(path: str | Path, mode: Mode) -> dict[str, Item]:
     """Item to its questions.
 
     Raises:
-        FileNotFoundError: There is none; says where the published one is.
-        ValueError: Columns are missing or a row cannot be read; in the fixed mode also: a number is there twice, a parent is
-            not, or questions depend on each other in a circle.
+        FileNotFoundError: The file does not exist; the message says where to get the published one.
+        ValueError: Columns are missing or a row cannot be read. In the fixed mode also: a number occurs twice, a parent does not
+            exist, or questions depend on each other in a circle.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no questions at {str(path)!r}; get them by: {FETCH}")
@@ -83,7 +83,7 @@ def read_questions(path: str | Path, mode: Mode) -> dict[str, Item]:
     for line, row in enumerate(rows[1:] if mode == "official" else rows, start=3 if mode == "official" else 2):
         name, number, question = _question(row, line, path)
         if mode == "official" and name != before:
-            items[name] = {}  # and forgets what an earlier block of the item said
+            items[name] = {}  # as in the script, this forgets the questions of an earlier block of the item
         before, item = name, items.setdefault(name, {})
         if mode == "fixed" and number in item:
             raise ValueError(f"row {line} of {str(path)!r}: question {number} of {name} is there twice; correct --csv")
@@ -95,10 +95,16 @@ def read_questions(path: str | Path, mode: Mode) -> dict[str, Item]:
 
 
 def score_tile(name: str, item: Item, answers: Mapping[int, bool], mode: Mode) -> float:
-    """The share of questions answered by yes, where a question whose parent is not counts as no.
+    """The share of questions that are answered by yes; a question with a parent that is answered by no counts as no.
+
+    Args:
+        name: Name of the item, for the error.
+        item: Questions of the item.
+        answers: Number of each question to whether the answer is yes.
+        mode: Which rules.
 
     Raises:
-        KeyError: In the official mode: a parent is not among the questions.
+        KeyError: A parent is not among the questions, in the official mode.
     """
     worth = {number: float(answers[number]) for number in item}
     for number in item if mode == "official" else _order(name, item):
@@ -111,9 +117,9 @@ def score_items(questions: Mapping[str, Item], answers: Mapping[str, Sequence[Ma
     """Score items and categories.
 
     Args:
-        questions: See `read_questions`.
-        answers: Item to the answers (number to yes) of every tile. Items without answers are not there: the official mode
-            leaves them out, the fixed one counts them 0.
+        questions: Item to its questions, see `read_questions`.
+        answers: Item to the answers about each tile (number of the question to whether the answer is yes). The official mode
+            leaves out items without answers, the fixed mode counts them as 0.
         mode: Which rules.
     """
     scores = DPGScores()
@@ -147,10 +153,10 @@ def _question(row: Mapping[str, str], line: int, path: str | Path) -> tuple[str,
 
 
 def _order(name: str, item: Item) -> list[int]:
-    """Parents before children.
+    """The numbers of the questions, parents before children.
 
     Raises:
-        ValueError: There is no such order, or a parent is missing.
+        ValueError: There is no such order, or a parent does not exist.
     """
     missing = sorted({parent for question in item.values() for parent in question.parents} - item.keys())
     if missing:

@@ -1,4 +1,4 @@
-"""Yes or no: questions about images, answered by a model of transformers."""
+"""Yes-or-no questions about images, answered by a model of transformers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image
 from uae.files.locations import locate
 
 MODEL = "Salesforce/blip-vqa-base"
-INSTRUCTION = "Answer with yes or no only."  # behind every question, for models that would talk
+INSTRUCTION = "Answer with yes or no only."  # follows every question to a chat model
 
 
 class Answerer(Protocol):
     """Answers questions about an image."""
 
-    backend: dict[str, Any]  # how results name it
+    backend: dict[str, str | None]  # description of the model in results
 
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
         """One answer per question, as "yes" or "no"."""
@@ -28,13 +28,18 @@ class Answerer(Protocol):
 class TransformersAnswerer:
     """BLIP for visual question answering, or any vision-language model with a chat template.
 
-    DPG-Bench was published with mPLUG-large, which needs a software stack of its own; answers of others are other scores.
+    DPG-Bench was published with mPLUG-large, which needs other versions of its libraries; scores of different models are not
+    comparable.
 
     Args:
         path: A folder, a folder below ``UAE_CHECKPOINTS`` or a model id on the hub.
-        device: Where it works.
-        batch_size: Questions at once.
-        max_tokens: Of an answer.
+        device: Device of the model.
+        batch_size: Number of questions answered at once.
+        max_tokens: Most tokens of an answer.
+
+    Raises:
+        FileNotFoundError: The model cannot be found.
+        ValueError: The model is neither BLIP nor has a chat template.
     """
 
     def __init__(
@@ -61,11 +66,11 @@ class TransformersAnswerer:
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         if self.chats:
             self.processor.tokenizer.padding_side = "left"
-        self.backend = {"name": "hf", "vqa": path, "instruction": INSTRUCTION if self.chats else None}
+        self.backend: dict[str, str | None] = {"name": "hf", "vqa": path, "instruction": INSTRUCTION if self.chats else None}
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
-        """One answer per question, in lower case and without a full stop. Greedy."""
+        """One greedy answer per question, in lower case and without a full stop."""
         answers = [""] * len(questions)
         for places in self._batches(questions):
             some = [questions[place] for place in places]
@@ -78,7 +83,7 @@ class TransformersAnswerer:
         return answers
 
     def _batches(self, questions: Sequence[str]) -> list[list[int]]:
-        """Places of questions asked together. BLIP's decoder reads the padding of a batch: it only gets equal lengths."""
+        """Positions of the questions of each batch. BLIP's decoder reads padding, so its batches hold questions of equal length."""
         groups: dict[int, list[int]] = {}
         for place, text in enumerate(questions):
             length = 0 if self.chats else len(self.processor.tokenizer(text)["input_ids"])

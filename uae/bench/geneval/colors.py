@@ -1,4 +1,4 @@
-"""The colors of detected objects, by CLIP: every object alone on gray, asked which of ten colors it has, as GenEval does."""
+"""Colors of detected objects by CLIP, as GenEval determines them: each object alone on gray is classified into ten colors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}
 class ColorReader:
     """Zero-shot color classification by an open_clip model.
 
-    GenEval names the model ``ViT-L-14`` and means OpenAI's, which was trained with QuickGELU. Current versions of open_clip
-    build that name with GELU and only warn; colors would silently be others. Here the activation is checked.
+    GenEval uses OpenAI's ``ViT-L-14``, which was trained with QuickGELU. Current versions of open_clip build a model of that name
+    with GELU and only warn, which changes the colors. Therefore the activation is checked here.
 
     Args:
-        name: An architecture of open_clip.
-        weights: A tag of it, or a file (also below ``UAE_CHECKPOINTS``).
-        device: Where it works.
+        name: Name of an architecture in open_clip.
+        weights: Tag of its weights in open_clip, or a file (also below ``UAE_CHECKPOINTS``).
+        device: Device of the model.
 
     Raises:
+        FileNotFoundError: open_clip cannot load the model.
         ValueError: The model's activation is not QuickGELU.
     """
 
@@ -41,7 +42,7 @@ class ColorReader:
         file = here(weights)
         self.device = torch.device(device)
         if "quickgelu" not in name:
-            raise ValueError(f"color_model={name!r} is built with GELU, OpenAI's weights need QuickGELU: set it to {MODEL!r}")
+            raise ValueError(f"--color_model {name!r} is built with GELU, OpenAI's weights need QuickGELU; set --color_model {MODEL}")
         try:
             model, _, self.transform = open_clip.create_model_and_transforms(
                 name, pretrained=weights if file is None else os.fspath(file), weights_only=True
@@ -49,7 +50,7 @@ class ColorReader:
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
-                f"open_clip cannot load color_model={name!r} with color_weights={weights!r} ({reason}); set --color_weights"
+                f"open_clip cannot load --color_model {name!r} with --color_weights {weights!r} ({reason}); set --color_weights"
             ) from error
         check_activation(model)
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
@@ -59,13 +60,13 @@ class ColorReader:
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, boxes: Sequence[Sequence[float]], masks: Sequence[np.ndarray], name: str) -> list[str]:
-        """The color of every object of one class.
+        """The colors of the objects of one class.
 
         Args:
             image: RGB.
-            boxes: left, top, right, bottom of each object.
-            masks: bool ``[H, W]`` of each.
-            name: Of their class.
+            boxes: Left, top, right and bottom of each object, in pixels.
+            masks: Mask of each object, bool ``[H, W]``.
+            name: Name of the class.
         """
         if not len(boxes):
             return []
@@ -75,7 +76,7 @@ class ColorReader:
             return [COLORS[place] for place in (features_ND @ self._classifier(name)).argmax(1).tolist()]
 
     def _classifier(self, name: str) -> Tensor:
-        """``[D, 10]``: for every color the direction of the mean over the templates."""
+        """Classifier weights ``[D, 10]``: for each color the normalised mean of the templates' embeddings."""
         if name not in self._classifiers:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             embeds = F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)), dim=-1)
@@ -85,20 +86,20 @@ class ColorReader:
 
 
 def cut_out(image: Image.Image, box: Sequence[float], mask: np.ndarray) -> Image.Image:
-    """An object on flat gray, cut out at its box."""
+    """An object on flat gray, cropped to its box."""
     left, top, right, bottom = box[:4]
     blank = Image.new("RGB", image.size, color=GRAY)
     return Image.composite(image, blank, Image.fromarray(mask)).crop((left, top, right, bottom))
 
 
 def check_activation(model: nn.Module) -> None:
-    """Raise unless both towers compute with QuickGELU.
+    """Raise unless both towers of a CLIP model compute with QuickGELU.
 
     Raises:
-        ValueError: One does not.
+        ValueError: A tower computes with another activation.
     """
     from open_clip.transformer import QuickGELU
 
     kinds = {type(part) for part in model.modules()}
     if QuickGELU not in kinds or nn.GELU in kinds:
-        raise ValueError(f"the color model computes with GELU, OpenAI's weights need QuickGELU: set --color_model {MODEL}")
+        raise ValueError(f"the color model computes with GELU, OpenAI's weights need QuickGELU; set --color_model {MODEL}")

@@ -1,4 +1,4 @@
-"""GenEval: do images show the objects, counts, colors and places that their prompts ask for?
+"""GenEval (arXiv 2310.11513): do images show the objects, counts, colors and places that their prompts ask for?
 
 python -m uae.bench geneval generate --prompts evaluation_metadata.jsonl --images DIR --config FILE [--ckpt_path FILE]
 python -m uae.bench geneval score --prompts evaluation_metadata.jsonl --images DIR --output result.json
@@ -36,10 +36,10 @@ class SampleImage:
     """One image to score.
 
     Args:
-        number: Of its prompt, from 0.
-        sample: Its number among the prompt's images, from 0.
-        metadata: The prompt's line.
-        name: Of the file, relative to the folder of images.
+        number: Number of the prompt in its file, from 0.
+        sample: Number of the image among those of the prompt, from 0.
+        metadata: Line of the prompt file: ``tag``, ``include``, optionally ``exclude``, ``prompt``.
+        name: Path of the image file, relative to the folder of images.
     """
 
     number: int
@@ -57,27 +57,27 @@ def generate(
     part: str = "1/1",
     device: str | None = None,
 ) -> DrawingJob:
-    """Draw prompts in GenEval's layout. Other options are the system's: --config FILE, --ckpt_path FILE, --key value.
+    """Draw prompts in GenEval's layout. All other options describe the system: --config FILE, --ckpt_path FILE, --key value.
 
-    DIR/00000/samples/0000.png beside DIR/00000/metadata.jsonl; what is drawn already stays.
+    Images are DIR/00000/samples/0000.png beside DIR/00000/metadata.jsonl. Images that exist already are kept.
 
     Args:
-        prompts: GenEval's evaluation_metadata.jsonl, or a file like it.
-        images: Folder to draw to.
-        samples: Images per prompt.
-        seed: Of the noise; every image has its own, whatever the batch.
-        batch_size: Images drawn at once.
-        part: i/n: draw only the i-th of n shares, for n processes at once.
-        device: Where to draw; the default is the first GPU, or the CPU.
+        prompts: GenEval's evaluation_metadata.jsonl, or a file of the same form.
+        images: Folder of the images.
+        samples: Number of images per prompt.
+        seed: Seed of the noise; each image's noise depends on its prompt and its number alone, not on the batch.
+        batch_size: Number of images drawn at once.
+        part: i/n draws only the i-th of n shares, for n processes at once.
+        device: Name of the device; the default is the first GPU, or the CPU if there is none.
     """
     folder, listed = Path(images), read_prompts(prompts)
-    for case in _cases(listed, 1):
-        file = folder / f"{case.number:05d}" / METADATA
-        _check_metadata(file, case.metadata)
-        write_whole(file, f"{json.dumps(case.metadata)}\n".encode())
+    for image in sample_images(listed, 1):
+        file = folder / f"{image.number:05d}" / METADATA
+        _check_metadata(file, image.metadata)
+        write_whole(file, f"{json.dumps(image.metadata)}\n".encode())
     drawings = [
-        Drawing(folder / case.name, case.metadata["prompt"], seeds_of(seed, case.number, 1, first=case.sample))
-        for case in _cases(listed, samples)
+        Drawing(folder / image.name, image.metadata["prompt"], seeds_of(seed, image.number, 1, first=image.sample))
+        for image in sample_images(listed, samples)
     ]
     return DrawingJob(folder, drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
 
@@ -97,76 +97,80 @@ def score_images(
     """Score images in GenEval's layout, or detections in them.
 
     Args:
-        prompts: The file the images were drawn from.
-        output: The result, a JSON file; verdicts per image are written beside it.
-        images: Folder of the images. Without it, the detections are scored as they are.
-        detections: File that detections are kept in (JSONL); the default is beside the output. With it nothing is
-            detected twice.
-        samples: Images per prompt. Missing ones count as wrong.
-        system: Name of what drew the images; the default is their folder's.
-        detector: Mask2Former of transformers, with COCO's 80 categories.
-        color_model: CLIP of open_clip, with QuickGELU.
-        color_weights: Its tag, or a file.
-        device: Where models work; the default is the first GPU, or the CPU.
+        prompts: Prompt file that the images were drawn from.
+        output: Result file, ending in .json; a file with a verdict per image (.images.jsonl) is written beside it.
+        images: Folder of the images. Without it, the detections of an earlier run are scored.
+        detections: File in which detections are kept (JSON Lines), so that no image is detected twice; the default lies beside
+            the output.
+        samples: Number of images per prompt. Missing images count as wrong.
+        system: Name of the system that drew the images; the default is the name of their folder.
+        detector: Mask2Former checkpoint of transformers with COCO's 80 categories.
+        color_model: CLIP architecture of open_clip with QuickGELU.
+        color_weights: Tag of the weights in open_clip, or a file.
+        device: Name of the device; the default is the first GPU, or the CPU if there is none.
     """
     check_output(output)
-    cases = list(_cases(read_prompts(prompts), samples))
+    wanted = list(sample_images(read_prompts(prompts), samples))
     if images is None and detections is None:
         raise ValueError("nothing to score: give --images DIR, or --detections FILE of an earlier run")
     file = Path(detections) if detections else Path(output).with_suffix(".detections.jsonl")
     if images is None:
-        kept, unreadable = Ledger(file), {case.name: "no detections" for case in cases}
+        kept, unreadable = Ledger(file), {image.name: "no detections" for image in wanted}
         unreadable = {name: reason for name, reason in unreadable.items() if name not in kept.rows}
     else:
-        check_folder(cases, Path(images))
+        check_folder(wanted, Path(images))
         seeing = Detector(detector, color_model, color_weights, working_device(device))
         kept = Ledger(file, seeing.backend)
-        unreadable = detect_all(cases, Path(images), seeing, kept)
-    verdicts = [_verdict(case, kept, unreadable) for case in cases]
+        unreadable = detect_all(wanted, Path(images), seeing, kept)
+    verdicts = [_verdict(image, kept, unreadable) for image in wanted]
     name = system or (Path(images).resolve().name if images else file.stem)
     benchmark = f"{variant(prompts)} [{kept.header.get('name', 'unnamed detector')}]"
-    scored = scored_cases(cases, verdicts)
+    cases = scored_cases(wanted, verdicts)
     result = write_result(
-        output, benchmark, name, summarize(scored), kept.header, {"prompts": sha256(prompts)}, scored,
-        not_seen=unreadable, not_scored=_extra(images, cases),
+        output, benchmark, name, summarize(cases), kept.header, {"prompts": sha256(prompts)}, cases,
+        not_seen=unreadable, not_scored=_extra(images, wanted),
     )  # fmt: skip
-    rows = [_row(case, verdict) for case, verdict in zip(cases, verdicts, strict=True)]
+    rows = [_row(image, verdict) for image, verdict in zip(wanted, verdicts, strict=True)]
     Path(output).with_suffix(".images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(score_table(result, {"not seen, so wrong": list(unreadable), "not asked for": result["not_scored"]}))
     return result
 
 
-def check_folder(cases: Sequence[SampleImage], folder: Path) -> None:
-    """Raise unless a folder may hold the images of these prompts.
+def check_folder(images: Sequence[SampleImage], folder: Path) -> None:
+    """Raise unless a folder holds images of these prompts.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It was drawn from other prompts.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The images were drawn from other prompts.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {str(folder)!r} is no folder; draw one by geneval generate")
-    for case in cases:
-        _check_metadata(folder / f"{case.number:05d}" / METADATA, case.metadata)
+    for wanted in images:
+        _check_metadata(folder / f"{wanted.number:05d}" / METADATA, wanted.metadata)
 
 
-def detect_all(cases: Sequence[SampleImage], folder: Path, detector: Detector, kept: Ledger) -> dict[str, str]:
-    """Put the detections of every image into the ledger that are not there; the images that cannot be read, and why."""
+def detect_all(images: Sequence[SampleImage], folder: Path, detector: Detector, kept: Ledger) -> dict[str, str]:
+    """Detect objects in every image that the ledger lacks.
+
+    Returns:
+        Name of each image that cannot be read, with the reason.
+    """
     unreadable = {}
-    for case in tqdm(cases, unit="image", desc="detecting"):
-        path = folder / case.name
+    for wanted in tqdm(images, unit="image", desc="detecting"):
+        path = folder / wanted.name
         if not path.is_file():
-            unreadable[case.name] = "missing"
+            unreadable[wanted.name] = "missing"
             continue
         digest = sha256(path)
-        before = kept.rows.get(case.name, {})
-        if before.get("sha256") == digest and before.get("metadata") == case.metadata:
+        before = kept.rows.get(wanted.name, {})
+        if before.get("sha256") == digest and before.get("metadata") == wanted.metadata:
             continue
         try:
             image = read_upright(path)
         except (OSError, ValueError, SyntaxError) as error:
-            unreadable[case.name] = f"{type(error).__name__}: {error}"
+            unreadable[wanted.name] = f"{type(error).__name__}: {error}"
             continue
-        kept.add(case.name, sha256=digest, metadata=case.metadata, objects=detector(image, case.metadata))
+        kept.add(wanted.name, sha256=digest, metadata=wanted.metadata, objects=detector(image, wanted.metadata))
     return unreadable
 
 
@@ -192,26 +196,27 @@ def scored_cases(images: Sequence[SampleImage], verdicts: Sequence[Verdict]) -> 
     }
 
 
-def _verdict(case: SampleImage, kept: Ledger, unreadable: dict[str, str]) -> Verdict:
-    if case.name in unreadable:
-        return Verdict(False, (f"not seen: {unreadable[case.name]}",))
-    row = kept.rows[case.name]
-    if row.get("metadata", case.metadata) != case.metadata:
-        raise ValueError(f"the detections of {case.name} in {str(kept.path)!r} were made for another prompt; correct --prompts")
+def _verdict(wanted: SampleImage, kept: Ledger, unreadable: dict[str, str]) -> Verdict:
+    if wanted.name in unreadable:
+        return Verdict(False, (f"not seen: {unreadable[wanted.name]}",))
+    row = kept.rows[wanted.name]
+    if row.get("metadata", wanted.metadata) != wanted.metadata:
+        raise ValueError(f"the detections of {wanted.name} in {str(kept.path)!r} were made for another prompt; correct --prompts")
     found = {
         name: [Detection(tuple(one[:4]), one[4], one[5] if len(one) > 5 else None) for one in some]
         for name, some in row["objects"].items()
     }
-    return judge(case.metadata, found)
+    return judge(wanted.metadata, found)
 
 
-def _row(case: SampleImage, verdict: Verdict) -> dict[str, Any]:
-    """One line of the official results file."""
-    prompt = {"filename": case.name, "tag": case.metadata["tag"], "prompt": case.metadata["prompt"]}
-    return {**prompt, "correct": verdict.correct, "reason": "\n".join(verdict.reasons), "metadata": json.dumps(case.metadata)}
+def _row(wanted: SampleImage, verdict: Verdict) -> dict[str, Any]:
+    """A line of GenEval's own results file."""
+    prompt = {"filename": wanted.name, "tag": wanted.metadata["tag"], "prompt": wanted.metadata["prompt"]}
+    return {**prompt, "correct": verdict.correct, "reason": "\n".join(verdict.reasons), "metadata": json.dumps(wanted.metadata)}
 
 
-def _cases(prompts: Sequence[dict[str, Any]], samples: int) -> Iterator[SampleImage]:
+def sample_images(prompts: Sequence[dict[str, Any]], samples: int) -> Iterator[SampleImage]:
+    """The images of all prompts, ``samples`` for each prompt."""
     if samples < 1:
         raise ValueError(f"--samples {samples}: allowed: 1 or more")
     for number, metadata in enumerate(prompts):
@@ -220,21 +225,21 @@ def _cases(prompts: Sequence[dict[str, Any]], samples: int) -> Iterator[SampleIm
 
 
 def _check_metadata(file: Path, metadata: dict[str, Any]) -> None:
-    """Raise if a folder of images says that it shows another prompt."""
+    """Raise if the folder of a prompt's images holds the metadata of another prompt."""
     if file.is_file() and json.loads(file.read_text()) != metadata:
         raise ValueError(f"{file} is of another prompt than --prompts has there; give the file the images were drawn from")
 
 
-def _extra(images: str | None, cases: Sequence[SampleImage]) -> list[str]:
-    """Images in the layout that nobody asked for: samples beyond the number, prompts beyond the file."""
+def _extra(images: str | None, wanted: Sequence[SampleImage]) -> list[str]:
+    """Images in the folder that are not scored: beyond the number of samples, or of prompts that the file does not hold."""
     if images is None:
         return []
     names = {file.relative_to(images).as_posix() for file in Path(images).glob("*/samples/*") if file.name[0] != "."}
-    return sorted(names - {case.name for case in cases})
+    return sorted(names - {image.name for image in wanted})
 
 
 def main(args: list[str]) -> None:
-    """``generate`` or ``score``."""
+    """Run ``generate`` or ``score``."""
     if args[:1] == ["generate"]:
         generate_command("geneval", generate, args[1:])
     else:

@@ -1,8 +1,8 @@
 """Objects with masks by transformers' Mask2Former, post-processed as GenEval's own detector (mmdet) does it.
 
-Neither library's result is the other's: the weights are of another training run, and their scores are calibrated
-otherwise. So results of this detector carry its name. transformers' own post-processing is not used: it works at
-384 x 384, keeps the padding, and lets objects overwrite each other.
+The two detectors do not agree exactly, since their weights are of different training runs and their scores are calibrated
+differently; therefore results of this detector carry its name. transformers' own post-processing is not used: it works at
+384 x 384 pixels, keeps the padding, and lets objects overwrite each other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,18 +21,18 @@ from uae.bench.geneval.prompts import CLASSES
 from uae.bench.geneval.rules import THRESHOLD
 from uae.files.locations import locate
 
-SHORT, LONG, DIVISOR = 800, 1333, 32  # the detector sees images resized to at most this, padded to a multiple
+SHORT, LONG, DIVISOR = 800, 1333, 32  # largest sides of a resized image in pixels; it is padded to a multiple of the divisor
 MOST = 100  # detections per image
-CHUNK = 25  # masks at full size at once: a mask of a megapixel takes 4 MB
+CHUNK = 25  # masks that are resized to full size at once; a mask of a megapixel takes 4 MB
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 
 @dataclass(frozen=True)
 class Instances:
-    """M objects of one image.
+    """M detected objects of one image.
 
     Args:
-        labels_M: Places in COCO's categories.
+        labels_M: Position of each object's category in `CLASSES`.
         scores_M: Class probability times the mean probability inside the mask, in [0, 1].
         boxes_M4: left, top, right, bottom: the extent of the mask, in pixels; right and bottom are exclusive.
         masks_MHW: bool, in the image's own size.
@@ -50,10 +49,11 @@ class Mask2Former:
 
     Args:
         path: A folder, a folder below ``UAE_CHECKPOINTS`` or a model id on the hub.
-        device: Where it works.
+        device: Device of the model.
 
     Raises:
-        ValueError: The checkpoint knows other categories.
+        FileNotFoundError: The checkpoint cannot be loaded.
+        ValueError: The checkpoint has other categories than COCO's 80.
     """
 
     def __init__(self, path: str = DETECTOR, device: str | torch.device = "cpu") -> None:
@@ -79,7 +79,7 @@ class Mask2Former:
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Instances:
-        """Objects above GenEval's lower threshold in an RGB image of any size."""
+        """Detect the objects in an RGB image of any size whose score is above GenEval's lower threshold."""
         pixels, resized = self._pixels(image)
         with torch.autocast(self.device.type, enabled=False):
             out = self.model(pixel_values=pixels)
@@ -89,7 +89,7 @@ class Mask2Former:
         )
 
     def _pixels(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        """Normalised and padded ``[1, 3, H, W]``, and the size without the padding."""
+        """The normalised and padded image ``[1, 3, H, W]``, and its height and width without the padding."""
         levels = torch.from_numpy(np.array(image)).to(self.device).permute(2, 0, 1).float()[None] / 255
         height, width = size = scaled(image.height, image.width)
         if size != (image.height, image.width):
@@ -99,7 +99,7 @@ class Mask2Former:
 
 
 def scaled(height: int, width: int) -> tuple[int, int]:
-    """The size that fits into `SHORT` and `LONG`, with the image's proportions."""
+    """Height and width of the resized image: as large as `SHORT` and `LONG` allow, with the image's proportions."""
     factor = min(LONG / max(height, width), SHORT / min(height, width))
     return max(1, math.floor(height * factor + 0.5)), max(1, math.floor(width * factor + 0.5))
 
@@ -113,23 +113,25 @@ def instances(
     least: float,
     most: int = MOST,
 ) -> Instances:
-    """The rule of mmdet for Mask2Former: the best (query, class) pairs, their masks at full size, scored by both.
+    """Post-process as mmdet does for Mask2Former: take the best (query, class) pairs, with masks at the image's size.
+
+    The score of a pair is its class probability times the mean probability inside its mask.
 
     Args:
-        classes_QK: Logits of Q queries, the last class is "no object".
-        masks_Qhw: Logits of their masks, at the network's resolution.
+        classes_QK: Class logits of Q queries; the last class is "no object".
+        masks_Qhw: Mask logits of the queries, at the network's resolution.
         padded: Height and width of the network's input.
-        resized: The same without the padding.
-        original: Of the image.
-        least: Objects must score above this, compared as float32.
-        most: Pairs that are looked at.
+        resized: Height and width of the input without the padding.
+        original: Height and width of the image.
+        least: Objects must score above this threshold, compared as float32.
+        most: Number of best pairs that are considered.
     """
     probability_QK = classes_QK.float().softmax(-1)[:, :-1]
     kinds = probability_QK.shape[1]
     best_P, place_P = probability_QK.flatten().topk(min(most, probability_QK.numel()))
     query_P, label_P = place_P // kinds, place_P % kinds
     found: list[tuple[Tensor, ...]] = []
-    for queries in query_P.unique().split(CHUNK):  # a query's mask is resized once, however many classes it is paired with
+    for queries in query_P.unique().split(CHUNK):  # the mask of a query is resized once for all its classes
         logits_CHW = _full_size(masks_Qhw[queries], padded, resized, original)
         mask_CHW = logits_CHW > 0
         area_C = mask_CHW.flatten(1).sum(1)
@@ -148,7 +150,7 @@ def instances(
 
 
 def extent(mask_HW: Tensor) -> Tensor:
-    """left, top, right, bottom of what is True in a mask that is not empty; right and bottom are exclusive."""
+    """Bounding box (left, top, right, bottom) of a mask that is not empty; right and bottom are exclusive."""
     rows, columns = mask_HW.any(1).nonzero(), mask_HW.any(0).nonzero()
     return torch.stack([columns[0, 0], rows[0, 0], columns[-1, 0] + 1, rows[-1, 0] + 1]).float()
 
@@ -156,5 +158,4 @@ def extent(mask_HW: Tensor) -> Tensor:
 def _full_size(masks_Chw: Tensor, padded: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]) -> Tensor:
     inputs = F.interpolate(masks_Chw[None].float(), padded, mode="bilinear", align_corners=False)
     cropped = inputs[..., : resized[0], : resized[1]]
-    result: Any = F.interpolate(cropped, original, mode="bilinear", align_corners=False)
-    return result[0]
+    return F.interpolate(cropped, original, mode="bilinear", align_corners=False)[0]

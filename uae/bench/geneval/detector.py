@@ -1,4 +1,4 @@
-"""What GenEval's rules need to know of an image: objects, and the colors a prompt asks about."""
+"""Detection of the objects in an image and of the colors that its prompt asks for."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from uae.bench.geneval.detection import Mask2Former
 from uae.bench.geneval.prompts import CLASSES
 from uae.bench.geneval.rules import objects_needing_color
 
-NAME = "hf"  # of these models and this post-processing, in results: never to be taken for the original's
+NAME = "hf"  # results carry it, since these models and this post-processing are not the original's
 
 
 class Detector:
-    """Objects by Mask2Former, colors by CLIP.
+    """Detects objects with Mask2Former and their colors with CLIP.
 
     Args:
-        detector: See `uae.bench.geneval.detection.Mask2Former`.
-        color_model: See `uae.bench.geneval.colors.ColorReader`.
-        color_weights: As there.
-        device: Where both work.
+        detector: Checkpoint of `uae.bench.geneval.detection.Mask2Former`.
+        color_model: Architecture of `uae.bench.geneval.colors.ColorReader`.
+        color_weights: Weights of the color model.
+        device: Device of both models.
     """
 
     def __init__(self, detector: str, color_model: str, color_weights: str, device: torch.device) -> None:
@@ -33,11 +33,11 @@ class Detector:
         self.backend: dict[str, Any] = {"name": NAME, **self.objects.backend, **self.colors.backend}
 
     def __call__(self, image: Image.Image, metadata: dict[str, Any]) -> dict[str, list[list[Any]]]:
-        """Class to detections: left, top, right, bottom, score, and the color or None where the prompt does not ask.
+        """Class to its detections: left, top, right, bottom, score, color; the color is None if the prompt does not ask for it.
 
         Args:
             image: RGB, upright.
-            metadata: Of the prompt.
+            metadata: Line of the prompt file.
         """
         seen = self.objects(image)
         places: dict[str, list[int]] = {}
@@ -55,10 +55,10 @@ class Detector:
 
 
 def read_upright(path: Path) -> Image.Image:
-    """An image file as RGB, turned as its EXIF data say.
+    """Read an image file as RGB, rotated as its EXIF data say.
 
     Raises:
-        OSError, ValueError, SyntaxError: It is no whole image.
+        OSError, ValueError, SyntaxError: The file is not a complete image.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

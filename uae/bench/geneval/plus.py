@@ -1,7 +1,8 @@
-"""``python -m uae.bench geneval_plus generate|run|score``: do images show all that longer prompts ask for, told by a judge.
+"""``python -m uae.bench geneval_plus generate|run|score``: a judge decides whether images show all that longer prompts ask for.
 
-Rules of GenEval++ (arXiv 2508.09987): one image per prompt, named after the prompt's line; a judge says whether it meets
-every requirement and looks like a photograph; the score is the mean over tags. The words for the judge are our own.
+The rules are those of GenEval++ (arXiv 2508.09987): one image per prompt, named after the prompt's line; a language model judges
+whether the image meets every requirement and looks like a photograph; the score is the mean over tags. The instruction of the
+judge is worded anew here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from uae.bench.arguments import Function
 from uae.bench.arguments import run as run_command
 from uae.bench.fingerprints import sha256
 from uae.bench.generate import Drawing, DrawingJob, generate_command, seeds_of
@@ -29,24 +31,24 @@ FETCH = "Geneval++.jsonl of github.com/yejy53/Echo-4o, folder test_scripts"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 REGIONS = {"left": "in the left half", "right": "in the right half", "above": "in the upper half", "below": "in the lower half"}
 SIZES = {"larger": "clearly larger than the other objects", "smaller": "clearly smaller than the other objects"}
-FAILED = -1  # the judge gave no usable answer: counts as wrong
+FAILED = -1  # verdict of an image about which the judge gave no usable answer; it counts as wrong
 
 
 def generate(
     prompts: str, images: str, seed: int = 0, batch_size: int = 8, part: str = "1/1", device: str | None = None
 ) -> DrawingJob:
-    """Draw one image per prompt: DIR/1.png is of the file's first line.
+    """Draw one image per prompt: DIR/1.png belongs to the first line of the file.
 
     All other options describe the system, as behind ``python -m uae.cli predict``: --config FILE, --ckpt_path FILE,
-    --key value. What is drawn already stays.
+    --key value. Images that exist already are kept.
 
     Args:
-        prompts: Geneval++.jsonl, or a file like it.
-        images: Folder to draw to.
-        seed: Of the noise; every image has its own, whatever the batch.
-        batch_size: Images drawn at once.
-        part: i/n: draw only the i-th of n shares, for n processes at once.
-        device: Where to draw; the default is the first GPU, or the CPU.
+        prompts: Geneval++.jsonl, or a file of the same form.
+        images: Folder of the images.
+        seed: Seed of the noise; each image's noise depends on its prompt alone, not on the batch.
+        batch_size: Number of images drawn at once.
+        part: i/n draws only the i-th of n shares, for n processes at once.
+        device: Name of the device; the default is the first GPU, or the CPU if there is none.
     """
     rows = enumerate(read_lines(prompts), start=1)
     drawings = [Drawing(Path(images, f"{line}.png"), row["prompt"], seeds_of(seed, line, 1)) for line, row in rows]
@@ -67,19 +69,19 @@ def run(
     """Ask the judge about every image that has no answer yet. May be stopped and started at any time.
 
     Args:
-        prompts: Geneval++.jsonl: a line per image with tag, include, maybe exclude, and prompt.
-        images: Folder of images named after the prompts' lines: 1.jpg (or .png, .jpeg, .webp) is of the first line.
-        folder: Where the requests and answers are kept.
-        max_cost_usd: Spend at most this much on these requests, earlier runs included.
-        dry_run: Only tell how many calls there are and what they cost.
-        judge: File of one judge.
-        prompt: File of what it is told.
-        cache: File of answers, if it shall not be ``answers.jsonl`` in the folder; may serve several folders.
-        retry_errors: Ask again where another model answered than the one that was asked.
+        prompts: Geneval++.jsonl: one line per image with tag, include, optionally exclude, and prompt.
+        images: Folder of images named after the prompts' lines: 1.jpg (or .png, .jpeg, .webp) belongs to the first line.
+        folder: Folder for the requests and the answers.
+        max_cost_usd: Most that these requests may cost in USD, earlier runs included.
+        dry_run: Only print the number of calls and their cost.
+        judge: Judge file with one judge.
+        prompt: Prompt file.
+        cache: File of answers; the default is answers.jsonl in the folder. One file may serve several folders.
+        retry_errors: Send a request again that another model answered than the one that was asked.
     """
     judges, asked, rows = read_judges(judge), read_prompt(prompt, {"0", "1"}), read_lines(prompts)
     if len(judges) != 1:
-        raise ValueError(f"GenEval++ has one judge, {judge!r} names {len(judges)}; give a file with one")
+        raise ValueError(f"GenEval++ has one judge, --judge {judge!r} names {len(judges)}; give a file with one")
     files = image_files(images, len(rows))
     requests = _requests(next(iter(judges.values())), asked, rows, files)
     about = {"benchmark": BENCHMARK, "tags": [row["tag"] for row in rows], "images": Path(images).resolve().name}
@@ -102,13 +104,13 @@ def _requests(
 
 
 def score(folder: str, output: str, system: str | None = None, cache: str | None = None) -> dict[str, Any]:
-    """The score from the answers there are. Needs no network.
+    """Compute the score from the answers so far. Needs no network.
 
     Args:
-        folder: That ``run`` wrote.
-        output: The result file.
-        system: Name of what drew the images; the default is their folder's.
-        cache: See ``run``.
+        folder: Folder that ``run`` wrote.
+        output: Result file, ending in .json.
+        system: Name of the system that drew the images; the default is the name of their folder.
+        cache: File of answers; the default is answers.jsonl in the folder.
     """
     check_output(output)
     plan = read_plan(folder)
@@ -136,7 +138,12 @@ def score(folder: str, output: str, system: str | None = None, cache: str | None
 
 
 def verdict(said: Mapping[int, str | None], line: int) -> int:
-    """Of an image: 1 correct, 0 wrong or missing, `FAILED` without a usable answer."""
+    """Verdict of an image: 1 for correct, 0 for wrong or missing, `FAILED` without a usable answer.
+
+    Args:
+        said: Line of each image that exists to the judge's answer, None if there is none.
+        line: Line of the prompt, from 1.
+    """
     if line not in said:
         return 0
     answer = said[line]
@@ -154,7 +161,7 @@ def scored_cases(tags: Sequence[str], verdicts: Sequence[int]) -> dict[str, list
 
 
 def checklist(row: Mapping[str, Any]) -> str:
-    """What an image must show, a line per requirement, from a prompt's metadata."""
+    """The requirements on an image, one numbered line each, from the metadata of its prompt."""
     lines = [_requirement(item) for item in row["include"]]
     lines += [f"fewer than {item['count']} of: {item['class']}" for item in row.get("exclude", ())]
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, start=1))
@@ -174,10 +181,11 @@ def _requirement(item: Mapping[str, Any]) -> str:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The prompts of a file.
+    """The prompts of a file, one per line.
 
     Raises:
-        FileNotFoundError, ValueError: There is none, or a line is no prompt of GenEval++.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is empty, or a line is not a prompt of GenEval++.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompts at {str(path)!r}; get {FETCH}")
@@ -196,10 +204,11 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def image_files(folder: str | Path, lines: int) -> dict[int, Path]:
-    """The image of each line that has one.
+    """Line of a prompt (from 1) to the file of its image, for prompts that have one.
 
     Raises:
-        FileNotFoundError, ValueError: There is no folder or no image in it, or a line has several.
+        FileNotFoundError: The folder does not exist or holds no image of these prompts.
+        ValueError: A prompt has several images.
     """
     found: dict[int, Path] = {}
     for line in range(1, lines + 1):
@@ -209,13 +218,14 @@ def image_files(folder: str | Path, lines: int) -> dict[int, Path]:
         if files:
             found[line] = files[0]
     if not found:
-        raise FileNotFoundError(f"no image of {lines} prompts in {str(folder)!r}: they are named 1.png, 2.png, ...; set images")
+        raise FileNotFoundError(f"no image of {lines} prompts in {str(folder)!r}: they are named 1.png, 2.png, ...; correct --images")
     return found
 
 
-def main(args: Sequence[str]) -> Any:
-    """The command."""
-    if args and args[0] == "generate":
-        return generate_command(BENCHMARK, generate, args[1:])
-    functions = {"generate": generate, "run": run, "score": score}  # the first for --help
-    return run_command(BENCHMARK, functions, args)
+def main(args: Sequence[str]) -> None:
+    """Run ``generate``, ``run`` or ``score``."""
+    if args[:1] == ["generate"]:
+        generate_command(BENCHMARK, generate, args[1:])
+        return
+    functions: dict[str, Function] = {"generate": generate, "run": run, "score": score}  # generate is here for --help
+    run_command(BENCHMARK, functions, args)

@@ -1,4 +1,4 @@
-"""GenEval's prompt files: what they ask for, and which of the published ones they are."""
+"""GenEval's prompt files: reading them, and recognising the published ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from uae.bench.geneval.rules import COLORS, RELATIONS, TAGS
 FETCH = (
     "curl -LO https://raw.githubusercontent.com/djghosh13/geneval/af4902f/prompts/evaluation_metadata.jsonl  # MIT licence"
 )
-PUBLISHED = {  # git blob (without what ends the file) to the name that results carry
+PUBLISHED = {  # git blob (without white space at the end of the file) to the name of the benchmark
     "efc21c7e639cd45554a1e44fac87157211f16d51": "GenEval",
-    "7d9f82584cdb7409fc7b240267d0ce6fa93570f1": "GenEval (rewritten)",  # BAGEL's long prompts: scores differ by points
+    "7d9f82584cdb7409fc7b240267d0ce6fa93570f1": "GenEval (rewritten)",  # BAGEL's long prompts, with scores that are points higher
 }
 OWN = "GenEval (own prompts)"
 
 # COCO's 80 categories in the order of its annotations, three of them named as GenEval does (object_names.txt, MIT License,
-# Copyright (c) 2023 Dhruba Ghosh). Detectors are mapped by place: their own names differ.
+# Copyright (c) 2023 Dhruba Ghosh). The classes of a detector are mapped by position, since its own names differ.
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
     "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
@@ -34,11 +34,11 @@ CLASSES = (
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Every line of a prompt file: ``tag``, ``include``, maybe ``exclude``, ``prompt``.
+    """The lines of a prompt file: ``tag``, ``include``, optionally ``exclude``, ``prompt``.
 
     Raises:
-        FileNotFoundError: There is none; says where the published one is.
-        ValueError: A line is none of GenEval's.
+        FileNotFoundError: The file does not exist; the message says where to get the published one.
+        ValueError: A line is not a prompt of GenEval.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompts at {str(path)!r}; get them by: {FETCH}")
@@ -58,14 +58,14 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def variant(path: str | Path) -> str:
-    """Which benchmark a prompt file makes: scores of different ones are not comparable."""
+    """Name of the benchmark that a prompt file makes; scores of different prompt files are not comparable."""
     content = Path(path).read_bytes().rstrip() + b"\n"
     blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
     return PUBLISHED.get(blob, OWN)
 
 
 def _problem(prompt: dict[str, Any]) -> str | None:
-    """What is wrong with a prompt, or None."""
+    """What is wrong with a prompt; None if nothing is."""
     if prompt["tag"] not in TAGS:
         return f"tag {prompt['tag']!r}; known: {', '.join(TAGS)}"
     if not isinstance(prompt["prompt"], str):

@@ -1,8 +1,8 @@
-"""GenEval's rules: what detections must be there for an image to be correct (Ghosh et al., arXiv 2310.11513).
+"""GenEval's rules: which detections make an image correct (Ghosh et al., arXiv 2310.11513).
 
-Nothing here looks at pixels, so detections of any detector, or from a file, are judged anywhere. Published peculiarities
-are kept, since they are the benchmark: more objects than asked for are only wrong in counting prompts, colors are those of
-the surest detections, and a diagonal neighbor is both beside and above.
+The rules read detections and no pixels, so they apply to the detections of any detector or file. The published rules are kept
+with their peculiarities: more objects than asked for are wrong in counting prompts only, colors are compared for the
+highest-scoring detections, and a diagonal neighbor is both beside and above.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-THRESHOLD = 0.3  # a detection counts above this score, and in counting prompts ...
-COUNTING_THRESHOLD = 0.9  # ... above this one
-MOST = 16  # detections of a class that are looked at
-POSITION_SLACK = 0.1  # of both objects' sizes: offsets within it are none
-DIRECTION = 0.5  # least share of the distance between centers that makes a direction
+THRESHOLD = 0.3  # a detection counts if its score is above this
+COUNTING_THRESHOLD = 0.9  # the same in counting prompts
+MOST = 16  # largest number of detections per class
+POSITION_SLACK = 0.1  # offsets smaller than this share of both objects' sizes count as none
+DIRECTION = 0.5  # an offset along an axis is a direction from this share of the distance between centers
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object.
+    """One detected object.
 
     Args:
-        box: left, top, right, bottom in pixels; y points down.
-        score: The detector's, in [0, 1].
-        color: One of `COLORS`; None where nobody looked.
+        box: Left, top, right and bottom in pixels; y points down.
+        score: Score of the detector, in [0, 1].
+        color: One of `COLORS`; None if the color was not determined.
     """
 
     box: tuple[float, float, float, float]
@@ -40,17 +40,21 @@ class Detection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an image is correct, and what is wrong with it."""
+    """Whether an image is correct, and the reasons if it is not."""
 
     correct: bool
     reasons: tuple[str, ...] = ()
 
 
 def highest_scoring(scores: Sequence[float], tag: str) -> list[int]:
-    """Places of the detections of one class that count, best first; the later of two equals goes first.
+    """Positions of the detections of one class that count, highest score first; of equal scores the later one comes first.
 
-    Scores are compared as float32, as detectors give them: a score that rounds to the threshold is not above it. The
-    original's sort leaves the order of equals to the processor it runs on.
+    Scores are compared as float32, the detectors' precision: a score that rounds to the threshold is not above it. The original's
+    sort leaves the order of equal scores undefined.
+
+    Args:
+        scores: Scores of all detections of the class.
+        tag: Tag of the prompt, one of `TAGS`.
     """
     score_N = np.asarray(scores, dtype=np.float32)
     order_N = np.argsort(score_N, kind="stable")[::-1]
@@ -59,12 +63,12 @@ def highest_scoring(scores: Sequence[float], tag: str) -> list[int]:
 
 
 def counted_detections(found: Mapping[str, Sequence[Detection]], tag: str) -> dict[str, list[Detection]]:
-    """Class to the detections that count in a prompt of that tag, best first."""
+    """Class to the detections that count in a prompt with a tag, highest score first."""
     return {name: [some[i] for i in highest_scoring([one.score for one in some], tag)] for name, some in found.items()}
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
-    """Where the first box is, seen from the second: none, one or two of `RELATIONS`."""
+    """Where the first box lies, seen from the second: none, one or two of `RELATIONS`."""
     corners = np.asarray([box, other], dtype=np.float32).reshape(2, 2, 2)  # box, corner, (x, y)
     centers, sizes = corners.mean(axis=1), np.abs(corners[:, 1] - corners[:, 0])
     offset = centers[0] - centers[1]
@@ -78,18 +82,18 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 def judge(metadata: Mapping[str, Any], found: Mapping[str, Sequence[Detection]]) -> Verdict:
-    """Whether detections show what a prompt asks for.
+    """Decide whether detections show what a prompt asks for.
 
     Args:
-        metadata: A line of the prompt file: ``tag``, ``include`` (all must hold) and ``exclude`` (none may).
-        found: Class to detections, in any order, also those that do not count.
+        metadata: Line of the prompt file: ``tag``, ``include`` (all clauses must hold) and ``exclude`` (no clause may hold).
+        found: Class to all its detections, in any order.
 
     Raises:
-        ValueError: A color matters that nobody has looked at.
+        ValueError: The prompt asks for a color that was not determined.
     """
     there = counted_detections(found, metadata["tag"])
     reasons: list[str] = []
-    groups: list[list[Detection] | None] = []  # per clause; None where it does not hold
+    groups: list[list[Detection] | None] = []  # detections of each clause; None for a clause that does not hold
     for clause in metadata.get("include", ()):
         group = there.get(clause["class"], [])[: clause["count"]]
         problem = _problem(clause, group, groups)
@@ -104,7 +108,12 @@ def judge(metadata: Mapping[str, Any], found: Mapping[str, Sequence[Detection]])
 
 
 def objects_needing_color(metadata: Mapping[str, Any], found: Mapping[str, Sequence[float]]) -> dict[str, list[int]]:
-    """Class to the places of detections whose color matters to a prompt, from the scores of all detections."""
+    """Class to the positions of the detections whose color a prompt asks for.
+
+    Args:
+        metadata: Line of the prompt file.
+        found: Class to the scores of all its detections.
+    """
     places: dict[str, list[int]] = {}
     for clause in metadata.get("include", ()):
         kept = highest_scoring(found.get(clause["class"], ()), metadata["tag"])[: clause["count"]]
@@ -114,7 +123,7 @@ def objects_needing_color(metadata: Mapping[str, Any], found: Mapping[str, Seque
 
 
 def _problem(clause: Mapping[str, Any], group: list[Detection], groups: list[list[Detection] | None]) -> str | None:
-    """Why a clause does not hold, or None."""
+    """The reason why a clause does not hold; None if it holds."""
     name, count = clause["class"], clause["count"]
     if len(group) < count:
         return f"expected {name}>={count}, found {len(group)}"

@@ -1,1 +1,1 @@
-"""Language models as judges: what they are asked, asking them once and no more, and what their answers say."""
+"""Language models as judges: the requests, sending each of them once, and the statistics of the answers."""

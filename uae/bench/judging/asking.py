@@ -1,4 +1,4 @@
-"""Sending all requests of a plan: several at a time, never twice, and never for more money than allowed."""
+"""Sending the requests of a plan to judges: several at a time, each until it has one answer, within a cost limit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,29 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from uae.bench.fingerprints import sha256
 from uae.bench.judging.cache import AnswerCache
-from uae.bench.judging.clients import Answer, Client, Failure
-from uae.bench.judging.judges import Judge
+from uae.bench.judging.clients import Answer, Client, Failure, JudgeClient
+from uae.bench.judging.judges import Judge, Vendor
 from uae.bench.judging.requests import JudgeRequest, JudgingPlan
 
-HOPELESS = (401, 402, 403, 404)  # no key, no money, no permission, no such model: the judge is out of this run
-STRIKES = 5  # so many requests in a row given up or answered by another model: the judge is out of this run
+HOPELESS = (401, 402, 403, 404)  # no key, no money, no permission, no such model: this run sends the judge nothing more
+STRIKES = 5  # after so many failed requests in a row this run sends the judge nothing more
 
 
 @dataclass
 class Budget:
-    """Money: spent, promised to calls under way, and how much there is."""
+    """The cost limit of a run.
+
+    Args:
+        cap: Most that may be spent, in USD.
+        spent: Amount spent so far, in USD.
+        promised: Amount that the calls under way can cost at most, in USD.
+        under_way: Number of calls under way.
+        empty: Whether a call did not fit any more; no further call is made then.
+    """
 
     cap: float
     spent: float
@@ -33,7 +43,7 @@ class Budget:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def promise(self, usd: float) -> bool:
-        """Set money aside for a call; waits for calls under way if it might do then. False: never."""
+        """Reserve the most that a call can cost; wait for calls under way if that may help. False if the call does not fit."""
         async with self._changed:
             while self.spent + self.promised + usd > self.cap and self.under_way and not self.empty:
                 await self._changed.wait()
@@ -46,7 +56,7 @@ class Budget:
             return True
 
     async def pay(self, promised: float, usd: float) -> None:
-        """A call is over."""
+        """Replace the amount reserved for a call, ``promised``, by its real cost ``usd``, when the call is over."""
         async with self._changed:
             self.under_way -= 1
             self.promised = self.promised - promised if self.under_way else 0.0
@@ -56,36 +66,40 @@ class Budget:
 
 @dataclass
 class JudgingRun:
-    """A run over a plan.
+    """One run that sends the requests of a plan which have no answer yet.
 
     Args:
-        plan: What to ask.
-        cache: Where answers are kept; its ``writing()`` must be entered.
-        max_cost_usd: For the plan's requests, those of earlier runs included.
-        retry_errors: Ask again where another model answered.
-        client: Makes a judge's client.
+        plan: Requests and judges.
+        cache: File of answers; its ``writing()`` must be entered while `run` runs.
+        max_cost_usd: Most that all requests of the plan may cost in USD, earlier runs included.
+        retry_errors: Whether to send a request again that another model answered than the one that was asked.
+        client: Makes the client of a judge.
+        calls: Number of calls made by this run.
+        failures: One line for each failed request.
+        closed: Judge to the reason why this run sends it nothing more.
+        strikes: Judge to its number of failed requests in a row.
     """
 
     plan: JudgingPlan
     cache: AnswerCache
     max_cost_usd: float
     retry_errors: bool = False
-    client: Callable[[Judge], Any] = Client
+    client: Callable[[Judge], JudgeClient] = Client
     calls: int = 0
     failures: list[str] = field(default_factory=list)
     closed: dict[str, str] = field(default_factory=dict)
     strikes: Counter[str] = field(default_factory=Counter)
 
     def pending(self) -> list[JudgeRequest]:
-        """Questions without an answer, equal ones once."""
+        """Requests without an answer; equal requests are listed once."""
         unique = {request.key: request for request in self.plan.requests}
         return [request for request in unique.values() if not self._settled(request)]
 
     def run(self) -> None:
-        """Ask; returns when all is answered, failed, or paid out.
+        """Send the pending requests; returns when each has an answer or has failed, or when the money is spent.
 
         Raises:
-            ValueError: A key or a library is missing, or the money does not do for one call.
+            ValueError: A key, a library or an image is missing, or ``max_cost_usd`` is too small for one call.
         """
         pending = self.pending()
         if pending:
@@ -96,11 +110,11 @@ class JudgingRun:
             asyncio.run(self._ask_all(pending, clients, spent))
 
     def most_usd(self, request: JudgeRequest) -> float:
-        """What a call for a request can cost at most."""
+        """Most that a call for a request can cost, in USD."""
         return self._judge(request).most_usd("".join(self._texts(request)), request.image is not None)
 
     def usual_usd(self, request: JudgeRequest) -> float:
-        """What it costs about."""
+        """Estimated cost of a call for a request, in USD."""
         return self._judge(request).usual_usd("".join(self._texts(request)), request.image is not None)
 
     def _judge(self, request: JudgeRequest) -> Judge:
@@ -117,22 +131,20 @@ class JudgingRun:
         digests = {request.image: request.image_sha256 for request in pending if request.image is not None}
         for path, expected in digests.items():
             if not Path(path).is_file() or sha256(path) != expected:
-                raise ValueError(f"the image {path!r} is not the one that the requests were built with; build again")
+                raise ValueError(f"the image {path!r} has changed since the requests were built; build again")
 
     def _check_money(self, pending: list[JudgeRequest], spent: float) -> None:
         least = min(self.most_usd(request) for request in pending)
         if spent + least > self.max_cost_usd:
             raise ValueError(
-                f"max_cost_usd={self.max_cost_usd:g} does not do for one more call, which can cost {least:.4f} USD "
-                f"({spent:.4f} USD are spent); all calls cost about {sum(map(self.usual_usd, pending)):.2f} USD: set max_cost_usd"
+                f"--max_cost_usd {self.max_cost_usd:g} is too small for one more call, which can cost {least:.4f} USD "
+                f"({spent:.4f} USD are spent); all calls cost about {sum(map(self.usual_usd, pending)):.2f} USD: raise --max_cost_usd"
             )
 
-    async def _ask_all(self, pending: list[JudgeRequest], clients: Mapping[str, Any], spent: float) -> None:
-        from tqdm.auto import tqdm
-
+    async def _ask_all(self, pending: list[JudgeRequest], clients: Mapping[str, JudgeClient], spent: float) -> None:
         budget = Budget(self.max_cost_usd, spent)
-        queues: dict[Any, deque[JudgeRequest]] = defaultdict(deque)
-        limits: dict[Any, int] = {}
+        queues: dict[Vendor, deque[JudgeRequest]] = defaultdict(deque)
+        limits: dict[Vendor, int] = {}
         for request in pending:
             judge = self._judge(request)
             queues[judge.vendor].append(request)
@@ -145,7 +157,7 @@ class JudgingRun:
                 for client in clients.values():
                     await client.close()
 
-    async def _work(self, queue: deque[JudgeRequest], clients: Mapping[str, Any], budget: Budget, bar: Any) -> None:
+    async def _work(self, queue: deque[JudgeRequest], clients: Mapping[str, JudgeClient], budget: Budget, bar: tqdm) -> None:
         while queue and not budget.empty:
             request = queue.popleft()
             asked = True
@@ -154,14 +166,15 @@ class JudgingRun:
             bar.update()
             bar.set_postfix_str(f"{budget.spent:.4f} USD")
 
-    async def _ask(self, request: JudgeRequest, client: Any, budget: Budget) -> bool:
-        """Until there is an answer, of whatever kind: True. False: no hope, or no money."""
+    async def _ask(self, request: JudgeRequest, client: JudgeClient, budget: Budget) -> bool:
+        """Send a request until an answer comes: True if the judge's model answered, False after a failure or without money."""
         judge, most = self._judge(request), self.most_usd(request)
         image = None if request.image is None else Path(request.image).read_bytes()
         for attempt in range(judge.retries + 1):
             if not await budget.promise(most):
                 return False
             self.calls += 1
+            came: Answer | Failure
             came, cost = Failure("interrupted", None, again=False, paid=True, pause=None), most
             try:
                 came = await client.complete(*self._texts(request), image)
@@ -178,7 +191,7 @@ class JudgingRun:
         return False
 
     def _keep(self, request: JudgeRequest, came: Answer | Failure, most: float) -> float:
-        """Write down what came and return what it cost."""
+        """Record an answer or a failure, and return its cost in USD."""
         judge = self._judge(request)
         note: dict[str, Any] = {"key": request.key, "judge": judge.name, "asked": judge.model}
         note["at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -205,7 +218,7 @@ class JudgingRun:
 
 
 def _pause(judge: Judge, attempt: int, asked: float | None) -> float:
-    """Seconds before the next try, with jitter so that calls do not come back in step; never less than was asked."""
+    """Seconds before the next try, with jitter so that calls are not repeated at the same moment; never less than the server asked."""
     if asked is not None:
         return asked * random.uniform(1.0, 1.25)
     return min(judge.longest_pause, judge.first_pause * 2.0**attempt) * random.uniform(0.5, 1.0)

@@ -1,7 +1,7 @@
 """``python -m uae.bench judge build|run|score``: which captions do language models prefer (protocol2-compatible).
 
-The paper's second protocol has judges compare captions in pairs; its prompt, tie rule and order of captions are unpublished.
-This is a protocol of our own that can be checked: both orders, documented words, dated models, every answer kept.
+In the paper's second protocol, judges compare captions in pairs; its prompt, tie rule and order of captions are unpublished. The
+protocol here is documented: both orders of the captions, published prompts, dated models, and every answer is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from uae.bench.judging.stages import ask, open_cache, status
 from uae.bench.judging.statistics.comparisons import Comparison
 from uae.bench.judging.statistics.resampling import resample_weights
 from uae.bench.judging.statistics.win_rates import WinRates, elo, judges_of_other_families, mean_rate, pair_summary
-from uae.bench.result import check_output, write_result
+from uae.bench.result import Score, check_output, write_result
 
 BENCHMARK = "protocol2-compatible"
 ANSWERS = {"first", "second", "tie"}
@@ -40,23 +40,23 @@ def build(
     judges: str = JUDGES,
     prompt: str = PROMPT,
 ) -> JudgingPlan:
-    """Write down what to ask: each pair of captions, in both orders, for each judge. Asks nothing.
+    """Write the requests of a comparison: each pair of captions, in both orders, for each judge. Sends nothing.
 
     Args:
-        captions: System to file: repeat --captions NAME=FILE, or a mapping in the configuration. A file is JSON or JSON Lines
+        captions: System to file: repeat --captions NAME=FILE, or give a mapping in the configuration. A file is JSON or JSON Lines
             with a name and a caption per image, as ``predict`` writes.
-        images: Folder of the images; names are paths below it.
-        folder: Where everything of this comparison is kept.
-        system: The system that is compared with each other one; the default is the first.
-        all_pairs: Compare each system with each.
-        judges: File of judges.
-        prompt: File of the prompt.
+        images: Folder of the images; names of images are paths below it.
+        folder: Folder for all files of this comparison.
+        system: System that is compared with each other system; the default is the first.
+        all_pairs: Whether to compare each system with every other.
+        judges: Judge file.
+        prompt: Prompt file.
     """
     if len(captions) < 2:
-        raise ValueError(f"a comparison needs two systems, given: {', '.join(captions) or 'none'}; give captions of another")
+        raise ValueError(f"a comparison needs two systems, given: {', '.join(captions) or 'none'}; add --captions NAME=FILE")
     ours = system or next(iter(captions))
     if ours not in captions:
-        raise ValueError(f"system={ours!r} has no captions; allowed: {', '.join(captions)}")
+        raise ValueError(f"--system {ours!r} has no captions; allowed: {', '.join(captions)}")
     panel, asked = read_judges(judges), read_prompt(prompt, ANSWERS)
     raw = {name: read_captions(path) for name, path in captions.items()}
     texts = {name: {image: plain(caption) for image, caption in rows.items()} for name, rows in raw.items()}
@@ -76,7 +76,7 @@ def build(
 
 
 def _about(texts: Mapping[str, Mapping[str, str]], images: Mapping[str, Path], pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """What is compared and what cannot be."""
+    """The cases (image, a, b, words of a, words of b, whether the captions are equal), and what cannot be compared."""
     listed = {name for rows in texts.values() for name in rows}
     cases = []
     for name in sorted(images):
@@ -100,14 +100,14 @@ def _built(plan: JudgingPlan) -> str:
 
 
 def run(folder: str, max_cost_usd: float = 0.0, dry_run: bool = False, cache: str | None = None, retry_errors: bool = False) -> None:
-    """Ask what has no answer yet. Keys are read from the environment. May be stopped and started at any time.
+    """Send the requests that have no answer yet. Keys are read from the environment. May be stopped and started at any time.
 
     Args:
-        folder: That ``build`` wrote.
-        max_cost_usd: Spend at most this much on these requests, earlier runs included.
-        dry_run: Only tell how many calls there are and what they cost.
-        cache: File of answers, if it shall not be ``answers.jsonl`` in the folder; may serve several folders.
-        retry_errors: Ask again where another model answered than the one that was asked.
+        folder: Folder that ``build`` wrote.
+        max_cost_usd: Most that these requests may cost in USD, earlier runs included.
+        dry_run: Only print the number of calls and their cost.
+        cache: File of answers; the default is answers.jsonl in the folder. One file may serve several folders.
+        retry_errors: Send a request again that another model answered than the one that was asked.
     """
     ask(folder, max_cost_usd, dry_run, cache, retry_errors)
 
@@ -120,16 +120,16 @@ def score(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Win rates from the answers there are. Needs no network.
+    """Compute win rates from the answers so far. Needs no network.
 
     Args:
-        folder: That ``build`` wrote.
-        output: The result file.
-        cache: See ``run``.
+        folder: Folder that ``build`` wrote.
+        output: Result file, ending in .json.
+        cache: File of answers; the default is answers.jsonl in the folder.
         families: System to the family of its model, as --families NAME=FAMILY: judges of that family are left out of
             ``without_own_family``.
-        resamples: Of images, for intervals.
-        seed: Of these.
+        resamples: Number of bootstrap resamples of images, for intervals.
+        seed: Seed of the bootstrap.
     """
     check_output(output)
     plan = read_plan(folder)
@@ -152,7 +152,7 @@ def score(
         ours,
         scores,
         {"judges": done["models"], "prompt": [plan.prompt.name, plan.prompt.version, plan.prompt.digest]},
-        dict(plan.inputs),
+        plan.inputs,
         **done,
         pairs={f"{a} over {b}": about for (a, b), about in summary.items()},
         elo=_elo(rates, plan.about["systems"]),
@@ -165,11 +165,11 @@ def score(
 
 def _known(families: Mapping[str, str], systems: Sequence[str]) -> None:
     if unknown := sorted(families.keys() - set(systems)):
-        raise ValueError(f"families names {', '.join(unknown)}; allowed: {', '.join(systems)}")
+        raise ValueError(f"--families names {', '.join(unknown)}; allowed: {', '.join(systems)}")
 
 
 def comparisons(plan: JudgingPlan, cache: AnswerCache) -> list[Comparison]:
-    """All pairs with what each judge answered; equal captions are ties that nobody was asked about."""
+    """Both answers of each judge about each pair of captions; equal captions are ties without a request."""
     answers = {}
     for request in plan.requests:
         about = request.about
@@ -182,17 +182,21 @@ def comparisons(plan: JudgingPlan, cache: AnswerCache) -> list[Comparison]:
     return found
 
 
-def _scores(summary: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
+def _scores(summary: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Score]:
     kinds = {"panel": "", "equal_length": " at equal length", "without_own_family": " without own family"}
-    scores = {}
+    scores: dict[str, Score] = {}
     for (a, b), about in summary.items():
         for kind, words in kinds.items():
             if about.get(kind) is not None:
-                scores[f"{a} over {b}{words}"] = {key: about[kind][key] for key in ("value", "n", "low", "high")}
+                scores[f"{a} over {b}{words}"] = _only_score(about[kind])
         for judge, numbers in about["judges"].items():
             if "value" in numbers:
-                scores[f"{a} over {b} by {judge}"] = {key: numbers[key] for key in ("value", "n", "low", "high")}
+                scores[f"{a} over {b} by {judge}"] = _only_score(numbers)
     return scores
+
+
+def _only_score(numbers: Mapping[str, Any]) -> Score:
+    return {"value": numbers["value"], "n": numbers["n"], "low": numbers["low"], "high": numbers["high"]}
 
 
 def _elo(rates: WinRates, systems: Sequence[str]) -> dict[str, Any]:
@@ -203,7 +207,7 @@ def _elo(rates: WinRates, systems: Sequence[str]) -> dict[str, Any]:
 
 
 def win_rate_table(result: Mapping[str, Any]) -> str:
-    """A result as a Markdown table."""
+    """A result of ``judge score`` as a Markdown table."""
     lines = [f"**{result['benchmark']}**, {result['status']}: {result['answered']} of {result['questions']} answers", ""]
     lines += ["| | win rate | 95 % | images | order changed it | invalid |", "|---|---|---|---|---|---|"]
     for pair, about in result["pairs"].items():
@@ -218,14 +222,15 @@ def win_rate_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(args: Sequence[str]) -> Any:
-    """The command."""
-    return run_command("judge", {"build": build, "run": run, "score": score}, gathered(args, ("--captions", "--families")))
+def main(args: Sequence[str]) -> None:
+    """Run the command with the words behind its name."""
+    run_command("judge", {"build": build, "run": run, "score": score}, gathered(args, ("--captions", "--families")))
 
 
 def gathered(args: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Arguments in which repeated ``--captions NAME=FILE`` became one mapping."""
-    rest, found, words = [], {option: {} for option in options}, iter(args)
+    """Join each repeated option ``--captions NAME=FILE`` into one mapping, which is how the parser reads mappings."""
+    found: dict[str, dict[str, str]] = {option: {} for option in options}
+    rest, words = list[str](), iter(args)
     for word in words:
         option, equals, value = word.partition("=")
         if option not in found:

@@ -1,4 +1,4 @@
-"""Who judges: one entry per model in a judge file."""
+"""Judge files: YAML files with the models that judge, one entry each."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ import yaml
 
 APIS = ("openai", "anthropic")
 DATED = re.compile(r"20\d{6}|20\d\d-\d\d-\d\d|-\d{4}$")
-LIMITS = ("max_tokens", "max_completion_tokens")
-MESSAGE_TOKENS = 64  # what a vendor adds around a text, generously
+LIMITS = ("max_tokens", "max_completion_tokens")  # either parameter bounds the length of an answer
+MESSAGE_TOKENS = 64  # upper bound of the tokens that a vendor adds around a text
+Vendor = tuple[str, str, str]  # API, address and name of the key's variable: judges that share a rate limit
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A model at a vendor.
+    """A language model that judges, at a vendor or on a server of one's own.
 
     Args:
-        name: In tables.
+        name: Name of the judge in tables.
         api: "openai" (chat completions, also of other vendors and of local servers) or "anthropic" (messages).
-        model: Its id with a date: an alias changes behind one's back.
-        family: Who trained it. A judge's votes on captions of its own family can be left out.
-        params: Passed on as they are. One of them must be ``max_tokens`` or ``max_completion_tokens``: it bounds the cost.
-        usd_per_million_input, usd_per_million_output: Prices of tokens; 0 for one's own server.
-        image_tokens: What an image costs at most.
-        usual_output_tokens: Of an answer, reasoning included, for the estimate.
-        key_env: Name of the environment variable with the key; None for servers that want none.
-        base_url: Of the API; None for the vendor's own.
-        allow_alias: Whether an id without a date will do.
-        concurrency: Requests at a time. Judges with equal ``base_url`` and ``key_env`` share the smallest of theirs.
-        timeout: Seconds for one try.
-        retries: Further tries after a failed one.
-        first_pause, longest_pause: Seconds between tries: doubled from the first to the longest. A server that wants a
-            longer pause than the longest is not asked again in this run.
+        model: Id of the model with a date, since the model behind an undated alias can change unnoticed.
+        family: Name of the family that the model belongs to. A judge's answers about captions of its own family can be left out.
+        params: Parameters of the call, passed on unchanged. They must hold ``max_tokens`` or ``max_completion_tokens``, which bounds
+            the cost.
+        usd_per_million_input: Price of a million input tokens in USD; 0 for a server of one's own.
+        usd_per_million_output: Price of a million output tokens in USD.
+        image_tokens: Most tokens that an image counts as.
+        usual_output_tokens: Number of tokens of a usual answer, reasoning included; only the cost estimate uses it.
+        key_env: Name of the environment variable that holds the key; None for servers without a key.
+        base_url: Address of the API; None is the vendor's own.
+        allow_alias: Whether an id without a date is allowed.
+        concurrency: Number of calls at a time. Judges with equal ``base_url`` and ``key_env`` share the smallest of their numbers.
+        timeout: Longest duration of one try, in seconds.
+        retries: Number of further tries after a failed one.
+        first_pause: Pause after the first failed try, in seconds; it doubles with every further one.
+        longest_pause: Longest pause between tries, in seconds. If a server asks for a longer one, the request fails.
     """
 
     name: str
@@ -58,7 +61,7 @@ class Judge:
     retries: int = 6
     first_pause: float = 1.0
     longest_pause: float = 120.0
-    vendor: tuple[str, str, str] = field(init=False)
+    vendor: Vendor = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vendor", (self.api, self.base_url or "", self.key_env or ""))
@@ -66,33 +69,34 @@ class Judge:
             self._refuse("api", f"{self.api!r}; allowed: {', '.join(APIS)}")
         if not self.allow_alias and not DATED.search(self.model):
             self._refuse("model", f"{self.model!r}, an alias; give an id with a date, or set allow_alias: true")
-        if not isinstance(self.params, Mapping) or not _count(self.max_tokens):
+        if not isinstance(self.params, Mapping) or not any(_positive(self.params.get(key)) for key in LIMITS):
             self._refuse("params", f"without a positive {' or '.join(LIMITS)}, which bounds the cost; give one")
         self._check_numbers()
         self._check_address()
 
     @property
-    def max_tokens(self) -> Any:
-        """Of an answer, reasoning included."""
-        return next((self.params[key] for key in LIMITS if key in self.params), None)
+    def max_tokens(self) -> int:
+        """Most tokens of an answer, reasoning included."""
+        limit: int = next(self.params[key] for key in LIMITS if key in self.params)
+        return limit
 
     def usd(self, input_tokens: float, output_tokens: float) -> float:
-        """The price of so many tokens."""
+        """Price of some numbers of tokens, in USD."""
         return (input_tokens * self.usd_per_million_input + output_tokens * self.usd_per_million_output) / 1e6
 
     def most_usd(self, text: str, image: bool) -> float:
-        """What a call can cost at most: a token is at least a byte, and an answer has at most ``max_tokens``."""
+        """Most that a call can cost, in USD: a token is at least a byte, and an answer has at most ``max_tokens``."""
         return self.usd(len(text.encode()) + image * self.image_tokens + MESSAGE_TOKENS, self.max_tokens)
 
     def usual_usd(self, text: str, image: bool) -> float:
-        """What a call costs about, at four letters a token."""
+        """Estimated cost of a call in USD, at four letters a token."""
         return self.usd(len(text) / 4 + image * self.image_tokens, self.usual_output_tokens)
 
     def secret(self) -> str:
-        """The key, from the environment; empty where none is wanted.
+        """The key from the environment; empty for a server without a key.
 
         Raises:
-            ValueError: The variable is not set.
+            ValueError: The environment variable is not set.
         """
         if self.key_env is None:
             return ""
@@ -102,7 +106,7 @@ class Judge:
         return key
 
     def accepts(self, answered: str) -> bool:
-        """Whether the model that answered is the one that was asked; an alias may answer as a snapshot of its own."""
+        """Whether the model that answered is the one that was asked; an allowed alias may answer as one of its dated versions."""
         return answered == self.model or (self.allow_alias and answered.startswith(f"{self.model}-"))
 
     def _check_numbers(self) -> None:
@@ -127,15 +131,16 @@ class Judge:
         raise ValueError(f"judge {self.name!r}: {key} is {why}; set it in the judge file")
 
 
-def _count(number: Any) -> bool:
+def _positive(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
 def read_judges(path: str | Path) -> dict[str, Judge]:
-    """The judges of a file, by name: a YAML mapping of name to `Judge`'s arguments.
+    """The judges of a YAML file, by name. The file maps each judge's name to the arguments of `Judge`.
 
     Raises:
-        FileNotFoundError, ValueError: No file, or one that says something else. Values are never repeated, they may be keys.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds something else. The message repeats no value of the file, since a value may be a key.
     """
     content = read_yaml(path, "judges")
     if not content or not all(isinstance(entry, dict) for entry in content.values()):
@@ -144,10 +149,10 @@ def read_judges(path: str | Path) -> dict[str, Judge]:
 
 
 def judge_of(name: str, entry: Mapping[str, Any]) -> Judge:
-    """A judge from its settings.
+    """A judge from its entry in a judge file.
 
     Raises:
-        ValueError: Unknown or missing settings.
+        ValueError: A setting is unknown or missing.
     """
     known = {f.name: f.default is MISSING for f in fields(Judge) if f.init and f.name != "name"}
     unknown, missing = sorted(entry.keys() - known), [key for key, needed in known.items() if needed and key not in entry]
@@ -158,10 +163,15 @@ def judge_of(name: str, entry: Mapping[str, Any]) -> Judge:
 
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping that a YAML file holds.
+
+    Args:
+        path: Path of the file.
+        what: What the file holds, for the error.
 
     Raises:
-        FileNotFoundError, ValueError: There is none. Nothing of the file is repeated.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds no mapping. The message repeats nothing of the file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file of {what} at {str(path)!r}")

@@ -1,4 +1,4 @@
-"""What a judge is told, and how its answer is read."""
+"""Prompt files: the instruction of a judge, and how its answer is read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Prompt:
     """A versioned instruction.
 
     Args:
-        name: Of the prompt.
-        version: Changed with every change of a word.
+        name: Name of the prompt.
+        version: Version of the prompt, which changes with every change of a word.
         image: Whether the judge sees the image.
-        system: Who the judge is.
-        user: What it is asked; ``$name`` is filled in.
-        answer_key: The judge answers a JSON object with this key ...
-        answers: ... and one of these values.
+        system: System message.
+        user: User message; placeholders ``$name`` are filled in.
+        answer_key: Key of the JSON object that the judge answers.
+        answers: Allowed values under that key.
     """
 
     name: str
@@ -36,10 +36,13 @@ class Prompt:
     answers: tuple[str, ...]
 
     def texts(self, given: Mapping[str, str]) -> tuple[str, str]:
-        """System and user text, with what is given filled in.
+        """System and user message with the placeholders filled in.
+
+        Args:
+            given: Name of each placeholder to its text.
 
         Raises:
-            ValueError: The prompt asks for something else.
+            ValueError: The prompt has another placeholder.
         """
         try:
             return self.system, Template(self.user).substitute(given)
@@ -49,24 +52,24 @@ class Prompt:
             ) from None
 
     def read(self, text: str) -> str | None:
-        """The answer in a text, or None: no JSON object with the key and an allowed value, or several that differ."""
+        """The answer in a text; None if no JSON object holds the key with an allowed value, or if several objects differ."""
         if self.answer_key not in text:
             return None
         found = {self._answer(given[self.answer_key]) for given in _objects(text) if self.answer_key in given}
         return found.pop() if len(found) == 1 else None
 
-    def _answer(self, value: Any) -> str | None:
+    def _answer(self, value: object) -> str | None:
         said = value.strip().lower() if isinstance(value, str) else json.dumps(value)
         return said if said in self.answers else None
 
     @property
     def digest(self) -> str:
-        """Of every word: answers to another wording are other answers, whatever the version says."""
+        """The sha256 of all words of the prompt, so that answers to another wording are never reused, whatever the version says."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
-    """All JSON objects in a text, outermost only."""
+    """All outermost JSON objects in a text."""
     found, place, decoder = [], text.find("{"), json.JSONDecoder()
     while place >= 0:
         try:
@@ -79,7 +82,11 @@ def _objects(text: str) -> list[dict[str, Any]]:
 
 
 def prompt_of(entry: Mapping[str, Any], where: str) -> Prompt:
-    """A prompt from its settings.
+    """A prompt from the content of a prompt file.
+
+    Args:
+        entry: Content of the file.
+        where: Name of the file, for the error.
 
     Raises:
         ValueError: Settings are missing or unknown.
@@ -95,11 +102,12 @@ def read_prompt(path: str | Path, answers: set[str]) -> Prompt:
     """The prompt of a YAML file.
 
     Args:
-        path: The file.
-        answers: What the benchmark understands.
+        path: Path of the file.
+        answers: Answers that the benchmark understands.
 
     Raises:
-        FileNotFoundError, ValueError: No file, or none of this benchmark.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds no prompt, or one with other answers.
     """
     prompt = prompt_of(read_yaml(path, "a prompt"), str(path))
     if set(prompt.answers) != answers:

@@ -1,4 +1,4 @@
-"""What is to be asked, as files: a plan and its requests, built once and kept beside the answers."""
+"""The plan of a comparison: its judges, its prompt and its requests, as files that are written once, before judges are asked."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One call to make.
+    """One question to one judge.
 
     Args:
-        key: Digest of everything that the answer depends on: equal requests are asked once.
+        key: Digest of everything that the answer depends on; requests with equal keys are sent once.
         judge: Name of the judge.
-        given: What the prompt is filled with.
-        image: Path of the image; None if the judge sees none.
-        image_sha256: Of the file's bytes; empty without an image.
-        about: What the answer is for; no part of the key.
+        given: Name of each placeholder of the prompt to its text.
+        image: Path of the image; None if the judge sees no image.
+        image_sha256: The sha256 of the image file; empty without an image.
+        about: Which case of the benchmark the answer belongs to; not part of the key.
     """
 
     key: str
@@ -39,14 +39,14 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class JudgingPlan:
-    """Everything that asking and scoring need.
+    """Everything that is needed to ask the judges and to score their answers.
 
     Args:
-        judges: By name.
-        prompt: For all of them.
-        requests: In the order in which they are asked.
-        inputs: Name to sha256 of what was read.
-        about: Settings of the benchmark that scoring needs.
+        judges: Judges by name.
+        prompt: Prompt for all judges.
+        requests: Requests in the order in which they are sent.
+        inputs: Name to sha256 of each input file.
+        about: What the benchmark needs to score the answers, such as its list of cases.
     """
 
     judges: Mapping[str, Judge]
@@ -59,7 +59,7 @@ class JudgingPlan:
 def judge_request(
     judge: Judge, prompt: Prompt, given: Mapping[str, str], image: str | None, image_sha256: str, about: Mapping[str, Any]
 ) -> JudgeRequest:
-    """A request with its key."""
+    """Make a request; for the arguments see `JudgeRequest`. The image is left out if the prompt does not show it."""
     image, image_sha256 = (image, image_sha256) if prompt.image else (None, "")
     content = [judge.api, judge.model, dict(judge.params), prompt.digest, image_sha256, dict(given)]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -67,7 +67,7 @@ def judge_request(
 
 
 def media_type(content: bytes) -> str | None:
-    """Of an image file that judges accept: JPEG, PNG, GIF or WebP; None for others."""
+    """Media type of an image file that judges accept (JPEG, PNG, GIF or WebP); None for any other file."""
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
         return "image/webp"
     return next((media for magic, media in MEDIA.items() if content.startswith(magic)), None)
@@ -77,7 +77,7 @@ def image_digest(path: str | Path) -> str:
     """The sha256 of an image file.
 
     Raises:
-        ValueError: Judges cannot read it.
+        ValueError: The file has a format that judges do not accept.
     """
     content = Path(path).read_bytes()
     if media_type(content) is None:
@@ -86,7 +86,7 @@ def image_digest(path: str | Path) -> str:
 
 
 def write_plan(folder: str | Path, plan: JudgingPlan) -> None:
-    """``plan.json`` and ``requests.jsonl``, each whole or not at all."""
+    """Write ``plan.json`` and ``requests.jsonl`` into a folder, each whole or not at all."""
     judges = {name: {k: v for k, v in asdict(judge).items() if k not in ("name", "vendor")} for name, judge in plan.judges.items()}
     content = {"judges": judges, "prompt": asdict(plan.prompt), "inputs": dict(plan.inputs), "about": dict(plan.about)}
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -96,10 +96,11 @@ def write_plan(folder: str | Path, plan: JudgingPlan) -> None:
 
 
 def read_plan(folder: str | Path) -> JudgingPlan:
-    """What `write_plan` wrote.
+    """Read what `write_plan` wrote into a folder.
 
     Raises:
-        FileNotFoundError, ValueError: There is none, or files were changed.
+        FileNotFoundError: A file does not exist.
+        ValueError: A file was changed and cannot be read.
     """
     try:
         content = json.loads(Path(folder, "plan.json").read_text())

@@ -1,4 +1,4 @@
-"""What all benchmarks with judges share: asking a plan's requests, and telling what it would cost."""
+"""What all benchmarks with judges share: sending the requests of a plan, and estimating their cost."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from uae.bench.judging.requests import JudgingPlan, read_plan
 
 
 def ask(folder: str, max_cost_usd: float, dry_run: bool, cache: str | None, retry_errors: bool) -> dict[str, Any]:
-    """Ask what a plan's requests lack; returns, prints and writes (``status.json``) how far it came.
+    """Send the requests of a plan that have no answer yet; print, return and write (``status.json``) how many are answered then.
 
     Args:
-        folder: Of the plan.
-        max_cost_usd: At most this much, earlier runs included.
-        dry_run: Only tell how many calls there are and what they cost. Needs no keys and no network.
-        cache: File of answers.
-        retry_errors: Ask again where another model answered.
+        folder: Folder of the plan.
+        max_cost_usd: Most that all requests of the plan may cost in USD, earlier runs included.
+        dry_run: Only print the number of calls and their cost; this needs no keys and no network.
+        cache: File of answers; None is ``answers.jsonl`` in the folder.
+        retry_errors: Whether to send a request again that another model answered than the one that was asked.
     """
     plan, answers = read_plan(folder), open_cache(folder, cache)
     asking = JudgingRun(plan, answers, max_cost_usd, retry_errors)
@@ -43,12 +43,12 @@ def ask(folder: str, max_cost_usd: float, dry_run: bool, cache: str | None, retr
 
 
 def open_cache(folder: str, cache: str | None) -> AnswerCache:
-    """A plan's answers: ``answers.jsonl`` beside it, or another file."""
+    """The answers to a plan: ``answers.jsonl`` in its folder, or another file."""
     return AnswerCache(cache or Path(folder, "answers.jsonl"))
 
 
 def status(plan: JudgingPlan, cache: AnswerCache) -> dict[str, Any]:
-    """How far a plan's requests are answered; equal requests count once."""
+    """How many requests of a plan are answered, and what they cost; equal requests count once."""
     unique = {request.key: request for request in plan.requests}
     found = [cache.answer(request, plan.prompt) for request in unique.values()]
     answered = sum(answer is not None for answer in found)
@@ -64,7 +64,7 @@ def status(plan: JudgingPlan, cache: AnswerCache) -> dict[str, Any]:
 
 
 def models(plan: JudgingPlan, cache: AnswerCache) -> dict[str, list[str]]:
-    """The models that answered, by judge: of an alias there may be several."""
+    """Judge to the ids of the models that answered; an alias may have answered as several."""
     found: dict[str, set[str]] = {name: set() for name in plan.judges}
     for request in plan.requests:
         records = cache.records.get(request.key, ())
@@ -73,7 +73,7 @@ def models(plan: JudgingPlan, cache: AnswerCache) -> dict[str, list[str]]:
 
 
 def estimate(asking: JudgingRun) -> str:
-    """A table of calls and cost by judge."""
+    """A table of the number of calls and their cost, by judge."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for request in asking.pending():
         row = totals[request.judge]
@@ -83,5 +83,5 @@ def estimate(asking: JudgingRun) -> str:
     lines = [f"{'judge':24s} {'calls':>7s} {'USD about':>10s} {'at most':>10s}"]
     lines += [f"{name:24s} {calls:7.0f} {about:10.2f} {most:10.2f}" for name, (calls, about, most) in totals.items()]
     if totals["all"][1] > asking.max_cost_usd:
-        lines.append(f"max_cost_usd={asking.max_cost_usd:g} is less: the run will stop part-way, and go on when run again")
+        lines.append(f"--max_cost_usd {asking.max_cost_usd:g} is less: the run will stop part-way; run again with more to continue")
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""Several results in one table, beside the paper's."""
+"""Several results in one table, beside the numbers of the paper."""

@@ -1,4 +1,4 @@
-"""Several results in one report: a table per benchmark, differences with intervals, the paper's numbers marked as its own.
+"""Several results in one report: a table per benchmark, differences with intervals, and the paper's published numbers.
 
 python -m uae.bench report a.json b.json ... [--paper true] [--baseline NAME] [--output report.md] [--plot report.png]
 """
@@ -25,15 +25,15 @@ PLOTS = (".png", ".pdf", ".svg")
 
 @dataclass(frozen=True)
 class Entry:
-    """A result and where it lies."""
+    """A result and the path of its file."""
 
     file: Path
     result: dict[str, Any]
 
     @property
     def system(self) -> str:
-        """What was measured."""
-        return self.result["system"]
+        """Name of the system that was measured."""
+        return str(self.result["system"])
 
 
 def report(
@@ -44,15 +44,15 @@ def report(
     plot: str | None = None,
     scores: str | None = None,
 ) -> list[BenchmarkTable]:
-    """Put results side by side. Only results of exactly the same benchmark share a table.
+    """Put results side by side. Only results with exactly the same benchmark name share a table.
 
     Args:
         results: Result files; the word --results may be left out.
-        paper: Show the paper's published numbers beside ours.
-        baseline: A system's name, or one of its result files: differences are to it. The default is the first result's.
-        output: Write the report, as .md, .csv or .tex by its suffix.
-        plot: Draw it, as .png, .pdf or .svg.
-        scores: Regular expression: only scores whose name it finds.
+        paper: Show the paper's published numbers in columns of their own.
+        baseline: Name of the system that differences are to, or one of its result files; the default is the first result's system.
+        output: File for the report; its suffix (.md, .csv or .tex) is the format.
+        plot: File for a plot of the report; its suffix (.png, .pdf or .svg) is the format.
+        scores: Regular expression; only scores whose name it finds are shown.
     """
     if output and Path(output).suffix not in FORMATS:
         raise ValueError(f"--output {output!r}: allowed: a file of suffix {', '.join(FORMATS)}")
@@ -65,7 +65,7 @@ def report(
     files = [*results, *([baseline] if baseline and baseline.endswith(".json") else [])]
     entries = [Entry(Path(file), read_result(file)) for file in dict.fromkeys(files)]
     if not entries:
-        raise ValueError("no results: give files that uae.bench wrote")
+        raise ValueError("no results; give result files that uae.bench wrote")
     by = _baseline(entries, baseline)
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -93,7 +93,7 @@ def _baseline(entries: Sequence[Entry], baseline: str | None) -> str:
 
 
 def _benchmark_table(benchmark: str, entries: Sequence[Entry], baseline: str, paper: bool, pattern: str | None) -> BenchmarkTable:
-    """One benchmark: its scores in the order they were written, the baseline's first."""
+    """The table of one benchmark; scores are in the order in which the results hold them."""
     systems = [entry.system for entry in entries]
     twice = sorted({name for name in systems if systems.count(name) > 1})
     if twice:
@@ -135,7 +135,7 @@ def _column(entry: Entry, base: Entry | None) -> tuple[SystemColumn, list[str]]:
 
 
 def _alike(benchmarks: Sequence[str]) -> list[str]:
-    """What looks the same and is not: names that differ in variant or backend alone."""
+    """Notes about benchmarks whose names differ only in variant or backend, which must not be compared."""
     kinds: dict[str, list[str]] = {}
     for name in benchmarks:
         kinds.setdefault(re.split(r" [(\[]", name)[0], []).append(name)
@@ -143,7 +143,7 @@ def _alike(benchmarks: Sequence[str]) -> list[str]:
 
 
 def main(args: Sequence[str]) -> None:
-    """The command: leading words are files, and ``--paper`` alone means true."""
+    """Run the command with the words behind its name: leading words are result files, and ``--paper`` without a value means true."""
     words = list(args)
     first = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
     words = [*(["--results"] if first else []), *words]

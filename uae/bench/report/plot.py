@@ -1,4 +1,4 @@
-"""Results side by side as a picture: points with intervals, the paper's numbers as hollow marks."""
+"""Results side by side as a plot: points with intervals for measured systems, hollow marks for the paper's numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ WIDTH, LINE = 8.0, 0.34  # inches
 
 
 def write_plot(path: str | Path, tables: Sequence[BenchmarkTable]) -> None:
-    """Draw one panel per benchmark: a line per score, a point per system.
+    """Plot one panel per benchmark, with a line per score and a point per system.
 
     Args:
-        path: Of the picture; its suffix says the format (.png, .pdf, .svg).
-        tables: What to draw.
+        path: Path of the plot; its suffix is the format (.png, .pdf, .svg).
+        tables: Tables of the benchmarks.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Numbers printed in the paper (arXiv 2509.09666, CVPR 2026). They are its authors', measured by their means: never ours."""
+"""Numbers published in the paper (arXiv 2509.09666, CVPR 2026), measured by its authors; none of them is measured here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Published(NamedTuple):
     """One model in one of the paper's tables.
 
     Args:
-        model: As the paper calls it.
-        scores: Regular expression of our score's name to the number, in [0, 1].
-        uncertain: Scores whose numbers we could not check against the paper's text.
+        model: Name of the model in the paper.
+        scores: Regular expression that the name of a score here must match, to the published number in [0, 1].
+        uncertain: Regular expressions of the scores whose numbers could not be checked against the paper's text.
     """
 
     model: str
@@ -77,8 +77,8 @@ CAVEATS = {
 
 
 def published(benchmark: str) -> tuple[list[Published], str]:
-    """The paper's rows for a result's benchmark, and what keeps them from being compared directly; nothing for own inputs."""
-    base = re.sub(r" \[[^]]*\]$", "", benchmark)  # without what measured
+    """The paper's rows for a benchmark, and the reason why they are not directly comparable; no rows for own prompts or questions."""
+    base = re.sub(r" \[[^]]*\]$", "", benchmark)  # without the detector, model or harness in brackets
     if base.startswith(("MMBench", "MMMU", "MMT-Bench")):
         base = base.split(" (")[0]
     elif base in ("DPG-Bench official", "DPG-Bench fixed"):
@@ -87,7 +87,7 @@ def published(benchmark: str) -> tuple[list[Published], str]:
 
 
 def number(row: Published, name: str) -> tuple[float, bool] | None:
-    """The published number for one of our scores, and whether it is uncertain; None if there is none."""
+    """The published number for a score, and whether it is uncertain; None if the paper has no such number."""
     for pattern, value in row.scores.items():
         if re.fullmatch(pattern, name, re.IGNORECASE):
             return value, pattern in row.uncertain

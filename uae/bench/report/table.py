@@ -1,4 +1,4 @@
-"""Results side by side: one table per benchmark, as Markdown, CSV or LaTeX. Everything times 100."""
+"""Results side by side: one table per benchmark, as Markdown, CSV or LaTeX, all scores multiplied by 100."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class SystemColumn:
 
 @dataclass(frozen=True)
 class BenchmarkTable:
-    """One benchmark.
+    """The results of one benchmark.
 
     Args:
-        benchmark: Its name, with variant and backend.
-        names: Scores, in the order of the rows.
-        columns: Ours.
-        baseline: The system that differences are to.
+        benchmark: Name of the benchmark, with variant and backend.
+        names: Names of the scores, in the order of the rows.
+        columns: One column per measured system.
+        baseline: Name of the system that differences are to.
         published: The paper's models that have any of the scores.
-        notes: What the reader must know.
+        notes: Remarks about the comparison, printed below the table.
     """
 
     benchmark: str
@@ -52,7 +52,7 @@ class BenchmarkTable:
     notes: Sequence[str] = ()
 
     def grid(self) -> list[list[str]]:
-        """Cells as text, titles first: systems, then differences, then the paper's models."""
+        """The cells as text, a list per row, titles first. Columns are systems, then differences, then the paper's models."""
         compared = [column for column in self.columns if column.differences]
         titles = [column.system for column in self.columns] + [f"{column.system} - {self.baseline}" for column in compared]
         rows = [["", *titles, *(f"{PAPER}{row.model}" for row in self.published)]]
@@ -63,7 +63,7 @@ class BenchmarkTable:
         return rows
 
     def legend(self) -> list[str]:
-        """Notes, and what the signs mean."""
+        """The notes, and explanations of the differences and of the paper's numbers."""
         lines = list(self.notes)
         if any(column.differences for column in self.columns):
             lines.append("differences are paired over common cases, [95 % interval]; p: McNemar's exact test")
@@ -92,7 +92,7 @@ def _published(row: Published, name: str) -> str:
 
 
 def markdown(tables: Sequence[BenchmarkTable]) -> str:
-    """For a page."""
+    """All tables as Markdown."""
     lines = []
     for table in tables:
         head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table.grid())
@@ -103,7 +103,7 @@ def markdown(tables: Sequence[BenchmarkTable]) -> str:
 
 
 def latex(tables: Sequence[BenchmarkTable]) -> str:
-    """For a paper: one ``table`` each, of booktabs' rules."""
+    """All tables as LaTeX, one ``table`` each, with the rules of booktabs."""
     lines = ["% \\usepackage{booktabs}"]
     for table in tables:
         head, *rows = ([_escaped(cell) for cell in row] for row in table.grid())
@@ -120,7 +120,7 @@ def _escaped(text: str) -> str:
 
 
 def comma_separated(tables: Sequence[BenchmarkTable]) -> str:
-    """For a program: one line per number, unrounded."""
+    """All tables as CSV: one line per system and score, unrounded."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["benchmark", "score", "system", "source", "value", "low", "high", "n", "difference_to",
@@ -140,7 +140,7 @@ def comma_separated(tables: Sequence[BenchmarkTable]) -> str:
 
 
 def _difference_cells(column: SystemColumn, name: str) -> list[float | str]:
-    """Difference, its ends, number of cases and p-value; empty where there is none."""
+    """Difference, lower and upper end, number of cases and p-value; a cell is empty where there is no such number."""
     gap = column.paired.get(name)
     if gap is None:
         return [100 * column.differences[name], "", "", "", ""]

@@ -1,4 +1,4 @@
-"""Unified-Bench protocol 1: how alike are source images and what a system made of them (arXiv 2509.09666).
+"""Unified-Bench protocol 1 (arXiv 2509.09666): similarity of source images and a system's reconstructions.
 
 python -m uae.bench score --sources DIR --reconstructions DIR --output result.json
 """
@@ -52,18 +52,19 @@ def score_folders(
 
     Args:
         sources: Folder of the source images.
-        reconstructions: Folder of the reconstructions, paired by name: equal, with .png appended, another suffix, recon_ prefix.
-        output: The result, a JSON file; a table (.md) and a contact sheet (.png) are written beside it.
-        encoders: YAML file of name to class_path and init_args (configs/bench); the default is the paper's four.
-        system: Name of what made the reconstructions; the default is their folder's.
-        compare: Another result: prints and stores the paired difference to it.
-        cache: Keep embeddings on disk: nothing is embedded twice, also after an interruption.
-        cache_folder: Where; the default is uae/features in the user's cache folder.
-        batch_size: Images per forward pass.
-        workers: Threads that read and prepare images.
-        device: Where encoders work; the default is the first GPU, or the CPU.
-        resamples: Of the bootstrap of the 95 % intervals.
-        max_pixels: Larger images count as unreadable.
+        reconstructions: Folder of the reconstructions, paired with sources by name: equal, with .png appended, with another suffix,
+            or with the prefix recon_.
+        output: Result file, ending in .json; a table (.md) and a contact sheet (.png) are written beside it.
+        encoders: YAML file of encoder name to class_path and init_args (configs/bench); the default is the paper's four encoders.
+        system: Name of the system that made the reconstructions; the default is the name of their folder.
+        compare: Another result file; the paired difference to it is printed and stored.
+        cache: Whether to keep embeddings on disk, so that no image is embedded twice, also after an interruption.
+        cache_folder: Folder of the embeddings; the default is uae/features in the user's cache folder.
+        batch_size: Number of images per forward pass.
+        workers: Number of threads that read and prepare images.
+        device: Name of the device; the default is the first GPU, or the CPU if there is none.
+        resamples: Number of bootstrap resamples for the 95 % intervals.
+        max_pixels: Images with more pixels count as unreadable.
     """
     if min(batch_size, workers, resamples, max_pixels) < 1:
         raise ValueError("batch_size, workers, resamples and max_pixels must be 1 or more")
@@ -94,7 +95,7 @@ def score_folders(
 
 
 def _load(chosen: EncoderSet, device: str | None, cache: FeatureCache, **sizes: int) -> tuple[ImageFeatures, dict[str, Any]]:
-    """The encoders at work, and how the result names them."""
+    """Load the encoders; returns what embeds images with them, and their description for the result."""
     place = str(working_device(device))
     for encoder in chosen.encoders.values():
         encoder.load(place)
@@ -105,7 +106,7 @@ def _load(chosen: EncoderSet, device: str | None, cache: FeatureCache, **sizes: 
 
 
 def _content(found: Similarities, pairs: Pairs, chosen: EncoderSet, resamples: int) -> dict[str, Any]:
-    """All of a result file but the name of the system and the backend."""
+    """Everything that the result file holds but the name of the system and the backend."""
     rows = zip(found.names, found.digests, found.cosine_NE.tolist(), found.floor_NE.tolist(), strict=True)
     per_image = [
         {
@@ -140,13 +141,13 @@ def _content(found: Similarities, pairs: Pairs, chosen: EncoderSet, resamples: i
 
 
 def benchmark(chosen: EncoderSet) -> str:
-    """Its name: the paper's encoders have it alone, other sets say what they are."""
+    """Name of the benchmark; a set of encoders that is not the paper's becomes part of it."""
     given, paper = ({name: encoder_configuration(one) for name, one in each.encoders.items()} for each in (chosen, paper_encoders()))
     return NAME if given == paper else f"{NAME} ({', '.join(chosen.encoders)})"
 
 
 def official_layout(found: Similarities, pairs: Pairs) -> dict[str, Any]:
-    """The keys of the official results, so that scripts that read those read these: null where there is no score."""
+    """The keys of the official results, for scripts that read those; null where there is no score."""
     names = list(found.encoders)
     left_out = {file.removeprefix("sources/") for file in pairs.ambiguous if file.startswith("sources/")}
     everything = sorted({*pairs.matched, *pairs.unmatched_sources, *left_out})
@@ -178,7 +179,7 @@ def official_layout(found: Similarities, pairs: Pairs) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a table, cosines times 100, and every file that was left out."""
+    """The result as a Markdown table, cosines multiplied by 100, with every file that was left out."""
     scores, statistics = result["scores"], result["statistics_by_model"]
     lines = [f"# {result['benchmark']}: {result['system']}", "", f"{scores['overall']['n']} pairs; cosines times 100", ""]
     lines += ["| | mean | 95 % interval | min | max | floor | calibrated |", "|---|---|---|---|---|---|---|"]
@@ -224,5 +225,5 @@ def _nothing(sources: str, reconstructions: str, pairs: Pairs, found: Similariti
 
 
 def main(args: Sequence[str]) -> None:
-    """The command."""
+    """Run the command with the words behind its name."""
     run("score", score_folders, args)

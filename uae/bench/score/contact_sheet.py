@@ -1,4 +1,4 @@
-"""Sources beside reconstructions: the worst, the middle and the best, to see what a score means."""
+"""A picture of the worst, the median and the best pairs of source and reconstruction, which shows what a score means."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ def worst_median_best(score_N: np.ndarray, rows: int = ROWS) -> dict[str, list[i
 def write_contact_sheet(
     path: Path, pairs: Sequence[tuple[Path, Path]], names: Sequence[str], score_N: np.ndarray, max_pixels: int
 ) -> None:
-    """Write the sheet as PNG: a column of pairs each for worst, median and best, with their scores times 100."""
+    """Write the contact sheet as PNG.
+
+    Args:
+        path: Path of the PNG file.
+        pairs: Files of source and reconstruction.
+        names: Name of each pair.
+        score_N: Score of each pair; it is printed multiplied by 100.
+        max_pixels: Images with more pixels count as unreadable.
+    """
     columns = worst_median_best(score_N)
     width, height = 2 * CELL + MARGIN, CELL + CAPTION
     rows = max(map(len, columns.values()))
@@ -54,5 +62,5 @@ def write_contact_sheet(
 
 
 def _plain(name: str) -> str:
-    """The end of a name, in what the built-in font can draw."""
+    """The end of a name, in letters that the built-in font can draw."""
     return name[-40:].encode("ascii", "replace").decode()

@@ -1,11 +1,11 @@
-"""What protocol 1 looks through: the paper's four encoders, or those of a file."""
+"""The encoders of protocol 1: the paper's four, or those of a YAML file."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -13,8 +13,17 @@ from uae.cli.explain import explain
 from uae.encoders import HFEncoder
 from uae.types import ImageEncoder
 
-HELD_OUT = "held_out"  # the one key of an encoders file that is no encoder
-TAKEN = {"overall", "floor", "calibrated"}  # names of other numbers in a result
+HELD_OUT = "held_out"  # the only key of an encoders file that is not the name of an encoder
+TAKEN = {"overall", "floor", "calibrated"}  # names that other numbers of a result have
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """An encoder that can identify what it computes."""
+
+    def fingerprint(self) -> str:
+        """Digest of the weights and the preprocessing: encoders with equal fingerprints give equal embeddings."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,8 +31,8 @@ class EncoderSet:
     """Encoders by name.
 
     Args:
-        encoders: At least one.
-        held_out: Names of those that no reward of the measured systems uses.
+        encoders: Encoders by name, at least one.
+        held_out: Names of the encoders that no reward of the measured systems uses.
     """
 
     encoders: dict[str, ImageEncoder]
@@ -31,7 +40,7 @@ class EncoderSet:
 
 
 def paper_encoders() -> EncoderSet:
-    """The paper's four (arXiv 2509.09666), under the names of the official results. Loads nothing."""
+    """The paper's four encoders (arXiv 2509.09666), under the names of the official results; no weights are loaded."""
     encoders: dict[str, ImageEncoder] = {
         "clip": HFEncoder("openai/clip-vit-large-patch14"),
         "longclip": HFEncoder("zer0int/LongCLIP-L-Diffusers"),
@@ -45,15 +54,15 @@ def read_encoders(file: str | Path | None) -> EncoderSet:
     """The encoders of a YAML file: a mapping of name to ``{class_path, init_args}``, and optionally ``held_out: [names]``.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It says something else.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds something else.
     """
     if file is None:
         return paper_encoders()
     import yaml
 
     if not Path(file).is_file():
-        raise FileNotFoundError(f"no encoders at {str(file)!r}; give a YAML file like configs/bench/official.yaml")
+        raise FileNotFoundError(f"no encoders at {str(file)!r}; correct --encoders, a YAML file such as configs/bench/official.yaml")
     content = yaml.safe_load(Path(file).read_text())
     given: dict[str, Any] = dict(content) if isinstance(content, dict) else {}
     held_out = tuple(given.pop(HELD_OUT, None) or ())
@@ -73,14 +82,16 @@ def read_encoders(file: str | Path | None) -> EncoderSet:
 
 
 def encoder_configuration(encoder: ImageEncoder) -> dict[str, Any]:
-    """An encoder as a configuration says it: ``{class_path, init_args}``."""
+    """The configuration of an encoder, ``{class_path, init_args}``, from the attributes that its constructor's arguments became."""
     kind = type(encoder)
-    arguments = {name: getattr(encoder, name) for name in inspect.signature(kind).parameters if hasattr(encoder, name)}
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in arguments.items()}  # type: ignore[arg-type]
+    attributes = vars(encoder)
+    arguments = {name: attributes[name] for name in inspect.signature(kind).parameters if name in attributes}
+    plain = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value for name, value in arguments.items()
+    }
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": plain}
 
 
 def encoder_record(encoder: ImageEncoder) -> dict[str, Any]:
-    """As a result records it: with the fingerprint of what it computes, or None if it has none. Loads it."""
-    fingerprint = getattr(encoder, "fingerprint", None)
-    return encoder_configuration(encoder) | {"fingerprint": fingerprint() if fingerprint else None}
+    """The configuration of an encoder with its fingerprint; None if the encoder has none. Loads the encoder's weights."""
+    return encoder_configuration(encoder) | {"fingerprint": encoder.fingerprint() if isinstance(encoder, Fingerprinted) else None}

@@ -1,4 +1,4 @@
-"""Embeddings on disk, by what was embedded and by what: computed once for all systems that are compared."""
+"""A cache of embeddings on disk, by image and encoder, so that the sources are embedded once for all systems."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def default_folder() -> Path:
 
 
 class FeatureCache:
-    """One file per embedding, which starts with its own checksum; safe to share between processes.
+    """One file per embedding, which starts with its own checksum. Several processes may share the cache.
 
     Args:
-        folder: Where to; None stores nothing.
+        folder: Folder of the cache; None stores nothing.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
 
     def read(self, encoder: str | None, image: str) -> np.ndarray | None:
-        """float32 ``[D]``, or None if it is not there or not whole.
+        """The embedding, float32 ``[D]``; None if it is not stored, or its file is damaged.
 
         Args:
-            encoder: Fingerprint of the encoder with its preprocessing; None has no entries.
+            encoder: Fingerprint of the encoder with its preprocessing; None is never stored.
             image: sha256 of the image file's content.
         """
         path = self._path(encoder, image)
@@ -46,7 +46,7 @@ class FeatureCache:
         return np.frombuffer(numbers, dtype=np.float32)
 
     def write(self, encoder: str | None, image: str, feature_D: np.ndarray) -> None:
-        """Store an embedding, whole or not at all."""
+        """Store an embedding ``[D]``, whole or not at all; for the arguments see `read`."""
         path = self._path(encoder, image)
         if path is None:
             return

@@ -1,4 +1,4 @@
-"""Images of any size through several encoders: read once, prepared one by one in threads, embedded in batches."""
+"""Embeds image files with several encoders: each file is read once, prepared in a thread, and embedded in batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +15,20 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from uae.bench.score.feature_cache import FeatureCache
+from uae.encoders.tower import Tower
 from uae.files.pictures import UnreadableImageError, read_picture
 from uae.types import ImageEncoder
 
 
 @dataclass
 class EncodedImage:
-    """One image file under all encoders.
+    """One image file and its embeddings.
 
     Args:
-        digest: sha256 of the file's content.
-        failure: Why it cannot be read, or "".
-        feature: Encoder name to float32 ``[D]``.
-        prepared: Encoder name to what it embeds, until it has been embedded.
+        digest: The sha256 of the file's content.
+        failure: Why the file cannot be read; empty if it can.
+        feature: Encoder name to the embedding, float32 ``[D]``.
+        prepared: Encoder name to the image in the encoder's preprocessing, until it is embedded.
     """
 
     digest: str = ""
@@ -38,19 +38,19 @@ class EncodedImage:
 
 
 class ImageFeatures:
-    """Embeds files, through a cache on disk.
+    """Embeds image files through a cache on disk.
 
-    Encoders with ``prepare`` (all towers) get images of their own size, in their official preprocessing. Others get float
-    images [0, 1] in batches of equal size.
+    A `Tower` gets each image at its own size and prepares it as its official preprocessing does. Other encoders get float images
+    in [0, 1], in batches of equal size.
 
     Args:
         encoders: Loaded encoders by name.
-        fingerprints: Encoder name to what its entries in the cache depend on; None is not cached.
-        cache: Of the embeddings.
-        device: Where the encoders are.
-        batch_size: Images per forward pass, at most.
-        workers: Threads that read and prepare.
-        max_pixels: Larger images count as unreadable.
+        fingerprints: Encoder name to its fingerprint; the embeddings of an encoder without one (None) are not cached.
+        cache: Cache of the embeddings.
+        device: Device of the encoders.
+        batch_size: Most images per forward pass.
+        workers: Number of threads that read and prepare images.
+        max_pixels: Images with more pixels count as unreadable.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class ImageFeatures:
         workers: int,
         max_pixels: int,
     ) -> None:
-        self.encoders: dict[str, Any] = dict(encoders)
-        # Computed on another kind of device, an embedding differs in its last digits: identity would not be exact.
+        self.encoders = dict(encoders)
+        # Embeddings from another kind of device differ in their last digits, so that equal images would not be exactly equal.
         self.keys = {name: mark and f"{mark} {torch.device(device).type}" for name, mark in fingerprints.items()}
         self.cache, self.device, self.batch_size = cache, device, batch_size
         self.workers, self.max_pixels = workers, max_pixels
 
     def stream(self, groups: Sequence[Sequence[Path]]) -> Iterator[list[EncodedImage]]:
-        """Group after group, embedded; the next one is read meanwhile, so memory holds two."""
-        # Each reading thread computes alone: teams of threads that wait for each other by spinning slow all down.
+        """Yield the embedded images group by group. The next group is read meanwhile, so memory holds two groups."""
+        # Each reading thread computes without helpers: threads that wait for each other by spinning slow down all others.
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             coming = [pool.submit(self.read, file) for file in groups[0]] if groups else []
             for position in range(len(groups)):
@@ -82,9 +82,9 @@ class ImageFeatures:
                 yield seen
 
     def read(self, file: Path) -> EncodedImage:
-        """What the cache has of a file, and what the encoders need for the rest."""
+        """Read a file: its embeddings from the cache, and the prepared image for each other encoder."""
         try:
-            if not file.is_file():  # opening a pipe would wait forever
+            if not file.is_file():  # to open a pipe would block
                 return EncodedImage(failure="not a regular file")
             content = file.read_bytes()
             seen = EncodedImage(hashlib.sha256(content).hexdigest())
@@ -95,8 +95,8 @@ class ImageFeatures:
             if len(seen.feature) < len(self.encoders):
                 image_3HW = pil_to_tensor(read_picture(content, self.max_pixels))
                 for name in self.encoders.keys() - seen.feature.keys():
-                    prepare = getattr(self.encoders[name], "prepare", None)
-                    seen.prepared[name] = prepare(image_3HW) if prepare else image_3HW
+                    encoder = self.encoders[name]
+                    seen.prepared[name] = encoder.prepare(image_3HW) if isinstance(encoder, Tower) else image_3HW
         except UnreadableImageError as error:
             return EncodedImage(failure=str(error))
         except OSError as error:
@@ -117,7 +117,7 @@ class ImageFeatures:
     def _embed_batch(self, name: str, alike: list[EncodedImage]) -> None:
         encoder = self.encoders[name]
         images_NCHW = torch.stack([seen.prepared.pop(name) for seen in alike]).to(self.device)
-        if hasattr(encoder, "prepare"):
+        if isinstance(encoder, Tower):
             features_ND = encoder.embed_prepared(images_NCHW).cpu()
         else:
             features_ND = encoder.embed(images_NCHW.float() / 255).cpu()

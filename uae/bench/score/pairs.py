@@ -1,4 +1,4 @@
-"""Which reconstruction belongs to which source: by name, as the official scripts pair, but nothing is guessed."""
+"""Pairs sources and reconstructions by name, as the official scripts do; names that fit several files are not paired."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Key = Callable[[PurePosixPath], str]
 
 @dataclass
 class Pairs:
-    """Files of two folders, by relative name.
+    """The files of two folders, by their names relative to the folders.
 
     Args:
-        matched: Source to reconstruction, ordered by source.
+        matched: Source to its reconstruction, ordered by source.
         unmatched_sources: Sources without a reconstruction.
         unmatched_reconstructions: Reconstructions without a source.
         ambiguous: Files of either folder that could be paired in several ways, with their candidates.
@@ -51,13 +51,13 @@ def _bare(name: PurePosixPath) -> str:
     return name.stem.removeprefix(PREFIX)
 
 
-# How a source and a reconstruction are called alike, most certain first.
+# The name of a source and the name of its reconstruction are made equal by these functions, most certain first.
 RULES: tuple[tuple[Key, Key], ...] = (
     (_whole, _whole),
     (_whole, _appended),
     (_stem, _stem),
     (_stem, _without_prefix),
-    (lambda name: name.stem, _bare),  # whatever their subfolders
+    (lambda name: name.stem, _bare),  # in any subfolders
 )
 
 
@@ -65,11 +65,11 @@ def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
     """Pair the images of two folders.
 
     Rules, most certain first: equal relative names; the source's name with another suffix appended (``a.jpg.png``); equal
-    stems (``a.png`` for ``a.jpg``); ``recon_`` before the stem; the last two in whatever subfolder. A rule takes only what
-    the rules before left over. Files that one rule would pair in several ways are left out and reported.
+    stems (``a.png`` for ``a.jpg``); ``recon_`` before the stem; the last two in any subfolder. Each rule applies to the files
+    that the rules before it left over. Files that one rule would pair in several ways are reported as ambiguous.
 
     Raises:
-        FileNotFoundError: A folder is missing or holds no image.
+        FileNotFoundError: A folder does not exist or holds no image.
     """
     left = [PurePosixPath(name) for name in list_images(sources, "sources")]
     right = [PurePosixPath(name) for name in list_images(reconstructions, "reconstructions")]
@@ -93,7 +93,7 @@ def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
 
 
 def _alike(*sides: tuple[list[PurePosixPath], Key]) -> list[tuple[list[PurePosixPath], list[PurePosixPath]]]:
-    """Names of both sides that have the same key."""
+    """Groups of names that have the same key, with the names of each side."""
     groups: dict[str, tuple[list[PurePosixPath], list[PurePosixPath]]] = defaultdict(lambda: ([], []))
     for side, (names, key) in enumerate(sides):
         for name in names:

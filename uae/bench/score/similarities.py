@@ -1,4 +1,4 @@
-"""Cosines of pairs of images, and of mismatched pairs: what protocol 1 averages."""
+"""The cosines that protocol 1 averages: of all pairs of source and reconstruction, and of mismatched pairs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Similarities:
     """The pairs that could be read, ordered by the source's name.
 
     Args:
-        encoders: Names, the order of E.
-        names: Of the sources, relative.
-        digests: sha256 of source and reconstruction.
-        cosine_NE: float64, in [-1, 1].
-        floor_NE: Of each reconstruction with another pair's source; NaN where there is no other image.
-        unreadable: File to reason; its pair is in none of the above.
-        invalid: Sources whose pair has an embedding without direction (NaN, Inf, all zeros): its cosine counts as 0.
+        encoders: Names of the E encoders.
+        names: Names of the N sources, relative to their folder.
+        digests: The sha256 of each pair's source and reconstruction.
+        cosine_NE: Cosine of each pair under each encoder, float64 in [-1, 1].
+        floor_NE: Cosine of each reconstruction with another pair's source; NaN if there is no other source image.
+        unreadable: File that cannot be read to the reason; its pair is in none of the above.
+        invalid: Sources of pairs with an embedding without direction (NaN, Inf or all zeros), whose cosine counts as 0.
     """
 
     encoders: tuple[str, ...]
@@ -43,10 +43,17 @@ class Similarities:
 def measure(
     features: ImageFeatures, matched: Mapping[str, str], sources: Path, reconstructions: Path, progress: bool = True
 ) -> Similarities:
-    """Embed pair after pair; only the last source's embedding is remembered, so memory does not grow.
+    """Embed all pairs and compute their cosines. Memory does not grow with the number of pairs.
 
-    Mismatched pairs form one ring through all pairs, in the order of their names' hashes: neighbouring names are often of
-    alike images, and neither batch size nor number of threads changes who meets whom.
+    Mismatched pairs form one ring through all pairs, in the order of their names' hashes: files with neighbouring names often
+    show similar images, and this order depends neither on the batch size nor on the number of threads.
+
+    Args:
+        features: Embeds the images.
+        matched: Source to reconstruction, as names relative to their folders.
+        sources: Folder of the sources.
+        reconstructions: Folder of the reconstructions.
+        progress: Whether to show a progress bar.
     """
     order = sorted(matched, key=lambda name: hashlib.sha256(name.encode()).digest())
     size = max(1, features.batch_size // 2)
@@ -62,7 +69,7 @@ def measure(
 
 
 class _Ring:
-    """Each pair, and each reconstruction with the source before its own; the first one with the last."""
+    """Collects the cosines of each pair, and of each reconstruction with the previous pair's source; the first follows the last."""
 
     def __init__(self, encoders: tuple[str, ...]) -> None:
         self.found = Similarities(encoders)
@@ -72,7 +79,7 @@ class _Ring:
         self.floors: list[list[float]] = []
 
     def add(self, name: str, reconstruction_name: str, source: EncodedImage, reconstruction: EncodedImage) -> None:
-        """The next pair."""
+        """Add the next pair."""
         failures = {f"sources/{name}": source.failure, reconstruction_name: reconstruction.failure}
         broken = {file: reason for file, reason in failures.items() if reason}
         if broken:
@@ -91,7 +98,7 @@ class _Ring:
         self.last = (source, reconstruction)
 
     def close(self) -> Similarities:
-        """Everything, ordered by name."""
+        """Return all cosines, ordered by the source's name."""
         found = self.found
         if self.first is None or self.last is None:
             return found
@@ -103,7 +110,7 @@ class _Ring:
         return found
 
     def _mismatched(self, other: EncodedImage, source: EncodedImage, reconstruction: EncodedImage) -> list[float]:
-        """NaN if the other source is the same image: that is no mismatched pair."""
+        """Cosines of a reconstruction with another pair's source; NaN if that source is the same image as its own."""
         same = other.digest == source.digest
         return [float("nan")] * len(self.found.encoders) if same else self._cosines(other, reconstruction)
 
@@ -120,7 +127,7 @@ def summarize(found: Similarities, held_out: tuple[str, ...], resamples: int, se
 
     ``overall`` is the mean of the encoders' means; then ``held_out``, every encoder, and of each of them ``floor/<name>``
     (mismatched pairs) and ``calibrated/<name>`` = (mean - floor) / (1 - floor), whose interval counts both as uncertain.
-    Every number is of the same resampled images.
+    All intervals use the same resampled images.
     """
     scores: dict[str, Score] = {}
     floors: dict[str, Score] = {}
@@ -141,7 +148,7 @@ def columns(encoders: Sequence[str], held_out: Sequence[str]) -> dict[str, list[
 
 
 def _calibrated(cosine_N: np.ndarray, floor_N: np.ndarray) -> np.ndarray:
-    """What each pair contributes to the calibrated score, to first order; the mean of it is the calibrated score."""
+    """Contribution of each pair to the calibrated score, to first order; the mean over pairs is the calibrated score."""
     floor = float(np.nanmean(floor_N))
     room = max(1 - floor, 1e-6)
     ratio = (cosine_N.mean() - floor) / room

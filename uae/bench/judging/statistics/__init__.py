@@ -1,1 +1,1 @@
-"""From the judges' answers to win rates, rankings and intervals."""
+"""Statistics of the judges' answers: win rates, agreement, rankings and intervals."""
