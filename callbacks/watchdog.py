@@ -56,7 +56,8 @@ class Watchdog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Watch a batch without training."""
-        self._wind_up(trainer, f"{trainer.state.stage} batch {batch_idx}", self.fatal)
+        stage = trainer.state.stage
+        self._wind_up(trainer, f"{stage.value if stage else 'unknown'} batch {batch_idx}", self.fatal)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 

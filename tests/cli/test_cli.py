@@ -49,7 +49,7 @@ MISTAKES = [
     (["--model.init_args.loss.bta", 1], "by uae.grpo.GRPOLoss (at model.init_args.loss.init_args); did you mean beta?"),
     (["--model.init_args.advantage_scale", "std"], "advantage_scale: expected one of 'group', 'batch', 'none', got std"),
     (["--model.init_args.finetune.init_args.rnk", 3], "(at model.init_args.finetune.init_args); did you mean rank?"),
-    (["--model.init_args.group", 1], "model.group=1; allowed: 2 or more"),
+    (["--model.init_args.group", 1], "model.init_args.group=1; allowed: 2 or more"),
     (["--trainer.strategy", "fsdp9"], "invalid strategy name: `strategy='fsdp9'`"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ({"trainer": {"max_step": 3}}, "did you mean trainer.max_steps"),

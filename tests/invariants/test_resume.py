@@ -114,5 +114,5 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else_fits_it(build, trainer,
     assert all("lora_" in name for name in trained)
     for finetune, fault in ((LoRA(rank=3), "of another shape"), (Full(), "missing")):
         other = module_of(build, finetune=finetune)
-        with pytest.raises(ValueError, match=rf"{fault} \(policy.*model\.finetune"):
+        with pytest.raises(ValueError, match=rf"{fault} \(policy.*model\.init_args\.finetune"):
             fit(other, trainer, Save(saved.folder), resume=saved.folder / "8.ckpt")

@@ -135,7 +135,7 @@ def assert_continues(resumed, straight):
 def test_shards_hold_what_trains_and_resume_exactly(tmp_path):
     for straight, resumed, refusal in run_on_two(resume_shards, str(tmp_path), timeout=300):
         assert_continues(resumed, straight)
-        assert "model.finetune" in refusal
+        assert "model.init_args.finetune" in refusal
     stored = FileSystemReader(tmp_path / "step=2.ckpt").read_metadata().state_dict_metadata
     assert {key.removeprefix("state_dict.") for key in stored if key.startswith("state_dict.")} == set(
         straight["weights"]

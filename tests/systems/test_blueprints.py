@@ -102,7 +102,7 @@ def test_parts_can_be_left_out():
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("nobody/nothing", "is not kept with the package"), ("./nowhere", "nothing at './nowhere'")],
+    [("nobody/nothing", "does not ship with this package"), ("./nowhere", "nothing at './nowhere'")],
 )
 def test_an_unknown_checkpoint_is_one_line(name, words):
     assert published(name) is None

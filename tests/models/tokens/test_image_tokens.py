@@ -38,7 +38,11 @@ class Toy(TokenPolicy):
                 nn.init.normal_(weight, 0 if weight.ndim > 1 else 1, 0.35)
             model.head.weight.data /= 3  # every outcome is possible, also under guidance
         super().__init__(model.to(dtype).eval(), [PAD], checkpointing)
-        self.tokens = tokens
+        self.count = tokens
+
+    @property
+    def tokens(self):
+        return self.count
 
     def image_head(self):
         return self.model.head.weight, self.model.head.bias
