@@ -36,7 +36,7 @@ def write_plot(path: str | Path, tables: Sequence[BenchmarkTable]) -> None:
     figure.savefig(target, dpi=150)
 
 
-def _plot_panel(panel: Any, table: BenchmarkTable) -> None:
+def _plot_panel(panel: Any, table: BenchmarkTable) -> None:  # matplotlib is optional, and its types with it
     ours, theirs = len(table.columns), len(table.published)
     step = 0.8 / max(ours + theirs, 1)
     for place, column in enumerate(table.columns):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 MODEL = "uae"
 
 
-def manifest() -> Any:
+def manifest() -> object:
     """The manifest that names the model's class. lmms-eval calls this while it is being imported, so the import is local."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
