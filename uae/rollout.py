@@ -147,7 +147,7 @@ def roll_out(
         texts = [text for text in rollout.texts for _ in range(plan.reconstructions)]
         rewards, advantage_BG, drawn_advantage_R = credit(reward(batch["image"], reconstructions_NCHW, texts), plan)
 
-    def compare_with_start(name: str, policy: Policy[A], actions: A, advantage_R: Tensor) -> Segment[A]:
+    def recorded(name: str, policy: Policy[A], actions: A, advantage_R: Tensor) -> Segment[A]:
         with watch("replay"):
             old_RS = replay(policy, actions, len(batch["id"]), plan.mini_batches)
         reference_RS = None
@@ -158,9 +158,9 @@ def roll_out(
 
     segments: dict[str, Segment[Any]] = {}
     if plan.train != "images":
-        segments["caption"] = compare_with_start("caption", umm.captioner, rollout, advantage_BG.flatten())
+        segments["caption"] = recorded("caption", umm.captioner, rollout, advantage_BG.flatten())
     if umm.image_policy is not None and trajectory is not None:
-        segments["image"] = compare_with_start("image", umm.image_policy, trajectory, drawn_advantage_R)
+        segments["image"] = recorded("image", umm.image_policy, trajectory, drawn_advantage_R)
     return Experience(batch["id"], rollout, reconstructions_NCHW, rewards, advantage_BG, segments, watch.seconds)
 
 

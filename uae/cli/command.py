@@ -25,6 +25,7 @@ from uae.checkpoints.files import CheckpointFiles
 from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, one_line_errors
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
+from uae.types import PlannedSystem
 
 GIB = 2**30
 
@@ -129,7 +130,7 @@ class CLI(LightningCLI):
             memory = plan(self.model, self.datamodule, trainer)
             print(memory.table(available * GIB if available else None))
             raise SystemExit(0)
-        if available and hasattr(getattr(self.model, "system", None), "blueprint"):
+        if available and isinstance(getattr(self.model, "system", None), PlannedSystem):
             self._check_memory(trainer, available)
 
     def _check_memory(self, trainer: Mapping[str, Any], available: float) -> None:

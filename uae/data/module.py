@@ -10,6 +10,7 @@ import torch
 
 from uae.data.sampler import EvalBatches, ImageLoader, ImageSource, TrainBatches
 from uae.data.skipped import Skipped
+from uae.trainer import overfit_batches
 from uae.types import ImageBatch
 
 Stage = Literal["train", "val", "test", "predict"]
@@ -73,7 +74,7 @@ class ImageData(L.LightningDataModule, ABC):
     def shuffles(self) -> bool:
         """Whether every training epoch has its own order; not if ``trainer.overfit_batches`` repeats the same batches."""
         # Lightning sets this attribute outside of the class, so its type does not tell.
-        return not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        return not (self.trainer and overfit_batches(self.trainer))
 
     def train_batches(self, source: ImageSource, rank: int, world_size: int) -> TrainBatches:
         """The positions of every training batch of one process."""
