@@ -73,7 +73,6 @@ class ImageData(L.LightningDataModule, ABC):
     @property
     def shuffles(self) -> bool:
         """Whether every training epoch has its own order; not if ``trainer.overfit_batches`` repeats the same batches."""
-        # Lightning sets this attribute outside of the class, so its type does not tell.
         return not (self.trainer and overfit_batches(self.trainer))
 
     def train_batches(self, source: ImageSource, rank: int, world_size: int) -> TrainBatches:
