@@ -152,8 +152,10 @@ class ColdStart(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def on_fit_end(self) -> None:
-        """Write the weights and their checksums, unless the run was interrupted. Where a callback averages weights, the
-        averages are written."""
+        """Write the weights and their checksums, unless the run was interrupted.
+
+        Where a callback averages weights, the averages are written.
+        """
         if self.trainer.is_global_zero and not is_dry_run(self.trainer) and not self.trainer.interrupted:
             assert self.folder is not None
             self.objective.eval().save(self.folder)

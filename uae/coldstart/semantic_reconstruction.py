@@ -124,8 +124,10 @@ class SemanticReconstruction(SystemObjective):
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
-        """``cosine``: mean similarity of held-out images and the images drawn from their captions, with the same noise at
-        every validation."""
+        """``cosine``: mean similarity of held-out images and the images drawn from their captions.
+
+        Every validation starts from the same noise.
+        """
         return {"cosine": self._cosine(batch, step=-1).mean().item()}
 
     def save(self, folder: Path) -> None:
