@@ -1,4 +1,4 @@
-"""Checkpoints that resume exactly."""
+"""Checkpoints from which a run continues exactly as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def save(trainer: Trainer, path: str | Path, weights_only: bool = False) -> None
         trainer.save_checkpoint(path, weights_only)
     except OSError as failure:
         error = failure
-        trainer.strategy.barrier("Trainer.save_checkpoint")  # where ranks without an error wait
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # ranks without an error wait at this barrier
     if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
         raise NotSavedError(str(error or f"another process could not write checkpoint {str(path)!r}")) from error
 
 
 class RolloutCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, held back until a rollout has been used up.
+    """Lightning's ModelCheckpoint, which saves only when a rollout has been used up.
 
-    A rollout is not part of a checkpoint, so one taken in its middle could not continue with the same captions.
+    A checkpoint does not contain the rollout. So a run could not continue exactly from the middle of one.
 
     ``ckpt_path: last`` is the newest checkpoint of the run's folder that can be loaded, also one written at a preemption.
     A checkpoint that cannot be written (disk full) is a warning: the run goes on and keeps the ones it has.
@@ -49,7 +49,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         every_n_train_steps: Optimizer steps between checkpoints; a multiple of the steps that one rollout feeds
             (``mini_batches * num_iterations / accumulate_grad_batches``).
         max_failures: The run stops when so many checkpoints in a row could not be written.
-        **kwargs: Of `lightning.pytorch.callbacks.ModelCheckpoint`.
+        **kwargs: Further arguments of `lightning.pytorch.callbacks.ModelCheckpoint`.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, max_failures: int = 3, **kwargs: Any) -> None:
@@ -71,7 +71,7 @@ class RolloutCheckpoint(ModelCheckpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what killed processes left of checkpoints. Whatever is resumed has been read by now."""
+        """Remove incomplete checkpoints of killed processes. The checkpoint to resume from has been read before."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
             tidy(Path(str(self.dirpath)))
@@ -79,7 +79,7 @@ class RolloutCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, at the end of a rollout; at the end of an epoch or of the run, too, if that is wanted."""
+        """Save at the end of a rollout if a checkpoint is due, by the interval or at the end of an epoch or of the run."""
         if not getattr(pl_module, "at_rollout_boundary", True):
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -87,7 +87,7 @@ class RolloutCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: Lightning, resumed from what it saves here, takes the order of images of another epoch."""
+        """Do nothing. Resumed from a checkpoint of this hook, Lightning would use the image order of another epoch."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with fresh metrics, at the end of a rollout."""
@@ -102,7 +102,7 @@ class RolloutCheckpoint(ModelCheckpoint):
     # ------------------------------------------------------------------------------------------- what Lightning calls
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """What ``ckpt_path: last`` means: in the run's own folder, or, for an evaluation, in that of ``fit``."""
+        """Candidates for ``ckpt_path: last``: checkpoints of the run's own folder or, in an evaluation, of the folder of ``fit``."""
         lightning: Any = self
         folders = [lightning._ModelCheckpoint__resolve_ckpt_dir(trainer)]
         if self.dirpath is None:
@@ -134,7 +134,7 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     @contextmanager
     def _surviving(self, trainer: Trainer) -> Iterator[None]:
-        """Inside, a checkpoint that cannot be written leaves the record of the others as it was."""
+        """Inside, a failed write becomes a warning, and the record of earlier checkpoints is restored."""
         names = [*self.state_dict(), "_last_global_step_saved", "_last_checkpoint_saved"]
         before = {name: getattr(self, name) for name in names} | {"best_k_models": dict(self.best_k_models)}
         try:
@@ -151,13 +151,13 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
-        """Point ``last.ckpt`` at the newest, in one move."""
+        """Replace the link ``last.ckpt`` by one to the newest checkpoint, atomically."""
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
             link = Path(linkpath)
             try:
                 remove(partial_of(link))
                 os.symlink(os.path.relpath(filepath, link.parent), partial_of(link))
                 publish(partial_of(link), link)
-            except OSError as error:  # a link is a convenience
+            except OSError as error:  # a run can continue without the link
                 warnings.warn(f"{linkpath!r} cannot be linked to {filepath!r}: {error.strerror}", stacklevel=2)
         trainer.strategy.barrier()

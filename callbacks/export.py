@@ -1,4 +1,4 @@
-"""The trained policy in the format of its own library."""
+"""Writes the trained weights in the format of their own library."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from uae.trainer import is_dry_run
 from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
 from uae.weights.state import save_state
 
-WRAPPER = "base_model.model."  # PEFT's, before the names of what it wraps
+WRAPPER = "base_model.model."  # prefix that PEFT puts before the names of the wrapped model
 
 
 class Export(Callback):
-    """Writes what trained at the end of ``fit``: a PEFT adapter after LoRA, a Hugging Face model after full finetuning.
+    """Writes the trained weights at the end of ``fit``: a PEFT adapter after LoRA, a Hugging Face model after full finetuning.
 
     A renderer that trained weights of its own goes to the subfolder ``renderer``: an adapter, or a denoiser that diffusers loads.
 
     ``peft.PeftModel.from_pretrained(base, folder)`` or ``AutoModelForImageTextToText.from_pretrained(folder)`` reads it.
 
     Args:
-        folder: Where to; the default is ``export`` in the log directory.
-        merge: After LoRA, write the whole model with the adapter added to its weights, in their dtype. The only way where
-            the base is no folder that transformers reads (UAE with its ``llm_lora``, UniWorld-V1).
+        folder: Folder that is written; None is ``export`` in the log directory.
+        merge: After LoRA, write the whole model with the adapter added to its weights, in their dtype. Necessary if the
+            model below the adapter is no folder that transformers can load (UAE with its ``llm_lora``, UniWorld-V1).
     """
 
     def __init__(self, folder: str | None = None, merge: bool = False) -> None:
         self.folder, self.merge = folder, merge
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now, not after hours of training, an adapter that cannot be merged."""
+        """Check before the training, not after it, that the adapter can be merged."""
         policy = getattr(pl_module, "policy", None)
         if self.merge and isinstance(policy, Network) and policy.adapted:
             check_low_rank(name for name, _ in policy.model.named_parameters())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the weights on all ranks, write them on the first."""
-        log_dir = self.folder or trainer.log_dir  # asking for log_dir is collective
+        """Gather the weights with all ranks, and write them on the first."""
+        log_dir = self.folder or trainer.log_dir  # reading log_dir is a collective operation
         if is_dry_run(trainer) or trainer.interrupted or log_dir is None:  # a preempted run is not trained yet
             return
         folder = Path(self.folder) if self.folder else Path(log_dir, "export")
@@ -54,7 +54,7 @@ class Export(Callback):
             self._write(folder / "renderer", renderer, trainer.is_global_zero)
 
     def _write(self, folder: Path, policy: Network, here: bool, processor: Any = None) -> None:
-        """One policy; of a renderer (without a processor), its denoiser in the layout of diffusers."""
+        """Write one policy. Without a processor it is a renderer's, whose denoiser is written in the layout of diffusers."""
         # A full state dict is gathered by all ranks and handed to the first; the adapter's needs no frozen weights.
         alone = policy.adapted and not self.merge
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
@@ -75,12 +75,12 @@ class Export(Callback):
 
 
 def trained(policy: Any) -> Network | None:
-    """The policy, or None if nothing of it trained."""
+    """The policy, or None if none of its weights trained."""
     return policy if isinstance(policy, Network) and any(p.requires_grad for p in policy.parameters()) else None
 
 
 def save_adapter(folder: Path, policy: Network, weights: dict[str, Tensor]) -> None:
-    """The adapter in training, as PEFT writes it, with the name of the model below it."""
+    """Write the trained adapter in PEFT's format, with the name of the model below it."""
     model: Any = policy.model  # a PeftModel
     config, base = model.peft_config["default"], policy.base
     name = getattr(base, "name_or_path", None) or getattr(base.config, "_name_or_path", None)

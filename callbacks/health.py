@@ -1,4 +1,4 @@
-"""Skips updates that are not finite, warns of a run that goes wrong, and says which key to turn."""
+"""Skips updates that are not finite, and warns of a run that goes wrong, with the keys to change."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Sign = Literal["entropy", "kl", "ratio", "sampler_gap", "zero_variance", "reward_hacking"]
-Seen = tuple[Sign, str, bool, str]  # what was looked at, its tag, whether it is bad, and why in words
+Seen = tuple[Sign, str, bool, str]  # sign, tag of the number, whether it is bad, and the reason as text
 
 LR = "model.init_args.optimizer.init_args.lr"
 ADVICE: dict[Sign, str] = {
     "entropy": f"raise model.init_args.sampling.temperature or model.init_args.loss.beta, or lower {LR}",
     "kl": f"raise model.init_args.loss.beta or lower {LR}",
     "ratio": f"lower {LR}, model.init_args.num_iterations or model.init_args.mini_batches, or set model.init_args.loss.delta",
-    "sampler_gap": "sampler and training code have come apart: raise the precision (trainer.precision, the system's dtype), "
+    "sampler_gap": "sampler and training code give different log-probs: raise the precision (trainer.precision, the system's dtype), "
     "or raise model.init_args.ratio_tolerance if that is expected",
     "zero_variance": "nothing is learned from those: raise model.init_args.sampling.temperature or model.init_args.group, "
     "or check model.init_args.reward",
     "reward_hacking": "the reward is being gamed: take an earlier checkpoint, raise model.init_args.loss.beta or reward more "
     "encoders (model.init_args.reward)",
 }
-REASONS = {  # why an update is skipped, in the order of their cause, and what helps
+REASONS = {  # from the cause of a skipped update, earliest cause first, to advice
     "no reward of the rollout was finite, or one was infinite": "check model.init_args.reward and the reconstructions",
     "the loss was not finite": f"lower {LR}",
     "a gradient was not finite": f"lower {LR} or raise the precision (trainer.precision)",
@@ -35,28 +35,30 @@ REASONS = {  # why an update is skipped, in the order of their cause, and what h
 
 
 class Health(Callback):
-    """Keeps a run from going wrong silently. Tags are those of `uae.measure`.
+    """Skips updates that are not finite, and warns when logged numbers show that a run goes wrong.
 
-    An update with a loss, a gradient or a rollout's rewards that are not finite on *any* rank is skipped on *all*: the
-    weights stay, and the optimizer neither moves, decays nor counts. The schedule and the step go on. Skipped updates are
-    counted in ``health/skipped_updates``; too many in a row stop the run. Single missing rewards (NaN) are no reason:
-    their rows are left out of the advantages.
+    An update is skipped on *all* ranks if its loss, a gradient or the rewards of its rollout are not finite on *any* rank.
+    Then the weights, the state of the optimizer and its number of steps stay as they are; the learning-rate schedule and
+    Lightning's step go on. ``health/skipped_updates`` counts skipped updates, and too many in a row stop the run. A single
+    missing reward (NaN) does not skip an update: its row is left out of the advantages.
 
-    The other checks look at numbers that the ranks have shared already, so they cost no communication. A sign has to
-    show ``patience`` rollouts in a row (reward hacking: at a validation), then it warns, or stops if ``stop_on`` names it.
-    None turns a check off.
+    The other checks look at numbers that `uae.measure` logs and that are equal on all ranks, so they need no communication.
+    A check warns, or stops the run if ``stop_on`` names it, when its number is bad for ``patience`` rollouts in a row. Reward
+    hacking is checked at validations instead. A limit of None turns a check off.
 
     Args:
-        patience: Rollouts in a row that a sign has to show; also the rollouts whose mean entropy is the start's.
-        max_skipped: Skipped updates in a row at which the run stops.
-        max_kl: Of ``policy/kl`` (and the images'), in nats per action; seen where a loss has a KL term.
-        min_entropy: Of ``policy/entropy``, as a share of the first rollouts'.
-        max_zero_variance: Share of groups without different rewards that is one too many, in (0, 1].
-        max_ratio: Of ``policy/ratio_max`` (and the images') at the end of a rollout.
-        reward_rise: ``val_reward/mean`` has risen by more than this since the validation with the best held-out score
-        held_out_fall: and ``unified_score/held_out`` has fallen by more than this: reward hacking.
-        stop_on: Signs that stop the run instead of warning: "entropy", "kl", "ratio", "sampler_gap" (the guard of the
-            first rollout, in later ones), "zero_variance", "reward_hacking".
+        patience: Number of consecutive rollouts with a bad number before a check warns. The mean entropy of as many rollouts
+            at the start is the one that ``min_entropy`` compares with.
+        max_skipped: Number of consecutive skipped updates at which the run stops.
+        max_kl: Largest ``policy/kl`` and ``image_policy/kl``, in nats per action; logged if a loss has a KL term.
+        min_entropy: Smallest ``policy/entropy``, as a share of the mean over the first rollouts.
+        max_zero_variance: Share of groups whose rewards are all equal at which the check warns, above 0 and at most 1.
+        max_ratio: Largest ``policy/ratio_max`` and ``image_policy/ratio_max`` at the end of a rollout.
+        reward_rise: Reward hacking is a rise of ``val_reward/mean`` by more than this, together with a fall by
+            ``held_out_fall``, both since the validation with the best held-out score.
+        held_out_fall: Fall of ``unified_score/held_out`` above which a rise by ``reward_rise`` is reward hacking.
+        stop_on: Checks that stop the run instead of warning: "entropy", "kl", "ratio", "sampler_gap" (log-probs of sampler
+            and training code differ; the first rollout is always checked), "zero_variance", "reward_hacking".
     """
 
     def __init__(
@@ -86,21 +88,21 @@ class Health(Callback):
         self._shown: dict[str, int] = {}  # rollouts in a row, per tag
         self._experience: Any = None
         self._unrewarded = False
-        self._losses: list[Tensor] = []  # of this optimizer window
+        self._losses: list[Tensor] = []  # of the batches since the last optimizer step
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run compares with."""
+        """The counts and the earlier numbers that a resumed run compares with."""
         return {name: getattr(self, name) for name in ("skipped", "in_a_row", "first_entropies", "best")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run."""
+        """Restore the counts of a resumed run."""
         for name, value in state_dict.items():
             setattr(self, name, value)
 
     # ---------------------------------------------------------------------------------------------- numbers not finite
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Take note of the loss, and once per rollout of its rewards."""
+        """Remember the loss and, once per rollout, whether its rewards are finite."""
         experience = getattr(pl_module, "experience", None)
         if experience is not None and experience is not self._experience:
             self._experience = experience
@@ -109,7 +111,7 @@ class Health(Callback):
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Skip the update on all ranks if it is bad on one. The only communication: three numbers."""
+        """Skip the update on all ranks if it is not finite on one of them. The ranks share three numbers for this."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         loss = torch.stack(self._losses).float()
         self._losses = []
@@ -142,7 +144,7 @@ class Health(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at a rollout once it has been used up, when the policy has moved furthest from it."""
+        """Check the numbers when a rollout has been used up, because the policy then differs most from its sampler."""
         if (batch_idx + 1) % getattr(pl_module, "batches_per_rollout", 1) == 0:
             values = {tag: float(value) for tag, value in trainer.callback_metrics.items() if "/" in tag}
             for sign, tag, bad, why in self._signs(values, getattr(pl_module, "ratio_tolerance", math.inf)):
@@ -152,7 +154,7 @@ class Health(Callback):
 
     def _signs(self, values: dict[str, float], ratio_tolerance: float) -> Iterator[Seen]:
         above: list[tuple[Sign, str, str, float | None]] = [
-            ("sampler_gap", "policy/sampler_gap", "model.ratio_tolerance", ratio_tolerance)
+            ("sampler_gap", "policy/sampler_gap", "model.init_args.ratio_tolerance", ratio_tolerance)
         ]
         for policy in ("policy", "image_policy"):
             above.append(("kl", f"{policy}/kl", "max_kl", self.max_kl))
@@ -198,7 +200,7 @@ class Health(Callback):
             )
 
     def _tell(self, trainer: Trainer, sign: Sign, seen: str) -> None:
-        """Warn, or stop; the numbers are the same on all ranks, so all stop."""
+        """Warn or stop the run. The numbers are equal on all ranks, so all ranks stop."""
         line = f"step {trainer.global_step}: {seen}; {ADVICE[sign]}"
         if sign in self.stop_on:
             raise RuntimeError(f"stopped by callbacks.health.Health stop_on={sign} at {line}")
@@ -206,6 +208,6 @@ class Health(Callback):
 
 
 def _norm(gradients: list[Tensor], like: Tensor) -> Tensor:
-    """Norm of what this rank holds of all gradients."""
+    """Norm of the gradients, or of this rank's shards of them."""
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     return torch.nn.utils.get_total_norm(local).float() if local else like.new_zeros(())

@@ -1,4 +1,4 @@
-"""Pictures of what the policy says and what comes of it, in TensorBoard."""
+"""Shows captions and reconstructions of validation images in TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from uae.rollout import Experience, roll_out
 from uae.types import ImageBatch
 
-TILE = 160  # pixels, for an image and for the caption under it
+TILE = 160  # side of an image and height of the caption under it, in pixels
 LINE = 12
-WIDTH = 26  # letters of Pillow's own font in a tile
+WIDTH = 26  # characters of Pillow's default font that fit in a tile
 
 
 class RolloutPanels(Callback):
@@ -32,7 +32,7 @@ class RolloutPanels(Callback):
     Args:
         images: Validation images to show, taken from the first batch.
         columns: Reconstructions to show of every image, at most G.
-        every_n_rollouts: How often the histograms are written.
+        every_n_rollouts: Number of training rollouts from one histogram to the next.
     """
 
     def __init__(self, images: int = 4, columns: int = 8, every_n_rollouts: int = 10) -> None:
@@ -55,12 +55,12 @@ class RolloutPanels(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first images."""
+        """Keep the first images of the first batch."""
         if batch_idx == 0 and dataloader_idx == 0:
             self._batch = {"image": batch["image"][: self.images], "id": batch["id"][: self.images]}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Roll out and show. All ranks take part, because a sharded policy needs them; the first one writes."""
+        """Sample captions and show them. All ranks take part, as a sharded policy needs them; the first rank writes."""
         logger = _logger(trainer)
         if logger is None or self._batch is None or getattr(pl_module, "umm", None) is None:
             return

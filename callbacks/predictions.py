@@ -1,4 +1,4 @@
-"""What ``predict`` leaves behind."""
+"""Writes the captions and reconstructions of ``predict``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ROWS = "captions.rank*.jsonl"
 class Predictions(BasePredictionWriter):
     """Writes every reconstruction as a PNG named after its image, and all captions to ``captions.json``.
 
-    Images appear whole or not at all, and then their row in ``captions.rank<rank>.jsonl``: whoever has a row is finished,
-    whenever the run is killed.
+    Images are written atomically, and only then their row in ``captions.rank<rank>.jsonl``. So an image with a row is
+    complete, whenever the run was killed.
 
     Args:
-        folder: Where to; the default is ``predictions`` in the log directory.
-        resume: Keep the rows that are there. Which images are left to predict is the data module's affair.
+        folder: Folder that is written; None is ``predictions`` in the log directory.
+        resume: Whether to keep the rows of earlier runs. The data module decides which images are still to be predicted.
     """
 
     def __init__(self, folder: str | None = None, resume: bool = False) -> None:
@@ -37,10 +37,16 @@ class Predictions(BasePredictionWriter):
         self._path = self._file = Path()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, in a folder all ranks agree on; with nothing in it that counts, unless the run is resumed."""
+        """Open this rank's files in a folder that all ranks agree on, and remove earlier rows unless the run is resumed.
+
+        Raises:
+            ValueError: There is no folder.
+        """
         log_dir = trainer.log_dir
         if self.folder is None and log_dir is None:
-            raise ValueError("callbacks.predictions.Predictions does not know where to write: set its folder")
+            raise ValueError(
+                "callbacks.predictions.Predictions has no folder to write to: set callbacks.predictions.Predictions.folder"
+            )
         self._path = Path(self.folder) if self.folder else Path(str(log_dir), "predictions")
         self._path.mkdir(parents=True, exist_ok=True)
         self._file = self._path / ROWS.replace("*", str(trainer.global_rank))
@@ -96,7 +102,7 @@ def collect(folder: Path, rows: Sequence[dict[str, Any]] = ()) -> list[dict[str,
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name to row of the images that runs into a folder have finished, whatever became of those runs."""
+    """The rows of all images that earlier runs have finished in a folder, by the image's name."""
     rows = (row for file in sorted(folder.glob(ROWS)) for row in _read(file))
     return {row["name"]: row for row in rows if (folder / row["reconstruction"]).is_file()}
 
@@ -105,14 +111,14 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # torn when a run was killed
+        except ValueError:  # an incomplete line of a killed run
             continue
         if isinstance(row, dict) and {"name", "reconstruction", "caption"} <= row.keys():
             yield row
 
 
 def _torn(file: Path) -> bool:
-    """Whether the last line has no end."""
+    """Whether the last line of a file lacks its line break."""
     return file.is_file() and not file.read_bytes().endswith(b"\n")
 
 
@@ -125,7 +131,7 @@ def _save(image_CHW: torch.Tensor, path: Path) -> None:
 def file_name(name: str) -> str:
     """A relative PNG path for an image's name; ``a.jpg`` and ``a.png`` do not collide and nothing leaves the folder.
 
-    Names come from data of others: absolute ones, ``..``, backslashes, and parts that no file system takes are made harmless.
+    Names come from the data and cannot be trusted: absolute paths, ``..``, backslashes and overlong parts are replaced.
     """
     parts = [part for part in name.replace("\0", "").replace("\\", "/").split("/") if part not in ("", "..", ".")]
     file = "/".join(map(_part, parts)) or "image"
@@ -133,7 +139,7 @@ def file_name(name: str) -> str:
 
 
 def _part(part: str) -> str:
-    """A part of a path in at most 200 bytes; what is cut off stays in a hash, so that names stay different."""
+    """A part of a path in at most 200 bytes. A cut part ends with a hash of the whole, so that names stay different."""
     encoded = part.encode("utf-8", "replace")
     if len(encoded) <= 200:
         return encoded.decode()

@@ -1,4 +1,4 @@
-"""A polite end when the scheduler wants the machine back."""
+"""Saves and stops a run when the scheduler needs the machine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ NAME = "preempted.ckpt"
 class Preemption(Callback):
     """On SIGTERM or SIGUSR1, finishes the rollout, saves ``preempted.ckpt`` beside the other checkpoints and stops.
 
-    The handler only notes the request; at the end of the next rollout all ranks agree whether one was asked. A request
-    during a validation, or before the first step, waits for that. The process then ends with status 0, without a last
-    validation or an export, and ``--ckpt_path last`` continues the run. From the first request on, further ones change
-    nothing.
+    The signal handler only remembers the request. At the end of the next rollout all ranks agree whether one of them got a
+    request. A request during a validation or before the first step waits until then. The process ends with status 0,
+    without a last validation or an export, and ``--ckpt_path last`` continues the run. Further signals have no effect.
 
-    Lightning's own handlers run collectives inside the signal handler, which can hang several processes for good, and on
-    SLURM save and requeue in there; they are replaced.
+    Lightning's own handlers are replaced, because they run collective operations inside the signal handler (on SLURM to save
+    and requeue), and then several processes can wait for each other without end.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class Preemption(Callback):
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen, before anything is loaded."""
+        """Install the signal handlers before the model is loaded."""
         if stage != "fit" or threading.current_thread() is not threading.main_thread():
             return
         self.asked = False
@@ -45,11 +44,11 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here if asked."""
+        """Stop at the end of a rollout if a rank got a request."""
         self._vote(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop here if asked meanwhile; before the first step, nothing is worth saving yet."""
+        """Stop if a rank got a request during the validation; before the first step there is nothing to save."""
         if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
             self._vote(trainer, pl_module)
 
@@ -69,12 +68,12 @@ class Preemption(Callback):
         trainer.state.status = TrainerStatus.INTERRUPTED
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Hand the signals back, also in the record from which Lightning restores them after this."""
+        """Restore the earlier signal handlers, also in the record from which Lightning restores them later."""
         trainer._signal_connector._original_handlers.update(self._handlers)
         self._restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hand the signals back, unless the process is asked to end: the next request would be its death, not status 0."""
+        """Restore the earlier signal handlers, unless a request came: another signal would then kill the process."""
         if not self.asked:
             self._restore()
 

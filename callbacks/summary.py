@@ -1,4 +1,4 @@
-"""What a run achieved: every validation metric before and after."""
+"""Reports all validation metrics before and after the training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Summary(Callback):
     """Writes ``summary.json`` (``before``, ``after``, ``steps``, ``seconds``) to the log directory and prints it as a table.
 
     ``before`` is the validation that Lightning runs ahead of the first step (``trainer.num_sanity_val_steps: -1``, the
-    command line's default); it also becomes the first point of the TensorBoard curves. It travels in checkpoints, so a
-    resumed run compares with the original start. The last step is always validated. An interrupted run reports its last
-    validation.
+    command line's default); it also becomes the first point of the TensorBoard curves. Checkpoints contain it, so a
+    resumed run compares with the original start. There is always a validation after the last step. An interrupted run
+    reports its last validation.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Summary(Callback):
         return {"before": self.before, "seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run."""
+        """Restore the metrics and the time of a resumed run."""
         self.before, self.seconds = state_dict["before"], state_dict["seconds"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,7 +49,7 @@ class Summary(Callback):
             self.before = metrics
             if trainer.logger is not None:
                 trainer.logger.log_metrics(metrics, step=0)  # Lightning itself does not log this validation
-        else:  # training metrics are among them
+        else:  # callback_metrics contains training metrics too
             self.after = {name: value for name, value in metrics.items() if name in self.before or not self.before}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

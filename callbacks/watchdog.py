@@ -1,4 +1,4 @@
-"""Says where a run hangs: the stacks of all threads of every rank, in the log directory."""
+"""Shows where a run hangs, by the stack traces of all threads of every rank in the log directory."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from uae.trainer import is_dry_run
 
 
 class Watchdog(Callback):
-    """Writes ``stacks/rank<R>.txt`` in the log directory when nothing has moved for too long.
+    """Writes stack traces to ``stacks/rank<R>.txt`` in the log directory if a step of the run takes longer than a limit.
 
-    What has to move is a training step with its rollout, a batch of validation, test or prediction, or the loading at
-    the start. Every rank watches itself, from a thread that needs no interpreter, so it also sees the ranks that wait in
-    a collective for the one that is stuck. Its timer is wound up again with every batch. A run in which nothing took too long
-    leaves no file.
+    Watched are training steps with their rollouts, batches of validation, test and prediction, and the loading at the start.
+    A timer starts again with every batch. Every rank has its own timer, in a thread that does not need the Python
+    interpreter, so ranks that wait in a collective operation write their stacks too. If nothing takes too long, there is no
+    file.
 
     Args:
-        limit: Seconds; above the slowest step (its checkpoint included) and below the timeout of collectives.
-        fatal: End the process with status 1 after writing, so that a scheduler can start the run again. Never while
-            weights are loaded or results exported.
+        limit: Seconds after which stacks are written, above 0. Choose it above the time of the slowest step, its checkpoint
+            included, and below the timeout of collective operations.
+        fatal: Whether the process then ends with status 1, so that a scheduler can start the run again. Loading and exports
+            are never ended.
     """
 
     def __init__(self, limit: float = 1200.0, fatal: bool = False) -> None:
         if not limit > 0:
-            raise ValueError(f"callbacks.watchdog.Watchdog limit={limit} seconds; allowed: above 0")
+            raise ValueError(f"callbacks.watchdog.Watchdog.limit={limit} seconds; allowed: above 0")
         self.limit, self.fatal = limit, fatal
         self.file: Path | None = None
         self._descriptor: int | None = None
-        self._kept = self._header = 0  # bytes of the file: to keep, and of the line after them
+        self._kept = self._header = 0  # bytes of stacks to keep, and of the header line after them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open this rank's file and watch the loading. The log directory is a broadcast, so all ranks ask."""
+        """Open this rank's file and watch the loading. All ranks read the log directory, because it is broadcast."""
         log_dir = trainer.log_dir
         if log_dir is None or is_dry_run(trainer):
             return
@@ -70,11 +71,11 @@ class Watchdog(Callback):
         self._wind_up(trainer, "after training", fatal=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The run ends by itself."""
+        """Stop watching, because the run ends."""
         self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The run has ended."""
+        """Stop watching, because the run has ended."""
         self._stop()
 
     def _wind_up(self, trainer: Trainer, what: str, fatal: bool) -> None:
@@ -89,7 +90,7 @@ class Watchdog(Callback):
         faulthandler.dump_traceback_later(self.limit, file=self._descriptor, exit=fatal)
 
     def _keep_stacks(self) -> None:
-        """Stop the timer. Stacks written since it was wound up stay, else the next header takes the last one's place."""
+        """Stop the timer. If stacks were written since it started, keep them; else the next header replaces the last one."""
         faulthandler.cancel_dump_traceback_later()
         size = os.fstat(self._descriptor).st_size  # type: ignore[arg-type]
         if size > self._kept + self._header:

@@ -19,16 +19,19 @@ from uae.types import UMM, ImageBatch
 
 
 class AutoEncoder(LightningModule):
-    """Validation, test and prediction, and where the frozen parts live.
+    """Validation, test and prediction of a system, without training.
 
-    ``umm`` holds captioner, conditioner and renderer out of Lightning's sight; ``policy``, the captioner's trainable
-    network, is all that is registered. So nothing frozen can reach the optimizer, a checkpoint or a distributed wrapper.
+    ``umm`` holds captioner, conditioner and renderer in an attribute that Lightning does not search. Only the trainable
+    networks ``policy`` and ``image_policy`` are registered as submodules. So frozen weights never get into the optimizer, a
+    checkpoint or a distributed wrapper.
 
     Args:
-        reward: What a reconstruction is worth.
-        evaluation: How one caption per image is drawn.
-        unified_score: Logged as ``unified_score/<name>``.
-        metrics: More metrics with ``update(texts, reconstructions, batch)``; ``compute`` returns tags.
+        reward: Scores the reconstructions.
+        evaluation: Settings of the rollout with one caption per image.
+        unified_score: Metric of the similarity of images and reconstructions, logged as ``unified_score/<name>``; None
+            logs none.
+        metrics: Further metrics, with ``update(texts, reconstructions, batch)``; ``compute`` returns a dictionary from tags
+            to values.
     """
 
     def __init__(
@@ -40,15 +43,15 @@ class AutoEncoder(LightningModule):
     ) -> None:
         super().__init__()
         self._umm: UMM | None = None  # configure_model sets it
-        self.policy: nn.Module | None = None  # likewise
-        self.image_policy: nn.Module | None = None  # of a renderer that trains weights of its own, likewise
+        self.policy: nn.Module | None = None  # configure_model sets it
+        self.image_policy: nn.Module | None = None  # configure_model sets it if the renderer's own network trains
         self.reward, self.evaluation = reward, evaluation
         self.unified_score, self.metrics = unified_score, nn.ModuleDict(metrics or {})
         self.mean_reward = MeanMetric(nan_strategy="ignore")
 
     @property
     def umm(self) -> UMM:
-        """Captioner, conditioner and renderer; there from ``configure_model`` on.
+        """Captioner, conditioner and renderer; they exist after ``configure_model`` has been called.
 
         Raises:
             RuntimeError: The system is not built yet.
@@ -67,7 +70,7 @@ class AutoEncoder(LightningModule):
             metric.update(result["caption"], result["reconstruction"], batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all ranks and start them afresh."""
+        """Log the metrics over all ranks and reset them."""
         self._log_metrics("val")
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -99,7 +102,7 @@ class AutoEncoder(LightningModule):
 
     @contextmanager
     def whole_policies(self) -> Iterator[None]:
-        """Inside, the weights of both policies are whole, also where a strategy shards them; see `uae.strategy.unsharded`."""
+        """Inside, every rank holds the whole weights of both policies, even under a sharding strategy."""
         with unsharded(self.policy), unsharded(self.image_policy):
             yield
 
@@ -118,7 +121,7 @@ class AutoEncoder(LightningModule):
         return [metric for metric in self.metrics.values() if isinstance(metric, Metric)]
 
     def _place(self) -> None:
-        """Move what Lightning does not know of to where the policy is."""
+        """Move the frozen parts, which Lightning does not know, to the policy's device."""
         for part in (self.umm.captioner, self.umm.conditioner, self.umm.renderer):
             part.to(self.device)
         self.reward.load(self.device)
@@ -126,7 +129,7 @@ class AutoEncoder(LightningModule):
             self.unified_score.load(self.device)
 
     def on_fit_start(self) -> None:
-        """The policy is on its device now; the frozen parts follow."""
+        """Move the frozen parts, once the policy is on its device."""
         self._place()
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start

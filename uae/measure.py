@@ -1,4 +1,4 @@
-"""What is logged about a rollout and about an update. Tags are the stages' names."""
+"""The scalars that are logged about a rollout and about an update. A tag begins with the stage it is about."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from uae.grpo import LossTerms, zero_variance_share
 from uae.rollout import Experience, Segment
 from uae.types import Actions
 
-POLICIES = {"caption": "policy", "image": "image_policy"}  # segment to the first half of its tags
-# Of these, the largest value of any rank is logged; of everything else, the mean over ranks.
+POLICIES = {"caption": "policy", "image": "image_policy"}  # from a segment to the first part of its tags
+# For these tags the largest value of all ranks is logged, for all others the mean over ranks.
 MAXIMA = ("policy/sampler_gap", "policy/ratio_max", "image_policy/ratio_max", "advantage/max_abs")
 
 
@@ -55,7 +55,10 @@ def _of_images(experience: Experience) -> dict[str, Tensor | float]:
 
 
 def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment[Any]) -> dict[str, Tensor | float]:
-    """Scalars of one mini-batch and segment. ``.../kl`` is in nats per action (k3) whatever the loss aggregates."""
+    """Scalars of one mini-batch and segment.
+
+    ``.../kl`` is the k3 estimate of the KL divergence in nats per action, however the loss aggregates it.
+    """
     policy = POLICIES[name]
     values: dict[str, Tensor | float] = {
         f"{policy}/loss": terms.loss.detach(),
@@ -70,7 +73,12 @@ def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment[Any
 
 
 def over_ranks(values: dict[str, Tensor | float], all_WK: Tensor) -> dict[str, Tensor]:
-    """One number per name from every rank's: the largest of a maximum, else the mean of those that are not NaN."""
+    """Combine the values of all ranks: the largest value for tags in `MAXIMA`, else the mean of those that are not NaN.
+
+    Args:
+        values: The values of this rank, by tag.
+        all_WK: The values of all W ranks, in the order of the K tags.
+    """
     columns = zip(values, all_WK.view(-1, len(values)).unbind(1), strict=True)
     return {name: column.max() if name in MAXIMA else column.nanmean() for name, column in columns}
 

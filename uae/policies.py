@@ -25,22 +25,22 @@ def prepare(
     image_finetune: Finetune | None,
     exploration: Exploration | None = None,
 ) -> UMM:
-    """Unfreeze what trains and keep the references it needs; everything else is frozen.
+    """Unfreeze the weights that train, keep the reference weights that losses need, and freeze everything else.
 
     Args:
         umm: The system as it was built.
-        train: Whose actions are rewarded.
-        references: Segments ("caption", "image") whose loss compares with the weights the run started from.
-        finetune: What trains in the captioner, or in the one network that is captioner and renderer.
-        image_finetune: What trains in a renderer with weights of its own.
-        exploration: How a diffusion renderer, which has no log-probs of its own, explores; see
-            `uae.models.flow.policy.Exploration`. Renderers of image tokens do without.
+        train: Which policies learn from rewards: "captions", "images" or "both".
+        references: Segments ("caption", "image") whose loss has a KL term against the initial weights.
+        finetune: Which weights train in the captioner, or in the one network that both captions and draws.
+        image_finetune: Which weights train in a renderer that has a network of its own.
+        exploration: Which denoising steps of a diffusion renderer are random; without random steps it has no log-probs.
+            Renderers that draw image tokens do not need it.
 
     Returns:
-        The system, with a renderer that has log-probs where it trains.
+        The system. If images train, its renderer is a policy with log-probs.
 
     Raises:
-        ValueError: The renderer cannot learn, or nothing says how.
+        ValueError: The renderer cannot learn, or ``image_finetune`` or ``exploration`` is missing.
     """
     references = {*references, *(["caption"] if umm.needs_reference else [])}
     learner = umm.captioner.learner
@@ -55,7 +55,7 @@ def prepare(
         freeze_unreached(learner.network, train)
         return umm
     finetune.attach(learner, keep_reference="caption" in references)
-    if train == "images":  # from the adapter it starts with, if any
+    if train == "images":  # after attach, so that it keeps an adapter that the run starts from
         learner.network.requires_grad_(False)
     if image_finetune is None:
         raise ValueError(
@@ -67,7 +67,7 @@ def prepare(
 
 
 def networks(umm: UMM, train: Train) -> dict[str, Network]:
-    """What a module registers, by its names: ``policy``, and ``image_policy`` if the renderer trains weights of its own."""
+    """The networks that the LightningModule registers: ``policy``, and ``image_policy`` if the renderer's own network trains."""
     captions = umm.captioner.learner.network
     if train == "captions" or umm.image_policy is None or umm.image_policy.learner is umm.captioner.learner:
         return {"policy": captions}
@@ -75,7 +75,7 @@ def networks(umm: UMM, train: Train) -> dict[str, Network]:
 
 
 def roots(umm: UMM, train: Train) -> list[nn.Module]:
-    """The networks that a strategy shards: those of `networks`, and the frozen copies of their starts."""
+    """The networks that a strategy shards: those of `networks`, and the frozen copies of their initial weights."""
     learners = [umm.captioner.learner]
     if train != "captions" and umm.image_policy is not None and umm.image_policy.learner is not learners[0]:
         learners.append(umm.image_policy.learner)
@@ -83,7 +83,10 @@ def roots(umm: UMM, train: Train) -> list[nn.Module]:
 
 
 def freeze_unreached(network: Network, train: Train) -> None:
-    """Freeze what only the other half uses: no loss reaches it, and DDP waits for the gradient of all that trains."""
+    """Freeze weights that only the policy which does not train uses.
+
+    No loss reaches them, but DDP would wait for their gradients.
+    """
     for half, pattern in network.used_only_for.items():
         if train not in (half, "both"):
             for name, parameter in network.named_parameters():
@@ -92,7 +95,7 @@ def freeze_unreached(network: Network, train: Train) -> None:
 
 
 def _explorer(umm: UMM, exploration: Exploration | None) -> ImagePolicy[Any]:
-    """The renderer as a policy of images."""
+    """The renderer as a policy: itself if it has log-probs, else a `FlowPolicy` around it."""
     if umm.image_policy is not None:
         return umm.image_policy
     if exploration is None or not isinstance(umm.renderer, DiffusersRenderer):

@@ -10,21 +10,21 @@ import torch
 
 
 class Stopwatch:
-    """Seconds per stage. Waits for the device on both sides, so that every stage pays for its own work."""
+    """Measures seconds per stage. It waits for the GPU before and after a stage, so that each stage counts its own work."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a ``with`` block; blocks of one stage add up."""
+        """Measure a ``with`` block; the times of blocks with the same stage name are added up."""
         start = now()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now() - start
 
 
 def now() -> float:
-    """Seconds on a steady clock, once the device has finished what it was given."""
+    """Seconds on a monotonic clock, after the GPU has finished its queued work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,9 +1,9 @@
 """Fully sharded training (FSDP2) as a Lightning strategy, ``trainer.strategy: fsdp2``.
 
-What it adds to Lightning's `ModelParallelStrategy`: every process is data-parallel, copies of the weights may be spread
-over fewer processes than there are (`shard_size`), gradients are reduced once per accumulation window, checkpoints hold
-what trains and nothing else, and a rollout gathers every weight once (`unsharded`). Works with NCCL and, for tests, with
-gloo on a CPU. What it costs is in docs/scaling.md.
+It adds the following to Lightning's `ModelParallelStrategy`. Every process is data-parallel. Groups of `shard_size` processes
+may each hold a copy of the weights. Gradients are reduced once per accumulation window. Checkpoints hold only the weights that
+train. A rollout gathers every weight once (`unsharded`). It works with NCCL and, for tests, with gloo on a CPU.
+docs/scaling.md lists its memory and communication.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def shard(policy: nn.Module, mesh: DeviceMesh, precision: MixedPrecisionPolicy |
     """Shard a policy in place, bottom-up: every block of its outermost module lists, then the rest as the root.
 
     Args:
-        policy: The root. Whatever needs its own weights must happen in its ``forward`` or inside `unsharded`.
-        mesh: One dimension, over which weights are divided; or two, of which the first holds copies.
-        precision: Of computing and reducing. With a ``param_dtype``, what trains is kept in float32.
+        policy: The network to shard. Afterwards its weights may be used in its ``forward`` or inside `unsharded` only.
+        mesh: Device mesh. Weights are divided over its only dimension, or over the second of two; the first of two holds
+            copies of the weights.
+        precision: Dtypes of computation and of gradient reduction. With a ``param_dtype``, weights that train are kept in
+            float32.
     """
     precision = precision or MixedPrecisionPolicy()
     if precision.param_dtype is not None:
@@ -39,11 +41,11 @@ def shard(policy: nn.Module, mesh: DeviceMesh, precision: MixedPrecisionPolicy |
     for block in blocks(policy):
         fully_shard(block, mesh=mesh, mp_policy=precision)
     frozen = not any(parameter.requires_grad for parameter in policy.parameters())
-    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=frozen)  # no backward pass would
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=frozen)  # frozen: no backward pass
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """Text layers, vision blocks and the like."""
+    """The members of the outermost module lists of a network, such as its text layers and vision blocks."""
     if isinstance(module, nn.ModuleList):
         return [block for block in module if next(block.parameters(), None) is not None]
     return [block for child in module.children() for block in blocks(child)]
@@ -51,16 +53,15 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def unsharded(root: nn.Module | None) -> Iterator[None]:
-    """Inside, the weights of a sharded module are whole: gathered once, however many forward passes follow.
+    """Inside, every rank holds the whole weights of a sharded module; they are gathered once, on entry.
 
-    A module that is not sharded stays as it is; None is no module at all. All ranks must enter; inside, nothing is
-    communicated, so that ranks may run different numbers of forward passes. Not for use between a backward pass and its
-    optimizer step.
+    A module that is not sharded, or None, is left alone. All ranks must enter. Inside, there is no communication, so ranks may
+    run different numbers of forward passes. Do not use it between a backward pass and its optimizer step.
     """
     if not isinstance(root, FSDPModule):
         yield
         return
-    root._get_fsdp_state()._lazy_init()  # or the first block to run would take itself for the root
+    root._get_fsdp_state()._lazy_init()  # else the first block that runs is taken for the root
     modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -69,15 +70,15 @@ def unsharded(root: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            module.reshard()  # the root, too: its old weights would survive the next optimizer step
+            module.reshard()  # the root too, or it would keep its old weights after the optimizer step
             module.set_reshard_after_forward(module is not root, recurse=False)
 
 
 def refuse_other_sharding(strategy: Any) -> None:
-    """Raise for strategies of Lightning that divide weights, but know neither rollouts nor frozen parts.
+    """Refuse the sharding strategies of Lightning, which support neither rollouts nor frozen parts.
 
-    ``fsdp`` would flatten frozen decoders with what trains and gather at every sampled token, ``deepspeed`` likewise;
-    `ModelParallelStrategy` alone is tensor-parallel over all devices by default, so that nothing would be divided.
+    ``fsdp`` and ``deepspeed`` would flatten frozen decoders together with trained weights, and gather them at every
+    sampled token. `ModelParallelStrategy` is tensor-parallel over all devices by default, so it would divide nothing.
 
     Raises:
         ValueError: The strategy is one of these.
@@ -94,15 +95,16 @@ class FSDP2Strategy(ShardedCheckpoints):
     """Fully sharded data parallelism over all processes.
 
     Args:
-        shard_size: Processes that share one copy of the weights; the others hold further copies and gradients are
-            averaged over all. None is all processes. The GPUs of a machine keep every gather inside it; 1 divides nothing.
-        param_dtype: Dtype of gathered weights and of computation; None keeps the weights' own. With "bfloat16" and
+        shard_size: Number of processes that share one copy of the weights. Each further group of so many processes holds
+            another copy, and gradients are averaged over all. None is all processes. With the number of GPUs per machine,
+            weights are never gathered across machines. 1 divides nothing.
+        param_dtype: Dtype of gathered weights and of computation; None keeps the dtype of the weights. With "bfloat16" and
             ``trainer.precision: 32-true``, weights that train stay in float32 and are gathered in half the bytes.
-        reduce_dtype: Dtype gradients are averaged in.
-        save_distributed_checkpoint: Every process writes its shard into a folder. False writes one ordinary file,
-            which other strategies can resume from, at the price of gathering everything on the first process.
-        process_group_backend: None is NCCL on GPUs and gloo on the CPU.
-        timeout: Of collectives.
+        reduce_dtype: Dtype in which gradients are averaged; None keeps their own.
+        save_distributed_checkpoint: True makes every process write its shard into a folder. False writes one ordinary
+            file, from which other strategies can resume; the first process then gathers all weights.
+        process_group_backend: Backend of torch.distributed; None is NCCL on GPUs and gloo on the CPU.
+        timeout: Time after which a collective operation fails.
     """
 
     def __init__(
@@ -123,13 +125,13 @@ class FSDP2Strategy(ShardedCheckpoints):
         self.shard_size, self.param_dtype, self.reduce_dtype = shard_size, param_dtype, reduce_dtype
 
     def shard(self, policy: nn.Module) -> None:
-        """`shard` over this strategy's processes and in its precision. For ``configure_model``."""
+        """Call `shard` with the processes and the precision of this strategy. To be used in ``configure_model``."""
         dtypes = {None: None, "bfloat16": torch.bfloat16, "float32": torch.float32}
         precision = MixedPrecisionPolicy(param_dtype=dtypes[self.param_dtype], reduce_dtype=dtypes[self.reduce_dtype])
         shard(policy, self._mesh(), precision)
 
     def _mesh(self) -> DeviceMesh:
-        """Neighbouring ranks, those of one machine first, share a copy."""
+        """The device mesh, in which neighbouring ranks, so those of one machine first, share a copy of the weights."""
         if self.shard_size in (None, self.world_size):
             return self.device_mesh["data_parallel"]
         copies = self.world_size // self.shard_size
@@ -137,7 +139,7 @@ class FSDP2Strategy(ShardedCheckpoints):
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     def setup_environment(self) -> None:
-        """Make every process data-parallel; Lightning's default would make every node so.
+        """Make every process data-parallel. By default, Lightning would be data-parallel over machines only.
 
         Raises:
             ValueError: The processes do not divide into groups of ``shard_size``.
@@ -147,15 +149,20 @@ class FSDP2Strategy(ShardedCheckpoints):
         if self.shard_size not in (None, *divisors):
             allowed = ", ".join(map(str, divisors))
             raise ValueError(
-                f"shard_size={self.shard_size} of strategy fsdp2 with {world} processes; allowed: {allowed}, or null for all"
+                f"trainer.strategy.init_args.shard_size={self.shard_size} with {world} processes; allowed: {allowed}, or null for "
+                "all; change trainer.strategy.init_args.shard_size"
             )
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Refuse inference mode, whose tensors FSDP would keep and the next training step could not update."""
+        """Refuse inference mode: FSDP would keep tensors made in it, which the next training step cannot update.
+
+        Raises:
+            ValueError: ``trainer.inference_mode`` is true in a fit.
+        """
         if trainer.validate_loop.inference_mode:
             raise ValueError(
-                "strategy fsdp2 cannot train after trainer.inference_mode=true: set trainer.inference_mode: false"
+                "trainer.inference_mode=true, but strategy fsdp2 cannot train after it; set trainer.inference_mode to false"
             )
         super().setup(trainer)
 

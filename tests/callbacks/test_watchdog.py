@@ -101,5 +101,5 @@ def test_every_rank_says_where_it_is(tmp_path):
 
 
 def test_a_limit_is_positive():
-    with pytest.raises(ValueError, match="Watchdog limit=0 seconds; allowed: above 0"):
+    with pytest.raises(ValueError, match="Watchdog.limit=0 seconds; allowed: above 0"):
         Watchdog(0)

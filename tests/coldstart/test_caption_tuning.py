@@ -146,8 +146,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     )
     assert "4 of 4 train images have no caption (0.png, 1.png, 2.png, ...)" in said
     assert "data.init_args.root" in said
-    assert "system is null" in message("model.init_args.system=null")
-    assert "model.init_args.finetune is null" in message("model.init_args.finetune=null")
+    assert "model.init_args.system=null" in message("model.init_args.system=null")
+    assert "model.init_args.finetune=null" in message("model.init_args.finetune=null")
     assert "max_tokens=0" in message("model.init_args.objective.init_args.max_tokens=0")
 
 

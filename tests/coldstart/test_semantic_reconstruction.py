@@ -168,11 +168,11 @@ def test_a_projector_goes_into_a_checkpoint(in_a_folder, checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "changes", "reason"), [
-    ("qwen_any", [], "no way to train PipelineTextConditioner: it has no parameters"),
+    ("qwen_any", [], "nothing to train in PipelineTextConditioner: it has no parameters"),
     ("tiny", ["trainable=nothing"], "none of its 42 parameters matches 'nothing'"),
-    ("tiny", ["language_model=true"], "a language model of the conditioner's own"),
+    ("tiny", ["language_model=true"], "the conditioner reads captions with a language model of its own"),
     ("tiny", ["last_steps=0"], "last_steps=0; allowed: null or 1 or more"),
-    ("uae", ["language_model=true", "condition_weights=start"], "set condition_weights to live"),
+    ("uae", ["language_model=true", "condition_weights=start"], "set model.init_args.system.init_args.condition_weights to live"),
 ])  # fmt: skip
 def test_what_cannot_train_is_refused_in_one_line(in_a_folder, capsys, name, changes, reason):
     places = {"condition_weights": "system.init_args"}
@@ -191,16 +191,16 @@ def test_the_encoder_is_the_rewards():
     model = ColdStart(SemanticReconstruction(), RandomTiny(), reward=reward)
     model.configure_model()
     assert model.objective.encoder is reward.parts["layout"].encoder
-    with pytest.raises(ValueError, match="set the encoder"):
+    with pytest.raises(ValueError, match=r"set model\.init_args\.objective\.init_args\.encoder"):
         ColdStart(SemanticReconstruction(), RandomTiny()).configure_model()
 
 
 def test_a_batch_without_captions_and_a_prediction_are_refused():
     objective, images = built(), runs.batch(24)
     del images["caption"]
-    with pytest.raises(ValueError, match=r"a batch \(scene-0, scene-1, scene-2\) has images without"):
+    with pytest.raises(ValueError, match=r"images of a batch \(scene-0, scene-1, scene-2\) have none"):
         objective(images, 0.0)
-    with pytest.raises(ValueError, match="predicts nothing"):
+    with pytest.raises(ValueError, match="ColdStart cannot predict"):
         ColdStart(SemanticReconstruction(), RandomTiny()).predict_step(images)
 
 
@@ -210,5 +210,5 @@ def test_what_was_written_for_another_system_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no cold start in"):
         Started(RandomTiny(), str(tmp_path)).build()
     save_state(tmp_path, "conditioner", {"projector.0.weight": torch.zeros(3, 3)})
-    with pytest.raises(ValueError, match=r"projector\.0\.weight, which HiddenStateConditioner has not in that shape"):
+    with pytest.raises(ValueError, match=r"projector\.0\.weight, but HiddenStateConditioner has no parameter of that name and shape"):
         Started(RandomTiny(), str(tmp_path)).build()

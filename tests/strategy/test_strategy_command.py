@@ -151,4 +151,5 @@ def test_a_shard_size_that_does_not_divide_is_one_line(monkeypatch, capsys, tmp_
         with pytest.raises(SystemExit, match="2"):
             main(command("lora", 1, [FSDP2, f"--trainer.strategy.shard_size={size}", "--trainer.devices=1"]))
         last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert last == f"error: shard_size={size} of strategy fsdp2 with 1 processes; allowed: 1, or null for all"
+        key = "trainer.strategy.init_args.shard_size"
+        assert last == f"error: {key}={size} with 1 processes; allowed: 1, or null for all; change {key}"

@@ -1,4 +1,4 @@
-"""Supervised cold start: one LightningModule, one file per objective it can minimise."""
+"""Supervised training before reinforcement learning ("cold start"): one LightningModule, and one file per objective."""
 
 from uae.coldstart.caption_tuning import CaptionTuning
 from uae.coldstart.decoder_tuning import DecoderTuning

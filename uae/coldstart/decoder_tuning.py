@@ -1,4 +1,4 @@
-"""Flow matching of any flow pipeline on images and their captions."""
+"""Supervised training of a flow-matching renderer on images and their captions."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ from uae.weights.placement import working_device
 class DecoderTuning(SystemObjective):
     """Velocity regression: predict ``noise - latent`` at ``x_t = (1 - t) latent + t noise``, with logit-normal times.
 
-    Times and noise follow from the image's id and the step. Written at the end: ``denoiser/`` (PEFT adapter or diffusers
-    folder) and, if some of it trains, ``conditioner.safetensors``.
+    Times and noise are computed from the image's id and the step. At the end the objective writes ``denoiser/`` (a PEFT
+    adapter or a diffusers folder) and, if a part of the conditioner trained, ``conditioner.safetensors``.
 
     Args:
-        decoder: What of the denoiser trains. The default is an adapter of rank 32 on its attention.
-        trainable: Regular expression over the conditioner's parameter names: what of it trains, too. "" is nothing.
-        mean, std: Of the logit of the time; larger means are noisier images.
-        dropout: Share of images whose caption is replaced by the empty one (for guidance).
-        gradient_checkpointing: Compute the insides of the denoiser's layers again in the backward pass.
+        decoder: Which weights of the denoiser train. The default is an adapter of rank 32 on its attention layers.
+        trainable: Regular expression; parameters of the conditioner whose names it matches train as well. With "" none do.
+        mean, std: Mean and standard deviation of the normal distribution from which the logit of the time is drawn. A
+            larger mean gives noisier images.
+        dropout: Share of images, from 0 to 1, whose caption is replaced by the empty string. Classifier-free guidance
+            needs a denoiser that was trained so.
+        gradient_checkpointing: Whether activations inside the denoiser's layers are recomputed in the backward pass
+            instead of kept in memory.
     """
 
     def __init__(
@@ -57,22 +60,28 @@ class DecoderTuning(SystemObjective):
         self.gradient_checkpointing = gradient_checkpointing
 
     def attach(self, umm: UMM) -> None:
-        """The denoiser's trainables, and the conditioner's."""
+        """Make weights of the denoiser trainable, and those of the conditioner that ``trainable`` matches.
+
+        Raises:
+            ValueError: The renderer is no flow-matching pipeline, or is offloaded, on another device, or in a dtype that
+                cannot hold small updates.
+        """
         renderer = check_pipeline(umm.renderer)
         placement = renderer.rendering.placement
         key = "model.init_args.system.init_args.rendering.placement"
         if placement.offload or placement.device is not None:
             raise ValueError(
-                f"a denoiser that trains is where the run is: set {key}.offload to false and {key}.device to null"
+                f"{key}.offload={placement.offload} and {key}.device={placement.device}, but DecoderTuning trains the denoiser "
+                f"on the run's own device; set {key}.offload to false and {key}.device to null"
             )
         if placement.dtype == "float8" or isinstance(self.decoder, Full) and placement.dtype != "float32":
             raise ValueError(
                 f"{key}.dtype={placement.dtype} would round away the updates of {type(self.decoder).__name__}; allowed: float32 "
-                "(with trainer.precision=bf16-mixed), or bfloat16 below an adapter (LoRA)"
+                f"(with trainer.precision=bf16-mixed), or bfloat16 below an adapter (LoRA); change {key}.dtype"
             )
         learner = Learner(FlowNetwork(denoiser_of(renderer.pipe)))
         self.decoder.attach(learner, keep_reference=False)
-        self.denoiser = learner.network.model  # an adapter goes into the pipeline's own layers
+        self.denoiser = learner.network.model  # the pipeline draws with it too: PEFT changes its layers in place
         self.renderer = renderer
         if self.trainable:
             self.conditioner = unfreeze(umm.conditioner, self.trainable, "DecoderTuning")
@@ -80,7 +89,7 @@ class DecoderTuning(SystemObjective):
             recompute(renderer)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
-        """``loss``: mean squared error of the velocity, latent units."""
+        """``loss``: mean squared error of the predicted velocity, in squared units of the latents."""
         return {"loss": self._error(batch, self.step)}
 
     def _error(self, batch: ImageBatch, step: int) -> Tensor:
@@ -103,11 +112,11 @@ class DecoderTuning(SystemObjective):
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
-        """``error`` of the velocity on held-out images, at the same times and noise every time."""
+        """``error``: the loss on held-out images, with the same times and noise at every validation."""
         return {"error": self._error(batch, step=-1).item()}
 
     def save(self, folder: Path) -> None:
-        """Write ``denoiser/`` and ``conditioner.safetensors``."""
+        """Write ``denoiser/`` below ``folder``, and ``conditioner.safetensors`` if the conditioner trained."""
         save_network(folder / DENOISER, self.denoiser)
         if self.trainable:
             save_trained(folder, self.conditioner)

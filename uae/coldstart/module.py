@@ -1,4 +1,4 @@
-"""Supervised cold start: everything that is trained before the reward, by one LightningModule."""
+"""The LightningModule of the cold start, the supervised training before reinforcement learning."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ from uae.weights.checksums import checksums
 class ColdStart(L.LightningModule):
     """Minimises one objective and writes the trained modules at the end.
 
-    The system, what trains, the reward and the seed have the names and meanings of `uae.module.UnifiedGRPO`, so that a
-    stage fragment over a run of that class (configs/stages/cold_start_*.yaml) starts the same system.
+    The arguments system, finetune, reward, instruction and seed have the names and meanings that they have in
+    `uae.module.UnifiedGRPO`. So a file of configs/stages/cold_start_*.yaml, given after a complete configuration of
+    UnifiedGRPO, trains the same system.
 
     Args:
-        objective: What to minimise; see `uae.coldstart`.
-        system: What to assemble, for objectives that train any system; the miniature's own objectives build their own.
-        finetune: What of the captioner trains, where the objective asks: ``LoRA`` or ``Full``.
-        reward: Where an objective that compares images looks for its encoder. Nothing else of it is used.
-        instruction: Question put beside every image; None is the system's own.
-        seed: Of noise, times and the adapter's start.
-        learning_rate: Peak, reached after ``warmup`` steps, then a cosine to zero at ``trainer.max_steps``.
-        warmup: Steps.
-        weight_decay: Of AdamW.
+        objective: The loss to minimise and the modules it trains; `uae.coldstart` lists the objectives.
+        system: The system to train. None for the objectives of the miniature, which build their own modules.
+        finetune: Which weights of the captioner train, for objectives that train it: ``LoRA`` or ``Full``.
+        reward: `SemanticReconstruction` takes its image encoder from here if it was given none. No reward is computed.
+        instruction: The question that the captioner gets with every image; None is the system's own.
+        seed: Random seed of the noise, of the denoising times and of the adapter's initial weights.
+        learning_rate: Peak learning rate of AdamW. It is reached after ``warmup`` steps and then falls to zero along a
+            cosine that ends at ``trainer.max_steps``.
+        warmup: Optimizer steps over which the learning rate rises linearly.
+        weight_decay: Weight decay of AdamW.
         folder: Folder that the weights are written to; None is ``cold_start`` in the log directory.
     """
 
@@ -63,66 +65,81 @@ class ColdStart(L.LightningModule):
             objective.use(system, finetune, reward, instruction, seed)
         self.folder = Path(folder) if folder else None
         self.batches_per_rollout = 1
-        self.strict_loading = not self.of_system  # its checkpoints hold what trains; on_load_checkpoint is stricter
+        self.strict_loading = not self.of_system  # a checkpoint holds trained weights only; on_load_checkpoint checks them
         self._built = False
 
     def configure_model(self) -> None:
-        """Build the objective's modules, once."""
+        """Build the objective's modules at the first call.
+
+        Raises:
+            ValueError: The strategy shards weights.
+        """
         if self.device_mesh is not None:
             raise ValueError(
-                "trainer.strategy shards, which a cold start cannot: set it to auto or ddp (configs/trainer/ddp.yaml)"
+                "trainer.strategy shards the weights, but a cold start cannot be sharded; allowed: auto, ddp "
+                "(configs/trainer/ddp.yaml); change trainer.strategy"
             )
         if not self._built:
             self.objective.build()
             self._built = True
 
     def on_fit_start(self) -> None:
-        """A schedule needs an end, captions must be there, and what Lightning does not know of follows the rest."""
+        """Check the number of steps and the captions, and move the parts that Lightning does not know to the device.
+
+        Raises:
+            ValueError: ``trainer.max_steps`` is not set, or images have no captions.
+        """
         if self.trainer.max_steps < 1:
             raise ValueError(
-                f"trainer.max_steps={self.trainer.max_steps}; a cold start needs 1 or more: set trainer.max_steps"
+                f"trainer.max_steps={self.trainer.max_steps}; allowed: 1 or more, as the learning rate ends there; change "
+                "trainer.max_steps"
             )
         if isinstance(self.objective, SystemObjective):
             if isinstance(data := data_module(self.trainer), ImageData):
                 data.check_captions()
             self.place()
         if self.folder is None:
-            self.folder = Path(self.trainer.log_dir or ".", "cold_start")  # asking for log_dir is collective
+            self.folder = Path(self.trainer.log_dir or ".", "cold_start")  # reading log_dir is a collective operation
 
     def place(self) -> None:
-        """Move the system to where its trained parts are."""
+        """Move the frozen parts of the system to the device of the trained ones."""
         if isinstance(self.objective, SystemObjective):
             self.objective.place(self.device)
 
     on_validation_start = on_test_start = place
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """One step on the objective."""
+        """Log the objective's values and return its loss."""
         self.objective.step = self.global_step
         losses = self.objective(batch, self.global_step / self.trainer.max_steps)
         self.log_dict({f"{self.name}/{name}": value for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """The objective's own score of held-out images."""
+        """Log the objective's score on held-out images."""
         scores = {f"{self.name}/{name}": value for name, value in self.objective.score(batch).items()}
         self.log_dict(scores, batch_size=len(batch["image"]), sync_dist=True)
 
     test_step = validation_step
 
     def predict_step(self, batch: ImageBatch, batch_idx: int = 0) -> None:
-        """Nothing to predict."""
+        """Refuse to predict.
+
+        Raises:
+            ValueError: Always; a cold start has no predictions.
+        """
         raise ValueError(
-            "a cold start predicts nothing: leave its fragment out, and predict with what it wrote (uae.coldstart.Started)"
+            "uae.coldstart.ColdStart cannot predict: leave configs/stages/cold_start*.yaml out and set "
+            "model.init_args.system to uae.coldstart.Started with the folder that the cold start wrote"
         )
 
     @property
     def name(self) -> str:
-        """The objective's name in tags: ``flow_matching`` and the like."""
+        """The first part of logged tags: the name of the objective's Python module, such as ``flow_matching``."""
         return type(self.objective).__module__.rsplit(".", 1)[-1]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with warm-up and cosine decay."""
+        """AdamW; its learning rate rises linearly over ``warmup`` steps and falls to zero along a cosine."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, self.learning_rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)
 
@@ -135,7 +152,10 @@ class ColdStart(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def on_fit_end(self) -> None:
-        """Write the weights (averaged, where a callback averages) and their checksums, of a run that was not cut short."""
+        """Write the weights and their checksums, unless the run was interrupted.
+
+        Where a callback averages weights, the averages are written.
+        """
         if self.trainer.is_global_zero and not is_dry_run(self.trainer) and not self.trainer.interrupted:
             assert self.folder is not None
             self.objective.eval().save(self.folder)
@@ -146,11 +166,11 @@ class ColdStart(L.LightningModule):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Of a system, keep what trains."""
+        """Keep only the trained weights of a system in the checkpoint."""
         if self.of_system and "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of something else."""
+        """Refuse a checkpoint whose weights are not those that train here."""
         if self.of_system and "state_dict" in checkpoint:
             check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))

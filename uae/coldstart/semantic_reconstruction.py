@@ -1,4 +1,4 @@
-"""The semantic reconstruction loss: images drawn from captions look like their sources, to a frozen encoder."""
+"""The semantic reconstruction loss: a frozen image encoder compares images with what is drawn from their captions."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ from uae.types import UMM, ImageBatch, ImageEncoder
 
 
 class SemanticReconstruction(SystemObjective):
-    """``1 - cos(f(x), f(x~))`` through the whole sampler to the conditioner (arXiv 2509.09666, cold start).
+    """Minimises ``1 - cos(f(x), f(x~))`` (arXiv 2509.09666, cold start): x is an image, x~ is drawn from its caption.
 
-    Noise follows from the image's id and the step. Written at the end: ``conditioner.safetensors``, and ``captioner/`` if
-    the language model trains.
+    The gradient goes back through the denoising steps to the conditioner. The noise is computed from the image's id and
+    the step. At the end the objective writes ``conditioner.safetensors``, and ``captioner/`` if the language model trained.
 
     Args:
-        encoder: f. None is that of the run's reward, the first `uae.rewards.EncoderSimilarity` in it.
-        last_steps: Denoising steps that the gradient goes back through, counted from the end; None is all of them.
-        trainable: Regular expression over the conditioner's parameter names: what of it trains.
-        language_model: Also train the captioner that reads captions for the conditioner, as the run's ``finetune`` says.
-        gradient_checkpointing: Compute the insides of the denoiser's layers again in the backward pass.
+        encoder: The image encoder f. None takes the encoder of the first `uae.rewards.EncoderSimilarity` in the run's reward.
+        last_steps: Number of denoising steps, counted from the last, that the gradient goes through; None is all of them.
+        trainable: Regular expression; parameters of the conditioner whose names it matches train.
+        language_model: Whether the captioner trains too, as the run's ``finetune`` says. It must be the language model
+            that reads captions for the conditioner.
+        gradient_checkpointing: Whether activations inside the denoiser's layers are recomputed in the backward pass
+            instead of kept in memory.
     """
 
     def __init__(
@@ -56,7 +58,11 @@ class SemanticReconstruction(SystemObjective):
         self.language_model, self.gradient_checkpointing = language_model, gradient_checkpointing
 
     def attach(self, umm: UMM) -> None:
-        """The conditioner's trainables, and the language model's."""
+        """Make weights of the conditioner trainable, and those of the language model if it trains.
+
+        Raises:
+            ValueError: The system cannot be trained so, or there is no encoder.
+        """
         self.renderer = diffusers_renderer(umm, "SemanticReconstruction")
         self.conditioner = unfreeze(umm.conditioner, self.trainable, "SemanticReconstruction")
         if self.language_model:
@@ -67,7 +73,7 @@ class SemanticReconstruction(SystemObjective):
         if self.encoder is None:
             raise ValueError(
                 "SemanticReconstruction compares images by an encoder, and neither model.init_args.objective.init_args.encoder "
-                "nor model.init_args.reward names one: set the encoder"
+                "nor model.init_args.reward names one; set model.init_args.objective.init_args.encoder"
             )
         self.encoder.load()
         if self.gradient_checkpointing:
@@ -79,26 +85,31 @@ class SemanticReconstruction(SystemObjective):
         borrowed = any(reader.language_model is None for reader in readers) or isinstance(self.conditioner, AnswerStateConditioner)
         if not borrowed:
             raise ValueError(
-                f"{key}=true, but captions are read by a language model of the conditioner's own: set it to false"
+                f"{key}=true, but the conditioner reads captions with a language model of its own, not with the captioner's; "
+                f"set {key} to false"
             )
         if umm.needs_reference:
             raise ValueError(
-                f"{key}=true, but captions are read with the starting weights: set condition_weights to live"
+                f"{key}=true, but model.init_args.system.init_args.condition_weights=start: captions are read with a frozen "
+                "copy; set model.init_args.system.init_args.condition_weights to live"
             )
         if self.finetune is None:
-            raise ValueError(f"{key}=true, and model.init_args.finetune is null: set it")
+            raise ValueError(
+                f"{key}=true, but model.init_args.finetune=null; allowed: uae.models.finetune.LoRA or uae.models.finetune.Full; "
+                "set model.init_args.finetune"
+            )
         captioner = hf_captioner(umm, "SemanticReconstruction")
         self.finetune.attach(captioner.learner, keep_reference=False)
         self.policy, self.processor = captioner.learner.network, captioner.processor
 
     def place(self, device: torch.device) -> None:
-        """Move the parts that Lightning does not know of, the encoder too."""
+        """Move the frozen parts, and the image encoder, to a device."""
         super().place(device)
         assert self.encoder is not None
         self.encoder.load(device)
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
-        """``loss``: one minus the cosine, the mean over the batch."""
+        """``loss``: one minus the cosine similarity, averaged over the batch, from 0 to 2."""
         return {"loss": 1 - self._cosine(batch, self.step).mean()}
 
     def _cosine(self, batch: ImageBatch, step: int) -> Tensor:
@@ -113,11 +124,14 @@ class SemanticReconstruction(SystemObjective):
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
-        """``cosine`` of held-out images and what their captions draw, from the same noise every time."""
+        """``cosine``: mean similarity of held-out images and the images drawn from their captions.
+
+        Every validation starts from the same noise.
+        """
         return {"cosine": self._cosine(batch, step=-1).mean().item()}
 
     def save(self, folder: Path) -> None:
-        """Write ``conditioner.safetensors`` and ``captioner/``."""
+        """Write ``conditioner.safetensors`` below ``folder``, and ``captioner/`` if the language model trained."""
         save_trained(folder, self.conditioner)
         if self.language_model:
             save_network(folder / CAPTIONER, self.policy.model)

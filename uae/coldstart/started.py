@@ -1,4 +1,4 @@
-"""A system that starts from what a cold start wrote."""
+"""A system with the weights that a cold start wrote."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ class Started:
 
     Args:
         system: The system that the cold start trained.
-        folder: Folder that the cold start wrote: ``captioner``, ``denoiser`` and ``conditioner.safetensors``, as far as they trained.
-            Adapters are merged. (To continue a captioner's adapter instead, leave this out and use
-            ``LoRA(adapter=<folder>/captioner)``.)
+        folder: Folder that the cold start wrote. It holds ``captioner``, ``denoiser`` and ``conditioner.safetensors``, those
+            of them that trained. Adapters are merged into the weights. (To go on training a captioner's adapter instead,
+            do not use this class: set ``LoRA(adapter=<folder>/captioner)``.)
     """
 
     def __init__(self, system: System, folder: str) -> None:
         self.system, self.folder = system, folder
 
     def blueprint(self) -> Any:
-        """Sizes, without weights: the system's own."""
+        """The blueprint (layer sizes without weights) of the system below, for ``--print_plan``.
+
+        Raises:
+            ValueError: The system has no blueprint.
+        """
         if not isinstance(self.system, PlannedSystem):
             raise ValueError(f"{type(self.system).__name__} has no memory plan; leave --print_plan out")
         return self.system.blueprint()
@@ -36,13 +40,14 @@ class Started:
 
         Raises:
             FileNotFoundError: The folder has none of the three.
-            ValueError: They are of another system.
+            ValueError: The weights in the folder do not fit this system.
         """
         folder = Path(self.folder).expanduser()
         captioner, denoiser, conditioner = folder / CAPTIONER, folder / DENOISER, folder / f"{CONDITIONER}.safetensors"
         if not any(path.exists() for path in (captioner, denoiser, conditioner)):
             raise FileNotFoundError(
-                f"no cold start in {self.folder!r}: correct model.init_args.system.init_args.folder"
+                f"no cold start in {self.folder!r}; allowed: a folder with captioner, denoiser or conditioner.safetensors; "
+                "correct model.init_args.system.init_args.folder"
             )
         umm = self.system.build()
         if captioner.is_dir():
@@ -53,15 +58,15 @@ class Started:
         if conditioner.is_file():
             if not isinstance(umm.conditioner, nn.Module):
                 raise ValueError(
-                    f"{conditioner} has weights of a conditioner, and {type(umm.conditioner).__name__} has none: correct "
-                    "model.init_args.system.init_args.folder"
+                    f"{conditioner} holds weights of a conditioner, but {type(umm.conditioner).__name__} has no weights; "
+                    "correct model.init_args.system.init_args.folder"
                 )
             _load(umm.conditioner, conditioner)
         return umm
 
 
 def _with(network: Any, folder: Path) -> Any:
-    """A network with an adapter merged into it, or with other weights; frozen, in place."""
+    """The network, changed in place: with the folder's adapter merged into it, or with the folder's weights. Frozen."""
     from uae.weights.state import load_into
 
     if (folder / "adapter_config.json").is_file():
@@ -69,7 +74,7 @@ def _with(network: Any, folder: Path) -> Any:
 
         network = peft.PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
     else:
-        saved = type(network).from_pretrained(folder, local_files_only=True)  # newer names than those on disk
+        saved = type(network).from_pretrained(folder, local_files_only=True)  # the library renames old keys of the file
         load_into(network, saved.state_dict(), str(folder), "model.init_args.system.init_args.folder")
     return network.requires_grad_(False).eval()
 
@@ -85,7 +90,7 @@ def _load(module: nn.Module, file: Path) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{file} has {wrong[0]}, which {type(module).__name__} has not in that shape: it was trained in another system; "
-            "correct model.init_args.system.init_args.folder"
+            f"{file} holds {wrong[0]}, but {type(module).__name__} has no parameter of that name and shape, so the file was "
+            "trained with another system; correct model.init_args.system.init_args.folder"
         )
     module.load_state_dict(state, strict=False)

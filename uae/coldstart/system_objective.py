@@ -1,4 +1,4 @@
-"""What supervised objectives of whole systems share: the system itself, captions as tokens, and weights on disk."""
+"""The base class of objectives that train parts of a system, and the functions these objectives share."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from uae.models.renderers.diffusers import DiffusersRenderer
 from uae.rewards import WeightedReward
 from uae.types import UMM, Condition, Conditioner, ImageBatch, Rollout, System
 
-CAPTIONER, DENOISER, CONDITIONER = "captioner", "denoiser", "conditioner"  # what `save` writes
+CAPTIONER, DENOISER, CONDITIONER = "captioner", "denoiser", "conditioner"  # files and folders that `save` writes
 
 
 class SystemObjective(Objective):
     """Trains parts of any `uae.types.System` on images and their captions.
 
-    What trains is registered as submodules; the whole model stays out of sight in ``frozen``, and everything in it that
-    no objective asked for is frozen and in eval mode.
+    Modules that train are registered as submodules. The whole model is kept in the tuple ``frozen``, where Lightning does
+    not find it; all its other weights are frozen, and its modules are in eval mode.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.system: System | None = None  # `use` gives these
+        self.system: System | None = None  # `use` sets these
         self.finetune: Finetune | None = None
         self.reward: WeightedReward | None = None
         self.instruction: str | None = None
@@ -44,75 +44,87 @@ class SystemObjective(Objective):
         instruction: str | None = None,
         seed: int = 0,
     ) -> None:
-        """What the run trains, as `uae.coldstart.ColdStart` was given it. Loads nothing.
+        """Take over the arguments of `uae.coldstart.ColdStart`, which explains them. Nothing is loaded yet.
 
         Raises:
-            ValueError: There is no system.
+            ValueError: ``system`` is None.
         """
         if system is None:
-            raise ValueError(f"{type(self).__name__} trains a system, and model.init_args.system is null: set it")
+            raise ValueError(f"model.init_args.system=null, but {type(self).__name__} trains a system; set model.init_args.system")
         self.system, self.finetune, self.reward = system, finetune, reward
         self.instruction, self.seed = instruction, seed
 
     def build(self) -> None:
-        """Build the system on the CPU, freeze all of it, and unfreeze what trains."""
+        """Build the system on the CPU, freeze all its weights, and unfreeze those that train."""
         assert self.system is not None
         umm = self.system.build()
         for part in (umm.captioner.learner.network, umm.conditioner):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        with torch.random.fork_rng(devices=[]):  # an adapter's start is the same on every rank
+        with torch.random.fork_rng(devices=[]):  # every rank starts from the same adapter
             torch.manual_seed(self.seed)
             self.attach(umm)
         self.frozen: tuple[UMM, ...] = (umm,)
 
     def attach(self, umm: UMM) -> None:
-        """Unfreeze and register what trains, and refuse a system that this objective cannot train."""
+        """Unfreeze the weights that train and register their modules.
+
+        Raises:
+            ValueError: This objective cannot train such a system.
+        """
         raise NotImplementedError
 
     def place(self, device: torch.device) -> None:
-        """Move the parts that Lightning does not know of."""
+        """Move the frozen parts, which Lightning does not know, to a device."""
         (umm,) = self.frozen
         umm.captioner.to(device)
         umm.conditioner.to(device)
         umm.renderer.to(device)
 
     def rollout(self, batch: ImageBatch, max_tokens: int) -> Rollout[VLMContext]:
-        """The data set's captions, as if the captioner had written them."""
+        """The captions of the data set as a rollout, as if the captioner had written them."""
         (umm,) = self.frozen
         captioner = hf_captioner(umm, type(self).__name__)
         context = captioner.prepare(batch["image"], self.instruction)
         return caption_rollout(captioner, captions_of(batch, self), context, max_tokens)
 
     def condition(self, batch: ImageBatch, captions: list[str]) -> Condition:
-        """What the renderer draws from; with the rollout for conditioners that read it beside the image."""
+        """Encode captions as the renderer's condition. The rollout is passed on for conditioners that read the image too."""
         (umm,) = self.frozen
-        tokenized = isinstance(umm.captioner, HFCaptioner)  # of other captioners, captions are text and nothing else
+        tokenized = isinstance(umm.captioner, HFCaptioner)  # other captioners have no tokens
         rollout = self.rollout({**batch, "caption": captions}, max_tokens=2**30) if tokenized else None
         return umm.conditioner.encode(captions, rollout)
 
 
 def hf_captioner(umm: UMM, who: str) -> HFCaptioner:
-    """The captioner of a system, which has weights and a tokenizer here.
+    """The captioner of a system, if it is a Hugging Face model in this process.
+
+    Args:
+        umm: The system.
+        who: Name of the objective, for the error message.
 
     Raises:
-        ValueError: It is of another kind.
+        ValueError: The captioner is of another kind, and has no weights here.
     """
     if not isinstance(umm.captioner, HFCaptioner):
         kind = type(umm.captioner).__name__
-        raise ValueError(f"{who} needs a captioner's weights, and {kind} has none here: change model.init_args.system")
+        raise ValueError(f"{who} needs the weights of the captioner, but {kind} has none here; change model.init_args.system")
     return umm.captioner
 
 
 def diffusers_renderer(umm: UMM, who: str) -> DiffusersRenderer:
-    """The renderer of a system, which is a diffusers pipeline.
+    """The renderer of a system, if it is a diffusers pipeline.
+
+    Args:
+        umm: The system.
+        who: Name of the objective, for the error message.
 
     Raises:
-        ValueError: It is of another kind.
+        ValueError: The renderer is of another kind.
     """
     if not isinstance(umm.renderer, DiffusersRenderer):
         kind = type(umm.renderer).__name__
-        raise ValueError(f"{who} needs a diffusers pipeline, and {kind} is none: change model.init_args.system")
+        raise ValueError(f"{who} needs a diffusers pipeline, but the renderer is {kind}; change model.init_args.system")
     return umm.renderer
 
 
@@ -120,12 +132,12 @@ def captions_of(batch: ImageBatch, objective: nn.Module) -> list[str]:
     """The captions of a batch.
 
     Raises:
-        ValueError: It has none.
+        ValueError: The batch has no captions.
     """
     if "caption" not in batch:
         names = ", ".join(batch.get("name", [])[:3])
         raise ValueError(
-            f"{type(objective).__name__} learns from captions, and a batch ({names}) has images without: put <name>.txt beside "
+            f"{type(objective).__name__} learns from captions, but images of a batch ({names}) have none: put <name>.txt beside "
             "each image or a metadata.jsonl into data.init_args.root"
         )
     return batch["caption"]
@@ -136,8 +148,8 @@ def caption_rollout(
 ) -> Rollout[VLMContext]:
     """Captions as a rollout with one caption per image: tokens ``[B, T]``, padded on the right.
 
-    A caption ends with the end-of-sequence token unless it is cut at ``max_tokens``. Tokens that the policy never says
-    (placeholders of images, ends of turns) are left out of it: their log-probs would be -inf.
+    A caption ends with the end-of-sequence token unless it is cut at ``max_tokens``. Tokens that the policy never samples
+    (placeholders of images, ends of turns) are removed, because their log-probs would be -inf.
     """
     tokenizer = captioner.processor.tokenizer
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in captioner.end_ids else captioner.end_ids[0]
@@ -160,10 +172,18 @@ def caption_rollout(
 
 
 def unfreeze(conditioner: Conditioner, pattern: str, who: str) -> nn.Module:
-    """The conditioner, after the parameters whose names match were set to train; these are kept in float32.
+    """Make the conditioner's parameters whose names match trainable and float32, in place.
+
+    Args:
+        conditioner: The conditioner of a system.
+        pattern: Regular expression that is searched in parameter names.
+        who: Name of the objective, for the error message.
+
+    Returns:
+        The conditioner.
 
     Raises:
-        ValueError: There are none.
+        ValueError: No parameter matches.
     """
     parameters = dict(conditioner.named_parameters()) if isinstance(conditioner, nn.Module) else {}
     names = [name for name in parameters if re.search(pattern, name)]
@@ -171,8 +191,8 @@ def unfreeze(conditioner: Conditioner, pattern: str, who: str) -> nn.Module:
         kind = type(conditioner).__name__
         has = f"none of its {len(parameters)} parameters matches {pattern!r}" if parameters else "it has no parameters"
         raise ValueError(
-            f"{who} has no way to train {kind}: {has}; change model.init_args.objective.init_args.trainable, or take a system "
-            "whose captions go through a projector (uae, uniworld_v1, metaquery, tiny)"
+            f"{who} has nothing to train in {kind}: {has}; change model.init_args.objective.init_args.trainable, or set "
+            "model.init_args.system to one whose captions go through a projector (uae, uniworld_v1, metaquery, tiny)"
         )
     for name in names:
         parameters[name].requires_grad_(True)
@@ -181,7 +201,11 @@ def unfreeze(conditioner: Conditioner, pattern: str, who: str) -> nn.Module:
 
 
 def recompute(renderer: DiffusersRenderer) -> None:
-    """Gradient checkpointing of the denoiser, by its own method."""
+    """Turn on the denoiser's own gradient checkpointing.
+
+    Raises:
+        ValueError: The denoiser has none.
+    """
     denoiser = denoiser_of(renderer.pipe)
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         raise ValueError(
@@ -192,15 +216,15 @@ def recompute(renderer: DiffusersRenderer) -> None:
 
 
 def save_network(folder: Path, network: Any) -> None:
-    """A PEFT adapter, or the whole network in its library's layout."""
-    if hasattr(network, "peft_config"):  # adapters hold no embeddings; PEFT would ask the hub to be sure
+    """Write a network to a folder: its PEFT adapter if it has one, else all weights in the layout of its library."""
+    if hasattr(network, "peft_config"):  # no embeddings are trained; without False, PEFT asks the hub
         network.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
     else:
         network.save_pretrained(folder)
 
 
 def save_trained(folder: Path, module: nn.Module) -> None:
-    """``conditioner.safetensors``: what trains of a conditioner, by the conditioner's own names."""
+    """Write the trainable parameters of a conditioner to ``conditioner.safetensors``, under their own names."""
     from uae.weights.state import save_state
 
     trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}

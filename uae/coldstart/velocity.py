@@ -1,7 +1,7 @@
-"""The velocity that a flow pipeline's denoiser predicts at given latents and times, for any pipeline: by its own call.
+"""The velocity that the denoiser of any flow-matching pipeline predicts at given latents and times.
 
-A pipeline knows how its transformer takes conditions, guidance, positions and times. It is called for one step at the given
-times, whose outcome is the velocity itself.
+Every pipeline passes conditions, guidance, positions and times to its transformer in its own way. So the pipeline itself is
+called, for one step at the given times, with a scheduler whose step returns the predicted velocity.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from uae.types import Condition, Renderer
 
 
 def check_pipeline(renderer: Renderer) -> DiffusersRenderer:
-    """The same renderer, if it is a diffusers pipeline that predicts velocities from embeddings.
+    """Return the renderer if it is a diffusers pipeline that predicts velocities from embeddings.
 
     Raises:
-        ValueError: It is none, with the reason.
+        ValueError: The renderer is of another kind; the message says why.
     """
     if not isinstance(renderer, DiffusersRenderer):
         raise _no_flow(f"{type(renderer).__name__} is no diffusers pipeline")
@@ -50,14 +50,18 @@ def _no_flow(reason: str) -> ValueError:
 
 @torch.no_grad()
 def latents_of(renderer: DiffusersRenderer, images_NCHW: Tensor) -> Tensor:
-    """Images in [0, 1] as the pipeline's own latents, float32: of the size it draws, standardised, packed if it packs."""
+    """Encode images ``[N, 3, H, W]`` in [0, 1] as the latents that the pipeline works on, float32.
+
+    The images are first scaled to the size that the pipeline draws. The latents are standardised, and packed into tokens
+    where the pipeline does so.
+    """
     pipe, config = renderer.pipe, renderer.pipe.vae.config
     size = renderer.rendering.height, renderer.rendering.width
     if images_NCHW.shape[-2:] != size:
         images_NCHW = F.interpolate(images_NCHW, size, mode="bicubic", antialias=True).clamp(0, 1)
     pixels = (images_NCHW * 2 - 1).to(pipe.vae.dtype)
     mean = getattr(config, "latents_mean", None)
-    frames = hasattr(config, "temperal_downsample")  # a video's autoencoder (Qwen-Image): one frame
+    frames = hasattr(config, "temperal_downsample")  # an autoencoder of videos (Qwen-Image) takes an image as one frame
     encoded = pipe.vae.encode(pixels[:, :, None] if frames else pixels)
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
     latents = latents[:, :, 0].float() if frames else latents.float()
@@ -73,14 +77,17 @@ def latents_of(renderer: DiffusersRenderer, images_NCHW: Tensor) -> Tensor:
     return latents
 
 
-def velocity_of(renderer: Any, latents: Tensor, times_N: Tensor, condition: Condition) -> Tensor:
+def velocity_of(renderer: DiffusersRenderer, latents: Tensor, times_N: Tensor, condition: Condition) -> Tensor:
     """The denoiser's prediction of ``noise - latent``, float32, with gradient, without classifier-free guidance.
 
     Args:
-        renderer: An `uae.models.renderers.diffusers.DiffusersRenderer` of a flow pipeline.
-        latents: As `latents_of` makes them, N rows.
-        times_N: In [0, 1]; 1 is noise.
-        condition: N rows.
+        renderer: A renderer that `check_pipeline` accepts.
+        latents: N latents in the layout of `latents_of`, noised.
+        times_N: One time in [0, 1] per row; 0 is the image and 1 is noise.
+        condition: The condition of the N rows.
+
+    Returns:
+        The velocity, in the shape of ``latents``.
     """
     once = copy.copy(renderer)
     once.rendering = replace(renderer.rendering, steps=1, guidance=1.0)
@@ -97,10 +104,13 @@ def velocity_of(renderer: Any, latents: Tensor, times_N: Tensor, condition: Cond
 
 @contextmanager
 def _asking(pipe: Any, times_N: Tensor) -> Iterator[None]:
-    """Inside, the pipeline takes one step, each row at a time of its own, and ends in the velocity. For a copied scheduler."""
+    """Inside, a call of the pipeline takes one step, with one time per row, and returns the predicted velocity.
+
+    The pipeline's scheduler is changed in place, so it must be a copy.
+    """
     scheduler = pipe.scheduler
 
-    @functools.wraps(scheduler.set_timesteps)  # pipelines look at its signature
+    @functools.wraps(scheduler.set_timesteps)  # pipelines inspect the signature of set_timesteps
     def set_timesteps(*arguments: Any, **named: Any) -> None:
         scheduler.timesteps = times_N[None] * scheduler.config.num_train_timesteps
 

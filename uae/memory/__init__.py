@@ -1,4 +1,4 @@
-"""Will it fit? The memory of a run, before anything is loaded."""
+"""The plan of a run's memory and communication, computed from layer sizes before any weight is loaded."""
 
 from uae.memory.plan import plan
 from uae.memory.table import Plan, Row

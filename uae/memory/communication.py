@@ -1,8 +1,9 @@
-"""What the GPUs of a run send each other for one optimizer step, from architectures alone.
+"""The bytes that the GPUs of a run send each other for one optimizer step, computed from layer sizes.
 
-Counted as the sharded policy does it, and tested against counted bytes: a captioner reads a prompt once and its group's
-captions behind it, so the blocks of its language model run twice in a pass and are gathered twice, forward and backward.
-Captions only: what an image policy reads while it trains is left out, as are logged values and norms (less than 1 kB).
+Tests compare these numbers with counted bytes. A captioner reads a prompt once and then the captions of its
+group, so the blocks of its language model run twice in a pass, and are gathered twice in the forward and twice in the
+backward pass. Only the training on captions is counted. The passes of an image policy are left out, as are logged values
+and gradient norms (less than 1 kB).
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from uae.memory.processes import Processes
 from uae.models.captioners.policy import CaptionPolicy
 from uae.strategy import blocks
 
-DRAWING = r"(^|\.)generation_"  # names of blocks that only images pass, in a network that captions and draws
+DRAWING = r"(^|\.)generation_"  # names of blocks that only the drawing of images uses
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One kind of collective.
+    """One kind of collective operation.
 
     Args:
-        name: What is exchanged, and when.
+        name: Tensors that are exchanged, and the phase in which this happens.
         kind: "all-gather", "reduce-scatter" or "all-reduce".
-        whole: Bytes of what the members share, padding included, per collective pass over the policy.
-        times: Passes per optimizer step; a fraction where a rollout feeds several steps.
-        members: Processes that take part.
-        apart: Members are so many ranks apart; 1 is neighbours.
+        whole: Bytes of the whole tensors, padding included, in one pass over the policy.
+        times: Passes per optimizer step; a fraction if one rollout feeds several steps.
+        members: Number of processes that take part in one operation.
+        apart: Distance between the ranks of two successive members; 1 is neighbouring ranks.
     """
 
     name: str
@@ -43,21 +44,21 @@ class Exchange:
 
     @property
     def sent(self) -> float:
-        """Bytes each GPU sends (and receives) per optimizer step, in a ring."""
+        """Bytes that each GPU sends (and receives) per optimizer step with the ring algorithm."""
         passes = 2 if self.kind == "all-reduce" else 1
         return self.whole * self.times * passes * (self.members - 1) / self.members
 
     def leaves(self, per_node: int) -> bool:
-        """Whether members are on several machines of so many GPUs."""
+        """Whether the members are on more than one machine, if a machine has ``per_node`` GPUs."""
         return self.members * self.apart > per_node
 
     def seconds(self, local_gbs: float, network_gbs: float, per_node: int) -> float:
-        """Time at full bandwidth, per optimizer step, nothing overlapped.
+        """Seconds per optimizer step at full bandwidth, if nothing overlaps with computation.
 
         Args:
-            local_gbs: GB/s that a GPU sends to others of its machine.
-            network_gbs: GB/s that a GPU sends to other machines.
-            per_node: GPUs of a machine; a collective that leaves it goes at the network's pace.
+            local_gbs: Bandwidth from a GPU to the others of its machine, in GB/s.
+            network_gbs: Bandwidth from a GPU to other machines, in GB/s. It counts if members are on several machines.
+            per_node: Number of GPUs of a machine.
         """
         return self.sent / (network_gbs if self.leaves(per_node) else local_gbs) / 1e9
 
@@ -69,14 +70,14 @@ def communication(
     mini_batches: int,
     batches_per_rollout: int,
 ) -> tuple[Exchange, ...]:
-    """Everything sent for one optimizer step.
+    """All collective operations of one optimizer step.
 
     Args:
-        policy: On any device, with what trains unfrozen.
-        reference: A frozen copy of it, read once per mini-batch of a rollout.
-        processes: How the run is spread out.
-        mini_batches: Of a rollout.
-        batches_per_rollout: Training batches that a rollout feeds: ``mini_batches * num_iterations``.
+        policy: The captioner's network on any device, with the weights that train unfrozen.
+        reference: A frozen copy of the policy, which is run once per mini-batch of a rollout; None if there is no copy.
+        processes: Number of processes, strategy and dtypes of the run.
+        mini_batches: Number of mini-batches that a rollout is divided into.
+        batches_per_rollout: Number of training batches that a rollout feeds: ``mini_batches * num_iterations``.
     """
     if processes.count == 1:
         return ()
@@ -102,7 +103,11 @@ def communication(
 
 
 class _Parts:
-    """Bytes of one pass over a sharded policy's blocks."""
+    """Bytes of the collectives in one pass over a sharded policy.
+
+    ``everything`` is gathered for a rollout, ``forward`` and ``backward`` in the passes of a training batch, and ``reduced``
+    are the bytes of gradients per optimizer step.
+    """
 
     def __init__(self, policy: Network, processes: Processes) -> None:
         n, gathered, reduced = processes.shards, processes.gathered_dtype, processes.reduced_dtype
@@ -127,17 +132,26 @@ class _Parts:
         self.backward = twice + (once if trained else 0)
         first: list[nn.Parameter] = []
         if not policy.base.get_input_embeddings().weight.requires_grad:
-            first = texts[0]  # no gradient leaves it behind the captions: it stays gathered for the prompt's pass
+            # The backward pass of the captions sends no gradient below the first text block. So FSDP does not release
+            # its weights, and the backward pass of the prompt need not gather them again.
+            first = texts[0]
             self.backward -= gather(first)
         elif not trained and sees:
-            self.backward += gather(sees[-1])  # the block before the first, in advance and in vain
+            # Before the first text block FSDP prefetches the block in front of it, the last vision block. That one has no
+            # backward pass, but its bytes are sent.
+            self.backward += gather(sees[-1])
         self.reduced = reduce(policy.parameters())
-        if processes.accumulate > 1:  # what earlier batches left goes out behind the captions, the last batch behind the prompt
+        if processes.accumulate > 1:
+            # Text blocks are reduced twice in the last batch: the gradients accumulated in earlier batches after the backward
+            # pass of the captions, its own gradients after that of the prompt.
             self.reduced += sum(map(reduce, texts)) - reduce(first)
 
 
 def padded(weight: Tensor, n: int) -> int:
-    """Values of a weight as it is sent: rows are dealt out evenly, so that 32 rows over 64 processes become 64."""
+    """Number of values of a weight with the padding that FSDP sends.
+
+    Every process gets the same number of rows, so 32 rows over 64 processes are padded to 64.
+    """
     if weight.ndim == 0 or weight.numel() == 0:
         return weight.numel()
     rows = weight.shape[0]

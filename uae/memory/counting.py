@@ -1,4 +1,4 @@
-"""What a backward pass keeps, counted by running the forward pass where nothing is computed."""
+"""The bytes that autograd keeps for the backward pass, counted by a forward pass on the meta device."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from uae.models.captioners.policy import CaptionPolicy
 
 
 def update_bytes(policy: CaptionPolicy, prompt: int, tokens: int, group: int) -> int:
-    """Bytes that autograd keeps in the language model for one image's group, until the backward pass.
+    """Bytes that autograd keeps in the language model for the group of one image until the backward pass.
 
-    Counted, not modelled: `CaptionPolicy` reads a prompt of P tokens once and G captions of T tokens behind its cache; the
-    same two passes run on the meta device under hooks that see every saved tensor. So adapters (which keep a float32 copy
-    of every input), grouped-query attention (whose keys are repeated under a mask) and precision are what they are.
-    With gradient checkpointing, the inside of the block that is being computed again comes on top.
+    `CaptionPolicy` reads a prompt of P tokens once, and then G captions of T tokens after its cache. The same two passes are run
+    here on the meta device, where tensors have sizes but no values, with hooks that count every saved tensor. So the number
+    includes the effects of adapters (which keep a float32 copy of every input), of grouped-query attention (whose keys are
+    repeated under a mask) and of dtypes. With gradient checkpointing, one block is added, as one at a time is computed again.
 
     Args:
-        policy: On the meta device, with what trains unfrozen.
-        prompt: P, tokens.
-        tokens: T, tokens.
-        group: G, captions.
+        policy: The captioner's network on the meta device, with the weights that train unfrozen.
+        prompt: P, number of tokens of the prompt.
+        tokens: T, number of tokens of a caption.
+        group: G, number of captions.
     """
     whole = _saved_by_reading(policy, prompt, tokens, group, recompute=False)
     if not policy.gradient_checkpointing:
@@ -39,10 +39,10 @@ def image_update_bytes(policy: CaptionPolicy, prompt: int, written: int, copies:
     """Bytes that autograd keeps in the language model for one image of tokens: one pass over prompt and tokens.
 
     Args:
-        policy: On the meta device, with what trains unfrozen.
-        prompt: Tokens before the image.
-        written: Tokens of the image, as they are fed; the last is predicted only.
-        copies: Passes with gradient: two where guidance has both.
+        policy: The network on the meta device, with the weights that train unfrozen.
+        prompt: Number of tokens before the image.
+        written: Number of tokens of the image. The last one is only predicted, not fed.
+        copies: Number of passes with gradient: 2 if the passes with and without the caption both have one, else 1.
     """
     whole = _saved_by_drawing(policy, prompt + written - 1, copies, recompute=False)
     if not policy.gradient_checkpointing:
@@ -58,9 +58,9 @@ def _saved_by_drawing(policy: CaptionPolicy, length: int, rows: int, recompute: 
 
 
 def _embeds(policy: CaptionPolicy, rows: int, length: int) -> dict[str, Tensor]:
-    """What a decoder is given in place of token ids."""
-    words, width = policy.base.get_input_embeddings().weight, text_config(policy.base).hidden_size
-    states = torch.empty(rows, length, width, dtype=words.dtype, device="meta", requires_grad=words.requires_grad)
+    """Empty input embeddings and positions, the arguments of a decoder, on the meta device."""
+    table, width = policy.base.get_input_embeddings().weight, text_config(policy.base).hidden_size
+    states = torch.empty(rows, length, width, dtype=table.dtype, device="meta", requires_grad=table.requires_grad)
     return {"inputs_embeds": states, "position_ids": torch.empty(rows, length, dtype=torch.long, device="meta")}
 
 
@@ -83,13 +83,13 @@ def _saved_by_reading(policy: CaptionPolicy, prompt: int, tokens: int, group: in
 
 @contextmanager
 def saved_bytes(module: nn.Module) -> Iterator[Callable[[], int]]:
-    """Inside, counts the memory of saved tensors, each storage once and the module's own weights not at all.
+    """Inside, counts the bytes of tensors that autograd saves. Each storage counts once; the module's weights do not count.
 
-    On the meta device, attention is counted as a fused kernel: it keeps queries, keys, values and its output, never
-    the matrix of scores, which meta's own fallback would.
+    On the meta device, attention is counted as a fused kernel, which keeps queries, keys, values and output. The meta
+    device's own implementation would also keep the matrix of attention scores.
     """
     weights = {id_of(weight) for weight in (*module.parameters(), *module.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no number is given twice
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no id is used again
 
     def keep(tensor: Tensor) -> Tensor:
         if id_of(tensor) not in weights:
@@ -101,12 +101,12 @@ def saved_bytes(module: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 def id_of(tensor: Tensor) -> int:
-    """The same for all views of one memory, also on the meta device, which has no addresses."""
+    """An id of the memory of a tensor, equal for all its views. Memory on the meta device has an id but no address."""
     return tensor.untyped_storage()._cdata
 
 
 class _FusedOnMeta(TorchFunctionMode):
-    """Attention without its scores; and whatever is asked about values that do not exist is answered with no."""
+    """Replaces attention on the meta device by `_Fused`, and makes ``bool()`` of a meta tensor, which has no value, False."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,7 +120,7 @@ class _FusedOnMeta(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps what the fused kernels keep; nothing on the meta device has a backward pass."""
+    """Saves the tensors that fused attention kernels save. It has no backward pass, because none is run here."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Bytes of everything in a run that is no saved activation. Formulas; tests compare them with counted bytes.
+"""Formulas for the memory of a run, except for saved activations. Tests compare them with counted bytes.
 
-Legend as in `uae.types`; P prompt tokens, L conditioning tokens, M = N*T caption tokens of a mini-batch, b bytes per value.
+Sizes are named as in `uae.types`. In addition, P is the number of prompt tokens, L of conditioning tokens, M = N*T of caption
+tokens of a mini-batch, and b is the number of bytes per value.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from uae.memory.counting import text_config
 from uae.models.renderers.diffusers import Rendering
 from uae.weights.placement import Placement, torch_dtype
 
-CUDA_CONTEXT = 1 << 30  # driver, kernels and allocator slack of one process: 0.5 to 1 GiB before the first tensor
-HEAD_CHUNK = 1024  # tokens whose logits exist at a time, the default of `uae.grpo.token_logprobs`
+CUDA_CONTEXT = 1 << 30  # a process takes 0.5 to 1 GiB for driver and kernels before its first tensor
+HEAD_CHUNK = 1024  # number of tokens whose logits exist at a time, the default of `uae.grpo.token_logprobs`
 BLOCK_VALUES, PARALLEL_BLOCK_VALUES = 11, 18  # live values per token and width; see `denoise_bytes`
 PIXEL_VALUES, VIDEO_PIXEL_VALUES = 6.6, 18.2  # live values per pixel and channel; see `decode_bytes`
 TOWER_VALUES = 17  # live values per token and width; see `encode_bytes`
 
 
 def size_of(module: nn.Module) -> int:
-    """Bytes of parameters and buffers in their own dtype, tied ones once."""
+    """Bytes of parameters and buffers in their own dtype; tied parameters count once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
@@ -39,10 +40,10 @@ def placed_bytes(module: nn.Module, placement: Placement) -> int:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, bool]:
-    """Bytes of optimizer states, by taking one step on the meta device; and whether that worked.
+    """Bytes of optimizer states, counted after one step on the meta device; and whether that step was possible.
 
-    AdamW keeps two values per parameter in the parameter's dtype and one float32 step per tensor. An optimizer that
-    cannot step there (8-bit ones) is taken for AdamW with float32 states: 8 bytes per parameter.
+    AdamW keeps two values per parameter in the parameter's dtype and one float32 number of steps per tensor. An optimizer
+    that cannot run on the meta device (8-bit ones) is counted as AdamW with float32 states, 8 bytes per parameter.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for weight in weights:
@@ -86,7 +87,7 @@ def head_bytes(model: Any, tokens: int, trained: bool) -> int:
 
 
 def reading_bytes(config: Any, tokens: int, itemsize: int, adapted: bool = False) -> int:
-    """Bytes of one layer of a language model over so many tokens, without gradient: (3 F + 6 D) b per token.
+    """Bytes of one layer of a language model over ``tokens`` tokens, without gradient: (3 F + 6 D) b per token.
 
     F is the width inside the MLP (gate, up and their product), D outside (residual, norm, queries, keys, values, output).
     An adapter computes in float32, on a copy of its input: 4 F more.
@@ -114,7 +115,7 @@ def denoise_bytes(denoiser: Any, vae: Any, rendering: Rendering, rows: int, cond
 
 
 def latent_tokens(denoiser: Any, vae: Any, height: int, width: int) -> int:
-    """S, tokens of an image: its latent pixels, in patches that the denoiser or (FLUX, Qwen-Image) the pipeline makes."""
+    """S, the number of tokens of an image: its latent pixels, grouped in patches by the denoiser or by the pipeline."""
     channels = getattr(vae, "latent_channels", None) or getattr(vae, "z_dim", None) or denoiser.in_channels
     packed = denoiser.in_channels // channels
     patch = packed if packed > 1 else (getattr(denoiser, "patch_size", None) or 1) ** 2
@@ -123,7 +124,7 @@ def latent_tokens(denoiser: Any, vae: Any, height: int, width: int) -> int:
 
 
 def downsampling(vae: Any) -> int:
-    """Pixels per latent pixel, along a side."""
+    """Side of the square of pixels that one latent pixel stands for."""
     for name, extra in (("encoder_block_out_channels", -1), ("block_out_channels", -1), ("temperal_downsample", 0)):
         if getattr(vae, name, None):
             return 2 ** (len(getattr(vae, name)) + extra)
@@ -154,7 +155,7 @@ def decode_bytes(vae: Any, rendering: Rendering, rows: int) -> int:
 def encode_bytes(tower: Any, images: int, itemsize: int) -> int:
     """Bytes of embedding images: images * tokens * width * 17 b; counted on the meta device: 12.1 (SigLIP) to 16.6 (CLIP).
 
-    DINOv2 sees 224 pixels, not the 518 its positions were trained at.
+    DINOv2 gets images of 224 pixels, not of the 518 that its position embeddings were trained with.
     """
     config = getattr(tower, "config", None)
     config = getattr(config, "vision_config", config)
@@ -167,7 +168,7 @@ def encode_bytes(tower: Any, images: int, itemsize: int) -> int:
 
 
 def vision_bytes(model: Any, pixels: int, trained: bool, recompute: bool) -> int:
-    """Bytes of the captioner's image tower over so many pixels of images.
+    """Bytes of the captioner's image tower over images of ``pixels`` pixels in all.
 
     Without gradient 17 values per patch and width, as `encode_bytes`. If it trains, (8 D + 4 F) b per patch and layer
     stay until the backward pass (residual, norms, attention and MLP), or D b where layers are computed again.
@@ -187,7 +188,7 @@ def vision_bytes(model: Any, pixels: int, trained: bool, recompute: bool) -> int
 
 
 def image_tokens(model: Any, pixels: int) -> int:
-    """Prompt tokens of one image of so many pixels; 0 where the configuration does not tell."""
+    """Number of prompt tokens of one image of ``pixels`` pixels; 0 if the configuration does not say."""
     config = getattr(model.config, "vision_config", None)
     fixed = getattr(model.config, "image_seq_length", None)
     if config is None or fixed:

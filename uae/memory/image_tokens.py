@@ -1,4 +1,4 @@
-"""Rows of the plan for images that the policy draws token by token, and learns from."""
+"""Rows of the memory plan for images that the policy draws token by token."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ROWS, MINI = "system.init_args.rows", "model.mini_batches, model.reconstructions
 
 
 def image_token_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes, settings: Plan) -> list[Row]:
-    """Cache and logits while images are drawn; where they train, activations of the pass that scores them.
+    """Rows for cache and logits while images are drawn and, if images train, for the activations of their log-probs.
 
     Args:
-        policy: With the run's finetuning, on the meta device.
-        blueprint: Without a ``drawing``, no rows.
-        sizes: Of a step, per process.
-        settings: Which halves train, and M.
+        policy: The network on the meta device, after the run's finetuning was attached.
+        blueprint: Layer sizes of the system. If its ``drawing`` is None, there are no rows.
+        sizes: Sizes of a training step in one process.
+        settings: Settings of the rollout, of which ``train`` and ``reconstructions`` are used.
     """
     drawing = blueprint.drawing
     if drawing is None:
@@ -64,6 +64,6 @@ def _update_rows(policy: CaptionPolicy, drawing: TokenDrawing, prompt: int, imag
 
 
 def _head_bytes(model: Any, tokens: int, codes: int) -> int:
-    """Three float32 ``[chunk, V]`` at a time and, per token, the mixed state and its slope in float32."""
+    """Bytes of three float32 ``[chunk, V]`` at a time and, per token, of a float32 state and its gradient."""
     width = text_config(model).hidden_size
     return 3 * 4 * min(tokens, estimates.HEAD_CHUNK) * codes + 2 * 4 * tokens * width

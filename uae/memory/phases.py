@@ -1,4 +1,4 @@
-"""Rows of the plan that come and go with the phases of a training step."""
+"""Rows of the memory plan for memory that is in use only in some phases of a training step."""
 
 from __future__ import annotations
 
@@ -11,24 +11,34 @@ from uae.models.captioners.policy import CaptionPolicy
 from uae.systems.blueprints import DRAWS, Blueprint
 from uae.weights.placement import torch_dtype
 
-QUESTION = 64  # tokens of a prompt besides the image, and of a template around a caption
+QUESTION = 64  # assumed number of tokens of a prompt without its image, and of the template around a caption
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step works on, per process."""
+    """Sizes of a training step in one process.
 
-    images: int  # B
-    group: int  # G
-    rows: int  # N, or the evaluation batch if that is larger
-    part: int  # images of a mini-batch
-    prompt: int  # P
-    tokens: int  # T
-    pixels: int  # of one source image
+    Args:
+        images: B, the number of images of a rollout.
+        group: G, the number of captions per image.
+        rows: N, the number of captions of a rollout, or the evaluation batch if that is larger.
+        part: Number of images of a mini-batch.
+        prompt: P, the number of tokens of a prompt, image included.
+        tokens: T, the largest number of tokens of a caption.
+        pixels: Number of pixels of a source image.
+    """
+
+    images: int
+    group: int
+    rows: int
+    part: int
+    prompt: int
+    tokens: int
+    pixels: int
 
 
 def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes) -> list[Row]:
-    """Cache and logits while captions are sampled, states while they are read, activations while images are drawn."""
+    """Rows of the rollout: sampling of captions, reading of captions by the conditioner, and drawing of images."""
     model, config = policy.base, text_config(policy.base)
     b, adapted = model.dtype.itemsize, hasattr(policy.model, "get_base_model")
     rows = [
@@ -90,10 +100,10 @@ def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:
 
 
 def update_rows(policy: CaptionPolicy, sizes: Sizes) -> list[Row]:
-    """Activations, cache and head of one mini-batch; and what replaying it without gradient takes."""
+    """Rows of the update on one mini-batch: activations, cache and output head; and of its log-probs without gradient."""
     model, config, rows = policy.base, text_config(policy.base), sizes.part * sizes.group
     spoken, length = rows * sizes.tokens, sizes.prompt + sizes.tokens
-    head, words = model.get_output_embeddings().weight.requires_grad, "model.mini_batches"
+    head, mini_batches = model.get_output_embeddings().weight.requires_grad, "model.mini_batches"
     names = ("visual", "vision_tower", "vision_model")
     sees = any(weight.requires_grad for name, weight in policy.named_parameters() if any(n in name for n in names))
     kept = sizes.part * update_bytes(policy, sizes.prompt, sizes.tokens, sizes.group)
@@ -101,10 +111,10 @@ def update_rows(policy: CaptionPolicy, sizes: Sizes) -> list[Row]:
     cache = 0 if policy.gradient_checkpointing else estimates.kv_bytes(model, rows, length)
     adapted = hasattr(policy.model, "get_base_model")
     reading = estimates.reading_bytes(config, spoken + sizes.part * sizes.prompt, model.dtype.itemsize, adapted)
-    keys = words if policy.gradient_checkpointing else f"{words}, reading.gradient_checkpointing"
+    keys = mini_batches if policy.gradient_checkpointing else f"{mini_batches}, reading.gradient_checkpointing"
     return [
         Row("activations", kept + image, phases=("update",), keys=keys),
-        Row("key-value cache, update", cache, phases=("update",), keys=words),
-        Row("output head", estimates.head_bytes(model, spoken, head), phases=("update", "replay"), keys=words),
-        Row("replay buffers", reading + estimates.kv_bytes(model, rows, length), phases=("replay",), keys=words),
+        Row("key-value cache, update", cache, phases=("update",), keys=mini_batches),
+        Row("output head", estimates.head_bytes(model, spoken, head), phases=("update", "replay"), keys=mini_batches),
+        Row("replay buffers", reading + estimates.kv_bytes(model, rows, length), phases=("replay",), keys=mini_batches),
     ]

@@ -1,4 +1,4 @@
-"""The plan: a row per thing that takes memory, and the phases of a training step it is there in."""
+"""The memory plan of a run: one row per use of memory, with the phases of a training step in which it exists."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from uae.types import PlannedSystem
 
 
 def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
-    """Memory of ``fit`` per GPU, unsharded and sharded, from architectures alone: no weight is read.
+    """Memory of ``fit`` per GPU, unsharded and sharded, computed from layer sizes without reading weights.
 
-    Gradients stay until the next backward pass, so through the next rollout; optimizer states exist from the first step
-    on. Offloaded parts count in their own phase only, parts on another device not at all.
+    Gradients exist until the next backward pass, so also during the next rollout. Optimizer states exist after the first
+    step. Offloaded networks count only in the phase that uses them; networks on another device do not count.
 
     Args:
         module: An `uae.module.UnifiedGRPO` whose system has a ``blueprint``.
-        data: Its data module.
-        trainer: The settings of the trainer in the configuration.
+        data: The data module of the run.
+        trainer: The settings of ``trainer`` in the configuration.
 
     Raises:
-        ValueError: The module is of another kind, or its system has no plan.
+        ValueError: The module is of another class, or its system has no blueprint.
     """
     system = getattr(module, "system", None)
     if not isinstance(system, PlannedSystem):
@@ -60,13 +60,13 @@ def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
 
 
 def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[CaptionPolicy, CaptionPolicy | None]:
-    """The run's own finetuning on the blueprint's policy; and the reference's copy of it, if there is one."""
+    """The blueprint's policy after the run's finetuning was attached, and the reference copy of it or None."""
     recompute = blueprint.reading is not None and blueprint.reading.gradient_checkpointing
     network = copy.deepcopy(blueprint.policy)
     learner = Learner(CaptionPolicy(network, gradient_checkpointing=recompute))
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an adapter's weights are read, and go nowhere: torch says so for each
-        shared = blueprint.drawing is not None  # one network: a KL on either segment reads its copy
+        warnings.simplefilter("ignore")  # torch warns for each weight of an adapter that is copied to the meta device
+        shared = blueprint.drawing is not None  # one network: a KL term on captions or on images needs the copy
         compared = bool(module.references) if shared else "caption" in module.references
         module.finetune.attach(learner, keep_reference=compared or blueprint.needs_reference)
     if processes.cast_to is not None:
@@ -75,7 +75,7 @@ def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[
 
 
 def _sizes(module: Any, data: Any, blueprint: Blueprint) -> Sizes:
-    """P is the blueprint's, or what an image of the data's size takes if that is more."""
+    """The sizes of a step. P is the larger one of the blueprint's prompt and of a prompt with an image of the data's size."""
     settings, images = module.plan, getattr(data, "batch_size", 1)
     pixels = getattr(data, "image_size", 0) ** 2
     reading = blueprint.reading
@@ -89,7 +89,7 @@ def _sizes(module: Any, data: Any, blueprint: Blueprint) -> Sizes:
 
 
 def _update_flop(policy: CaptionPolicy, sizes: Sizes) -> float:
-    """Of one mini-batch, in the language model."""
+    """Floating-point operations of the language model in the update on one mini-batch."""
     weights = [*policy.base.get_decoder().parameters()]
     count, trained = sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
     tokens = sizes.part * (sizes.prompt + sizes.group * sizes.tokens)

@@ -1,4 +1,4 @@
-"""What the trainer's settings say about processes, without making a Trainer: that would ask for the GPUs."""
+"""Number of processes and dtypes of a run, read from the trainer's settings. A Trainer is not created, as it needs the GPUs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 
 from uae.strategy import FSDP2Strategy
 
-TYPICAL = 8  # GPUs of a machine that is not this one
+TYPICAL = 8  # assumed number of GPUs per machine, if this machine has none
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How a run is spread out.
+    """The processes of a run and their dtypes.
 
     Args:
-        count: Processes, one GPU each.
-        assumed: ``count`` is a guess: the configuration says "all GPUs", and there are none here.
-        sharded: The strategy is fsdp2.
-        ddp: The strategy is ddp.
-        shards: Processes that one copy of the weights is divided over under fsdp2.
-        per_node: Processes of a machine.
-        gathered_dtype: Of weights gathered under fsdp2; None is their own.
-        reduced_dtype: Of gradients averaged under fsdp2; None is their own.
-        accumulate: Batches per optimizer step.
-        cast_to: Dtype that the trainer turns every weight into, or None.
+        count: Number of processes, one GPU each.
+        assumed: Whether ``count`` is a guess, because the configuration asks for all GPUs and this machine has none.
+        sharded: Whether the strategy is fsdp2.
+        ddp: Whether the strategy is ddp.
+        shards: Number of processes over which one copy of the weights is divided under fsdp2.
+        per_node: Number of processes per machine.
+        gathered_dtype: Dtype of gathered weights under fsdp2; None is the weights' own dtype.
+        reduced_dtype: Dtype in which gradients are averaged under fsdp2; None is the gradients' own dtype.
+        accumulate: Number of batches per optimizer step.
+        cast_to: Dtype to which the trainer converts all weights; None converts nothing.
         on_gpu: Whether the plan is for GPUs.
     """
 
@@ -74,7 +74,7 @@ def processes_of(trainer: Mapping[str, Any]) -> Processes:
 
 
 def _devices(devices: Any) -> int | None:
-    """Per node; None is all there are."""
+    """Number of devices per machine that the configuration asks for; None is all that exist."""
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
     if isinstance(devices, str):

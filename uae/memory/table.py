@@ -1,4 +1,4 @@
-"""The plan as people read it: a table, a peak and a verdict."""
+"""The memory plan as a table, with the phase that needs most memory and the verdict whether the run fits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PHASES = ("caption", "condition", "render", "reward", "replay", "update")
 
 @dataclass(frozen=True)
 class Row:
-    """Something that takes memory.
+    """One use of memory.
 
     Args:
-        name: What it is.
-        whole: Bytes per GPU, on one GPU or under DDP.
-        sharded: Bytes per GPU under fsdp2; None is no different.
-        phases: When it is there; empty is always.
-        parameters, trainable: How many, 0 for what is no weight.
-        device: None is the policy's.
-        keys: What to change in the configuration to make it smaller.
+        name: Name of the tensors in the table.
+        whole: Bytes per GPU on one GPU or under DDP.
+        sharded: Bytes per GPU under fsdp2; None means the same as ``whole``.
+        phases: Phases of a training step in which the memory is in use; empty means all.
+        parameters, trainable: Number of parameters, and of those that train; 0 if the row is about no weights.
+        device: Device of the memory; None is the policy's.
+        keys: Keys of the configuration that make it smaller.
     """
 
     name: str
@@ -44,12 +44,13 @@ class Plan:
     """Memory of a run. Filled by `uae.memory.plan`.
 
     Args:
-        rows: Everything that takes memory.
-        processes: How the run is spread out.
-        header: The sizes the plan was made for.
-        exchanges: What the run as configured sends.
-        update_flop: Operations of the policy's forward and backward passes per GPU and optimizer step: 2 per parameter and
-            token forward, as many for the gradient of activations, of weights that train, and of recomputation.
+        rows: All uses of memory.
+        processes: Number of processes, strategy and dtypes of the run.
+        header: Line above the table with the sizes that the plan was made for.
+        exchanges: Collective operations of one optimizer step of the run as configured.
+        update_flop: Floating-point operations of the policy's forward and backward passes per GPU and optimizer step: 2 per
+            parameter and token for the forward pass, and 2 each for gradients of activations, for gradients of weights that
+            train, and for recomputation.
     """
 
     rows: tuple[Row, ...]
@@ -59,7 +60,7 @@ class Plan:
     update_flop: float = 0.0
 
     def there(self, phase: str, device: str | None = None) -> list[Row]:
-        """What is on a device in a phase."""
+        """Rows that are on a device in a phase."""
         return [row for row in self.rows if row.device == device and phase in (row.phases or PHASES)]
 
     def total(self, phase: str, sharded: bool, device: str | None = None) -> int:
@@ -67,7 +68,7 @@ class Plan:
         return sum(row.size(sharded) for row in self.there(phase, device))
 
     def peak(self, sharded: bool | None = None, device: str | None = None) -> tuple[str, int]:
-        """The phase that takes most, and its bytes; ``sharded=None`` is as configured."""
+        """The phase that needs most memory, and its bytes per GPU; ``sharded=None`` is as configured."""
         sharded = self.processes.sharded if sharded is None else sharded
         totals = {phase: self.total(phase, sharded, device) for phase in PHASES}
         phase = max(totals, key=totals.__getitem__)
@@ -75,12 +76,12 @@ class Plan:
 
     @property
     def devices(self) -> list[str | None]:
-        """GPUs in use: None is the policy's."""
+        """Devices in use; None is the policy's."""
         others = {row.device for row in self.rows if row.device not in (None, "cpu")}
         return [None, *sorted(others, key=str)]
 
     def problem(self, available: float) -> str | None:
-        """One line that says why the run as configured does not fit into so many bytes per GPU; None if it does."""
+        """One line that says why the run does not fit into ``available`` bytes per GPU, or None if it fits."""
         sharded = self.processes.sharded
         for device in self.devices:
             phase, needed = self.peak(sharded, device)
@@ -97,7 +98,7 @@ class Plan:
         return None
 
     def verdict(self, available: float | None) -> str:
-        """One line: what the run takes, and whether that fits."""
+        """One line that says how much memory the run needs and whether it fits into ``available`` bytes per GPU."""
         phase, needed = self.peak()
         how = f"fsdp2 over {self.processes.count} GPUs" if self.processes.sharded else "unsharded"
         need = f"Peak as configured ({how}): {gib(needed)} GiB per GPU, phase {phase}."
@@ -107,7 +108,7 @@ class Plan:
         return f"{need} It fits into {gib(available)} GiB." if problem is None else f"It does not fit: {problem}."
 
     def table(self, available: float | None = None) -> str:
-        """All of it, aligned, in GiB per GPU; ends with the verdict."""
+        """The whole plan as aligned text, in GiB per GPU, with the verdict at the end."""
         several = self.processes.count > 1 or self.processes.sharded
         kinds = (False, True) if several else (False,)
         columns = ["one GPU or DDP", f"FSDP2 x {self.processes.count}"] if several else ["one GPU"]
@@ -127,7 +128,7 @@ class Plan:
         return "\n".join([self.header, "", *_aligned(lines), "", *self._sent(), self.verdict(available)])
 
     def _sent(self) -> list[str]:
-        """What a GPU sends for one optimizer step, a row per kind of collective."""
+        """Lines about the bytes that a GPU sends for one optimizer step, one per kind of collective operation."""
         if not self.exchanges:
             return []
         lines = [["sent per GPU and optimizer step", "passes", "GPUs", "GiB", "over"]]
@@ -139,7 +140,7 @@ class Plan:
 
 
 def _mark(peaks: list[bool], kinds: tuple[bool, ...]) -> str:
-    """An arrow beside the phase that takes most."""
+    """An arrow to mark the phase that needs most memory."""
     if not peaks:
         return ""
     return "<- peak" if len(peaks) == len(kinds) else f"<- peak of {'FSDP2' if peaks[0] else 'one GPU or DDP'}"
@@ -163,7 +164,7 @@ def gib(size: float) -> str:
 
 
 def count(number: int) -> str:
-    """8.06 B, 303.1 M; nothing for nothing."""
+    """A number as "8.06 B" or "303.1 M"; 0 is the empty string."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.2f} {letter}"

@@ -1,4 +1,4 @@
-"""Rows of the plan that are there all the time: networks, gradients, optimizer states."""
+"""Rows of the memory plan for networks, gradients and optimizer states."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DTYPE = "placement.dtype/offload"
 def policy_rows(
     policy: CaptionPolicy, reference: nn.Module | None, processes: Processes, optimizer: Callable[..., Any]
 ) -> list[Row]:
-    """Weights, what a sharded policy gathers, the reference, gradients, optimizer states."""
+    """Rows for the policy's weights, the weights that FSDP gathers, the reference, gradients and optimizer states."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     count, trainable = sum(weight.numel() for weight in policy.parameters()), sum(weight.numel() for weight in trained)
     whole, gradients = estimates.size_of(policy), sum(weight.numel() * weight.element_size() for weight in trained)
     states, known = estimates.optimizer_bytes(optimizer(trained))
-    wide = 1.0  # what trains is kept in float32 where weights are gathered in another dtype
+    wide = 1.0  # fsdp2 keeps weights that train in float32 if it gathers them in another dtype
     if processes.gathered_dtype is not None and gradients:
         wide = 4 * trainable / gradients
     shards, n = whole + int((wide - 1) * gradients), processes.shards
@@ -53,7 +53,7 @@ def policy_rows(
 
 
 def _gathered(policy: nn.Module, dtype: torch.dtype | None) -> tuple[int, int]:
-    """Bytes of the whole policy, gathered; and of what the update gathers at a time: the root's weights and two blocks."""
+    """Bytes of the whole policy, as a rollout gathers it; and of the root and two blocks, as an update gathers them."""
 
     def size(weights: Any) -> int:
         return sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in weights)
@@ -64,7 +64,7 @@ def _gathered(policy: nn.Module, dtype: torch.dtype | None) -> tuple[int, int]:
 
 
 def frozen_rows(blueprint: Blueprint) -> list[Row]:
-    """Networks of the conditioner and the renderer, each in its own dtype."""
+    """Rows for the networks of the conditioner and the renderer, each in its own dtype."""
     rows = []
     for name, (network, placement) in blueprint.frozen.items():
         phase, owner = ("render", "rendering.") if name in DRAWS else ("condition", "the conditioner's ")
@@ -85,7 +85,7 @@ def _placed(name: str, network: nn.Module, placement: Placement, phase: str, key
 
 
 def encoder_rows(module: Any, sizes: Sizes) -> list[Row]:
-    """Encoders of rewards and metrics, each set of weights once, and what the largest works with."""
+    """Rows for the encoders of rewards and metrics, equal ones once, and for the activations of the largest."""
     towers: dict[Any, tuple[str, nn.Module, Placement]] = {}
     rewards = {name: getattr(part, "encoder", None) for name, part in module.reward.parts.items()}
     score = getattr(module.unified_score, "encoders", {})

@@ -1,4 +1,4 @@
-"""What trains: a low-rank adapter or the weights themselves. Swapped by configuration, nothing else changes."""
+"""Which weights of a network train: a low-rank adapter or the weights themselves. The configuration chooses one."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
 
 
 class Finetune:
-    """Decides which parameters of a network train, and how it gets back to where it started."""
+    """Decides which parameters of a network train, and how the initial weights (the reference) can be used again."""
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Freeze and unfreeze ``learner.network`` in place, and set ``learner.start``.
 
         Args:
-            learner: The network, with the weights it starts from.
-            keep_reference: Whether ``learner.reference()`` will be needed (a KL coefficient above 0).
+            learner: The learner whose network has its initial weights.
+            keep_reference: Whether ``learner.reference()`` will be called, as it is where a KL coefficient is above 0.
         """
         raise NotImplementedError
 
 
 class LoRA(Finetune):
-    """A low-rank adapter on the language model or the denoiser; the reference is the model with the adapter off, so it costs nothing.
+    """Trains a low-rank adapter on the language model or the denoiser.
 
-    Its weights are float32 also beside a bfloat16 model: updates of 1e-6 would be rounded away in bfloat16.
+    The reference is the model with the adapter turned off, so it takes no memory. The adapter's weights are float32 even if
+    the model is bfloat16, because bfloat16 would round updates of 1e-6 away.
 
     Args:
         rank: Rank of the adapter.
-        alpha: Scale; the update is ``alpha / rank * B A``.
-        target_modules: A regular expression over module names, or "all-linear": every linear map but the output head,
-            those of the image tower too, as UAE was trained. The default is the maps of the language model, or the
-            attention of a denoiser of diffusers.
-        adapter: Folder of a PEFT adapter to start from; the reference is then a frozen copy of it.
+        alpha: Scale of the adapter; it adds ``alpha / rank * B A`` to a weight.
+        target_modules: Regular expression over the names of modules that get an adapter, or "all-linear" for every linear
+            layer except the output head, those of the image tower included, as UAE was trained. The default is the linear
+            layers of the language model, or the attention of a diffusers denoiser.
+        adapter: Folder of a PEFT adapter to start from; the reference is then a frozen copy of that adapter.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class LoRA(Finetune):
         self.rank, self.alpha, self.target_modules, self.adapter = rank, alpha, target_modules, adapter
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
-        """Wrap the model in a PeftModel. Dropout is 0: with it the policy ratio would not be one."""
+        """Wrap the model in a PeftModel. Dropout is 0, because with dropout the policy ratio would not start at one."""
         import peft
 
         network = learner.network
@@ -76,18 +77,22 @@ class LoRA(Finetune):
 
 
 class Full(Finetune):
-    """The weights themselves; the reference is a frozen copy, made only when a KL term needs it.
+    """Trains the weights themselves. The reference is a frozen copy, made only if a KL term needs it.
 
     Args:
-        trainable: A regular expression over parameter names, searched; the rest stays frozen. The default leaves out
-            the image tower.
+        trainable: Regular expression that is searched in parameter names; parameters without a match stay frozen. The
+            default freezes the image tower.
     """
 
     def __init__(self, trainable: str = IMAGE_TOWER_ASIDE) -> None:
         self.trainable = trainable
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
-        """Unfreeze what matches and keep a copy of the start if asked."""
+        """Unfreeze the parameters that match, and copy the initial weights if a reference is asked for.
+
+        Raises:
+            ValueError: No parameter matches.
+        """
         network = learner.network
         if keep_reference:
             learner.start = FrozenCopy(copy.deepcopy(network).requires_grad_(False).eval())

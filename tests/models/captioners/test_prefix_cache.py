@@ -156,7 +156,7 @@ def test_the_librarys_own_checkpointing_is_refused(deep):
     captioner = copy.deepcopy(captioner)
     captioner.learner.network.model.gradient_checkpointing_enable()
     for act in (captioner.logprobs, lambda x: captioner.sample(x.context, 2, Sampling(), range(4))):
-        with pytest.raises(RuntimeError, match="set reading.gradient_checkpointing of the system to true"):
+        with pytest.raises(RuntimeError, match="set model.init_args.system.init_args.reading.gradient_checkpointing to true"):
             act(rollout)
 
 

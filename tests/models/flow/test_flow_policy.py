@@ -243,7 +243,7 @@ def test_checkpointing_changes_no_gradient(policy, condition):
     "settings", [{"window": 5}, {"window": 0}, {"window": 2, "start": 3}, {"start": -1}, {"start": 1}]
 )
 def test_windows_leave_out_the_last_step(create, settings):
-    with pytest.raises(ValueError, match="exploration.window=.*1 to 4 steps in all.*change exploration.window"):
+    with pytest.raises(ValueError, match="exploration.window=.*1 to 4 steps in all.*change model.init_args.exploration.window"):
         create(**settings)
 
 
@@ -265,7 +265,7 @@ def test_unknown_settings(create, settings, message):
 def test_what_trains_is_where_the_trainer_is(decoder, placement):
     renderer = tiny_renderer(decoder)
     renderer.rendering = replace(renderer.rendering, placement=replace(renderer.rendering.placement, **placement))
-    with pytest.raises(ValueError, match="the denoiser trains.*change rendering.placement"):
+    with pytest.raises(ValueError, match="the denoiser trains.*change model.init_args.system.init_args.rendering.placement"):
         FlowPolicy(renderer)
 
 

@@ -144,9 +144,9 @@ def test_half_precision_is_computed_with_in_single():
 
 @pytest.mark.parametrize("value", [0, -0.1, float("nan")])
 def test_a_policy_needs_noise(value):
-    with pytest.raises(ValueError, match="noise_level=.*change exploration.noise_level"):
+    with pytest.raises(ValueError, match="noise_level=.*change model.init_args.exploration.noise_level"):
         FlowSDE(value)
-    with pytest.raises(ValueError, match="eta=.*change exploration.noise_level"):
+    with pytest.raises(ValueError, match="eta=.*change model.init_args.exploration.noise_level"):
         DanceSDE(value)
 
 

@@ -94,7 +94,7 @@ def test_networks_wait_and_work_where_they_are_placed():
 
 def test_gradients_and_offloading_exclude_each_other():
     renderer = DiffusersRenderer(load("sd3"), settings(placement=Placement("float32", "meta", offload=True)))
-    with pytest.raises(ValueError, match="set rendering.placement.offload to false"):
+    with pytest.raises(ValueError, match="set model.init_args.system.init_args.rendering.placement.offload to false"):
         renderer.render(ragged("sd3"), SEEDS, grad=True)
 
 
@@ -202,7 +202,7 @@ def test_conditions_of_the_wrong_kind():
         ValueError, match=r"of the kind of the captions' \(EmbeddingCondition\), TextCondition was given"
     ):
         DiffusersRenderer(load("sana"), settings(guidance=2.0), words).render(embeddings, SEEDS)
-    with pytest.raises(ValueError, match=r"\(EmbeddingCondition\), none was given; .*set rendering.guidance to 1"):
+    with pytest.raises(ValueError, match=r"\(EmbeddingCondition\), none was given; .*set model.init_args.system.init_args.rendering.guidance to 1"):
         DiffusersRenderer(load("sana"), settings(guidance=2.0)).render(embeddings, SEEDS)
     with pytest.raises(ValueError, match="takes a pooled vector per caption"):
         DiffusersRenderer(load("sd3"), settings()).render(replace(ragged("sd3"), pooled_NP=None), SEEDS)

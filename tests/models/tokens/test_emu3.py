@@ -268,7 +268,7 @@ def test_checkpointing_changes_no_gradient(made):
 
 def test_sizes_that_no_grid_has_are_refused():
     assert grid((24, 16), 8) == (3, 2)
-    with pytest.raises(ValueError, match=r"width=20; allowed: multiples of 8; change system.init_args.width"):
+    with pytest.raises(ValueError, match=r"width=20; allowed: multiples of 8; change model.init_args.system.init_args.width"):
         grid((24, 20), 8)
 
 

@@ -1,1 +1,1 @@
-"""Image to text."""
+"""Captioners: models that write a text about an image."""

@@ -1,8 +1,8 @@
-"""Caches of a prompt that a group of captions continues, and gradient checkpointing that keeps them.
+"""Key-value caches of prompts that work together with gradient checkpointing.
 
-A captioner runs its prompt once and continues it with a whole group, so gradients flow through the cache. transformers'
-own checkpointing drops the cache. Here every block is recomputed on the way back as well, beside a cache that
-recomputing cannot change.
+A captioner runs a prompt once, and the captions of a group continue it from its cache, so gradients flow through the cache.
+The gradient checkpointing of transformers drops the cache. The one in this file keeps it: layers are computed again in the
+backward pass, and the cache is of a kind that the second computation does not change.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Inside, a forward pass keeps the input of every text layer and vision block, and computes the rest again.
+    """Gradient checkpointing: inside, a forward pass keeps only the inputs of text layers and vision blocks.
 
-    What is wrapped is ``forward``, not the call: hooks (those that gather a sharded block's weights, for one) run as they
-    would without. Random numbers are not kept, as a policy has no dropout.
+    Everything else is computed again in the backward pass. Only ``forward`` is wrapped, not ``__call__``, so that hooks
+    (for example those that gather the weights of a sharded block) run as usual. The state of the random generator is not
+    restored, because a policy has no dropout.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
-    before = [block.__dict__.get("forward") for block in blocks]  # some libraries put their own there
+    before = [block.__dict__.get("forward") for block in blocks]  # some libraries set their own
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -40,37 +41,41 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 
 
 def check_memory(model: Any, gradient_checkpointing: bool) -> None:
-    """Refuse a model whose layers remember a prompt in a way that has not been shown to be continued exactly.
+    """Refuse a model whose caches are not known to continue a prompt exactly.
 
     Raises:
-        ValueError: There is such a layer.
+        ValueError: A layer has another kind of cache than keys and values of all tokens, or linear attention; or the
+            model has linear attention and ``gradient_checkpointing`` is set.
     """
     from transformers import DynamicCache
 
     kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     if kinds - {"DynamicLayer", "LinearAttentionLayer"}:
         raise ValueError(
-            f"{type(model).__name__} remembers a prompt as {', '.join(sorted(kinds))}; allowed: keys and values of all "
-            "tokens, and linear attention; set system.init_args.captioner to another model"
+            f"{type(model).__name__} caches a prompt as {', '.join(sorted(kinds))}; allowed: keys and values of all "
+            "tokens, and linear attention; set model.init_args.system.init_args.captioner to another model"
         )
     if gradient_checkpointing and kinds != {"DynamicLayer"}:
         raise ValueError(
-            f"reading.gradient_checkpointing=true, but {type(model).__name__} has layers of linear attention, which "
-            "overwrite what would be computed again; set it to false"
+            f"model.init_args.system.init_args.reading.gradient_checkpointing=true, but {type(model).__name__} has layers of "
+            "linear attention, whose state cannot be computed again; set it to false"
         )
 
 
 def prompt_cache(model: Any) -> Any:
-    """An empty cache for a prompt whose pass may be computed again."""
+    """An empty cache for a prompt, safe to use where gradient checkpointing computes the prompt's layers twice."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
-    CacheLayerMixin.register(PromptLayer)  # as good as a subclass, without importing the library at the top
+    CacheLayerMixin.register(PromptLayer)  # a real subclass would import transformers with this file
     layers: list[Any] = [PromptLayer() for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)]
     return Cache(layers=layers)
 
 
 def expand(cache: Any, rows: int, group: int) -> Any:
-    """The cache of ``rows`` prompts for ``group`` continuations of each. The library's own is changed in place."""
+    """Repeat the cache of ``rows`` prompts for ``group`` continuations of each.
+
+    A cache made by the library is changed in place.
+    """
     from transformers import Cache
 
     if all(isinstance(layer, PromptLayer) for layer in cache.layers):
@@ -81,13 +86,13 @@ def expand(cache: Any, rows: int, group: int) -> Any:
             layer.batch_repeat_interleave(group)
             continue
         layer.reorder_cache(torch.arange(rows).repeat_interleave(group))
-        if torch.is_grad_enabled():  # captions are fed at once; overwriting the state would break its gradient
+        if torch.is_grad_enabled():  # the caption is one pass, and an in-place update would break the gradient
             layer.update_recurrent_state = lambda state, *args, **kwargs: state
     return cache
 
 
 class PromptLayer:
-    """One layer's keys and values ``[B, H, P, D]`` of a prompt: kept when first computed, not when computed again."""
+    """Keys and values ``[B, H, P, D]`` of a prompt in one layer. The first computation is kept, a second one is ignored."""
 
     is_sliding = is_compileable = is_croppable = False
 
@@ -96,32 +101,33 @@ class PromptLayer:
 
     @property
     def is_initialized(self) -> bool:
-        """Whether there are keys."""
+        """Whether the layer holds keys."""
         return self.keys is not None
 
     def get_seq_length(self) -> int:
-        """P, tokens so far."""
+        """P, the number of tokens in the cache."""
         return 0 if self.keys is None else self.keys.shape[-2]
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """-1, which transformers reads as unlimited length."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that attention will see."""
+        """Number of keys that attention will see, and the position of the first one."""
         return self.get_seq_length() + query_length, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What attention sees: the prompt itself."""
+        """Keep the prompt's keys and values and return them for attention."""
         if self.keys is None:
             self.keys, self.values = key_states, value_states
         return key_states, value_states
 
 
 class ContinuedLayer(PromptLayer):
-    """A prompt's keys and values before a group of captions, which are fed at once and not kept.
+    """Keys and values of a prompt in one layer, for one pass over the captions of a group, which are not kept.
 
-    The group's copies of the prompt are made at every use: inside a block, so that they are not kept either.
+    The prompt is repeated for the group at every use. This happens inside a layer, so that gradient checkpointing does
+    not keep the copies.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, group: int) -> None:
@@ -129,7 +135,7 @@ class ContinuedLayer(PromptLayer):
         self.group = group
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What attention sees: ``[B*group, H, P + T, D]``."""
+        """Return keys and values ``[B*group, H, P + T, D]`` for attention: the repeated prompt, then the captions."""
         assert self.keys is not None
         assert self.values is not None
         keys, values = (x.repeat_interleave(self.group, 0) for x in (self.keys, self.values))

@@ -28,7 +28,7 @@ class HFCaptioner:
         processor: The model's processor, with a chat template.
         instruction: The question put beside every image.
         extra_banned_ids: Token ids that are never sampled, besides the vision placeholders.
-        image_first: The image stands before the question, or behind it.
+        image_first: Whether the image stands before the question in the prompt; False puts it behind.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class HFCaptioner:
     ) -> None:
         if not getattr(processor, "chat_template", None):
             raise ValueError(
-                "the captioner's processor has no chat template: set system.init_args.captioner to an instruction-tuned "
-                "checkpoint"
+                "the captioner's processor has no chat template: set model.init_args.system.init_args.captioner to an "
+                "instruction-tuned checkpoint"
             )
         self.processor = processor
         self.instruction, self.image_first = instruction, image_first
@@ -65,16 +65,16 @@ class HFCaptioner:
 
     @property
     def language_model(self) -> nn.Module:
-        """The text decoder of the weights in force, adapter included: token ids or embeddings to hidden states.
+        """The text decoder with the current weights, adapter included; it maps token ids or embeddings to hidden states.
 
-        Its ``last_hidden_state`` is after the final norm. It counts positions from the first token, so padding goes to
-        the right, or ``position_ids`` along.
+        Its ``last_hidden_state`` is taken after the final norm. Positions are counted from the first token, so a caller
+        pads on the right or passes ``position_ids``.
         """
         decoder: nn.Module = self.learner.network.base.get_decoder()
         return decoder
 
     def to(self, device: torch.device | str) -> HFCaptioner:
-        """Move the policy, and the frozen copy of its start, if there is one."""
+        """Move the policy, and the frozen copy of its initial weights if there is one."""
         self.learner.to(device)
         return self
 
@@ -87,14 +87,14 @@ class HFCaptioner:
             image = getattr(self.processor, "image_token", None) or "<image>"
             if prompt.count(instruction) == 1 and (prompt.find(image) < prompt.find(instruction)) != self.image_first:
                 raise ValueError(
-                    f"image_first={self.image_first}, but the chat template of the captioner has an order of its own: set "
-                    f"reading.image_first to {not self.image_first}"
+                    f"image_first={self.image_first}, but the captioner's chat template has an order of its own; set "
+                    f"model.init_args.system.init_args.reading.image_first to {not self.image_first}"
                 )
             self._prompts[instruction] = prompt
         return self._prompts[instruction]
 
     def prompts(self, instruction: str | Sequence[str] | None, images: int) -> list[str]:
-        """One prompt per image, of one instruction for all or of one each; None is the captioner's own."""
+        """One prompt per image. ``instruction`` is one for all images or one per image; None is the captioner's own."""
         asked = instruction or self.instruction
         return [self.prompt(one) for one in ([asked] * images if isinstance(asked, str) else asked)]
 
@@ -111,13 +111,13 @@ class HFCaptioner:
         rows, patches = dict(inputs), ()
         if "image_grid_thw" in rows:
             patches = rows.pop("pixel_values").split(rows["image_grid_thw"].prod(1).tolist())
-        elif len(rows["pixel_values"]) != len(images):  # tiles, all of which take equally many tokens
+        elif len(rows["pixel_values"]) != len(images):  # tiles, each of the same number of tokens
             tokens_B = (rows["input_ids"] == self.learner.network.base.config.image_token_id).sum(1)
             tiles_B = tokens_B * len(rows["pixel_values"]) // tokens_B.sum()
             if tiles_B.sum() != len(rows["pixel_values"]):
                 raise ValueError(
                     f"{type(self.processor).__name__} makes {len(rows['pixel_values'])} tiles of {len(images)} images, not "
-                    "all with equally many tokens: set system.init_args.captioner to another model"
+                    "all with the same number of tokens; set model.init_args.system.init_args.captioner to another model"
                 )
             patches = rows.pop("pixel_values").split(tiles_B.tolist())
         return VLMContext(rows, patches, tuple(images_BCHW))

@@ -1,4 +1,4 @@
-"""Tokens from uniform numbers: a draw depends on its row's seed and distribution, never on its batch."""
+"""Sampling of tokens by uniform numbers, so that a row's token depends on its own seed and never on its batch."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:
 
 
 def entropy(logp_NV: Tensor) -> Tensor:
-    """Entropies ``[N]`` in nats of distributions given by their log-probs; what has probability 0 adds nothing."""
+    """Entropies ``[N]`` in nats of distributions given by their log-probs. Tokens of probability 0 count as 0."""
     return torch.special.entr(logp_NV.exp()).sum(-1)

@@ -1,4 +1,4 @@
-"""A key-value cache of a known length: decoding step by step allocates nothing that grows."""
+"""A key-value cache of a known length, allocated once, so that decoding step by step does not copy a growing tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uae.models.captioners.caches import PromptLayer
 
 
 def fixed_cache(model: Any, length: int) -> Any:
-    """A cache for exactly so many tokens: a step copies its own keys and values and nothing else."""
+    """A cache for exactly ``length`` tokens. Each step writes its own keys and values into it."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     CacheLayerMixin.register(PromptLayer)
@@ -27,11 +27,11 @@ class FixedLayer(PromptLayer):
         self.length, self.filled = length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens in the cache so far."""
         return self.filled
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What attention sees: all tokens so far."""
+        """Write the new keys and values and return those of all tokens so far, for attention."""
         if self.keys is None or self.values is None:
             self.keys, self.values = (
                 x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)

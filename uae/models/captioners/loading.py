@@ -19,14 +19,16 @@ class Reading:
     """How a captioner reads images.
 
     Args:
-        instruction: The question put beside every image; None is the system's own.
-        image_first: Whether the image stands before the question; None is the system's own order.
-        dtype: Of the weights. Adapters stay in float32.
-        min_pixels, max_pixels: Images are scaled to an area between these, in pixels (Qwen-like processors; a multiple
-            of the squared token size, 28 x 28 for Qwen2.5-VL). None is the checkpoint's own.
-        attention: Implementation in transformers: "sdpa", "eager", "flash_attention_2", ...; None is the library's choice.
-        gradient_checkpointing: Compute the insides of layers again in the backward pass instead of keeping them.
-        trust_remote_code: The captioner's name once more, if Python code that lies in its checkpoint may run; None runs none.
+        instruction: The question that the captioner gets with every image; None is the system's own.
+        image_first: Whether the image stands before the question in the prompt; None is the system's own order.
+        dtype: Dtype of the captioner's weights. Adapters stay in float32.
+        min_pixels, max_pixels: Smallest and largest number of pixels that an image is scaled to, for processors that
+            resize as Qwen's does. Multiples of the area of one token (28 x 28 for Qwen2.5-VL). None keeps the checkpoint's.
+        attention: Name of the attention implementation in transformers ("sdpa", "eager", "flash_attention_2", ...); None is
+            the library's choice.
+        gradient_checkpointing: Whether activations inside layers are recomputed in the backward pass instead of kept.
+        trust_remote_code: Repeat the captioner's name here to allow the Python code in its checkpoint to run. With None no
+            such code runs.
     """
 
     instruction: str | None = None
@@ -42,14 +44,14 @@ class Reading:
 def load_captioner(
     name: str, reading: Reading, instruction: str, image_first: bool = True, processor_name: str | None = None
 ) -> HFCaptioner:
-    """The captioner of a checkpoint, on the CPU. What of it trains is up to `uae.models.finetune`.
+    """Load the captioner of a checkpoint on the CPU. `uae.models.finetune` later decides which weights train.
 
     Args:
-        name: Of the checkpoint, see `uae.files.locations.locate`.
-        reading: What is not None there wins over the arguments.
-        instruction: The system's own question.
-        image_first: The system's own order.
-        processor_name: Of the folder that holds the processor, where it is another.
+        name: Folder or hub name of the checkpoint, see `uae.files.locations.locate`.
+        reading: Settings of the user. Those that are not None replace ``instruction`` and ``image_first``.
+        instruction: The question that the system asks by default.
+        image_first: Whether the system by default puts the image before the question.
+        processor_name: Folder or hub name of the processor; None is the checkpoint itself.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -63,14 +65,16 @@ def load_captioner(
 
 
 def _read(name: str, processor_name: str, reading: Reading, trust: bool) -> tuple[Any, Any]:
-    """Model and processor, or one line on why not."""
+    """Load model and processor; an error of the library becomes one line that names the key to change."""
     import transformers
     from safetensors import SafetensorError
 
-    path, words = locate(name), locate(processor_name)
+    path, processor_path = locate(name), locate(processor_name)
     try:
         processor = transformers.AutoProcessor.from_pretrained(
-            words, local_files_only=os.path.isdir(words), trust_remote_code=trust and words == path
+            processor_path,
+            local_files_only=os.path.isdir(processor_path),
+            trust_remote_code=trust and processor_path == path,
         )
         loader: Any = transformers.AutoModelForImageTextToText
         model, report = loader.from_pretrained(
@@ -79,11 +83,12 @@ def _read(name: str, processor_name: str, reading: Reading, trust: bool) -> tupl
             attn_implementation=reading.attention,
             local_files_only=os.path.isdir(path),
             trust_remote_code=trust,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # the names are reported below
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        keys = "system.init_args.captioner" + (" or reading.attention" if reading.attention else "")
+        system = "model.init_args.system.init_args"
+        keys = f"{system}.captioner" + (f" or {system}.reading.attention" if reading.attention else "")
         raise ValueError(
             f"captioner {name!r} cannot be read as a vision-language model in transformers format "
             f"({' '.join(str(error).split())[:200]}); correct {keys}"
@@ -92,7 +97,7 @@ def _read(name: str, processor_name: str, reading: Reading, trust: bool) -> tupl
     if absent:
         raise ValueError(
             f"captioner {name!r} lacks {len(absent)} weights of its config ({absent[0]}, ...), or has them in other "
-            "shapes; set system.init_args.captioner to a complete checkpoint"
+            "shapes; set model.init_args.system.init_args.captioner to a complete checkpoint"
         )
     return model, processor
 
@@ -100,11 +105,11 @@ def _read(name: str, processor_name: str, reading: Reading, trust: bool) -> tupl
 def assemble_captioner(
     model: Any, processor: Any, reading: Reading, instruction: str, image_first: bool = True
 ) -> HFCaptioner:
-    """A captioner around a model (of any device, ``meta`` too) and its processor, changed as ``reading`` says."""
+    """Make a captioner from a model (on any device, ``meta`` included) and its processor, with the settings of ``reading``."""
     if not hasattr(processor, "image_processor"):
         raise ValueError(
-            f"the captioner's processor ({type(processor).__name__}) reads no images: set system.init_args.captioner to a "
-            "vision-language checkpoint with its preprocessor_config.json (or processor_config.json)"
+            f"the captioner's processor ({type(processor).__name__}) reads no images: set model.init_args.system.init_args.captioner "
+            "to a vision-language checkpoint with its preprocessor_config.json (or processor_config.json)"
         )
     check_memory(model, reading.gradient_checkpointing)
     _set_pixels(processor, reading)
@@ -119,7 +124,7 @@ def assemble_captioner(
 
 
 def _set_pixels(processor: Any, reading: Reading) -> None:
-    """Apply the pixel budget; "edges" is what Qwen's processors call areas."""
+    """Set the smallest and largest image area. Qwen's processors call these areas "edges", although they are in pixels."""
     asked = {"shortest_edge": reading.min_pixels, "longest_edge": reading.max_pixels}
     asked = {key: value for key, value in asked.items() if value is not None}
     if not asked:
@@ -128,12 +133,14 @@ def _set_pixels(processor: Any, reading: Reading) -> None:
     if not hasattr(images, "merge_size"):
         key = "min_pixels" if reading.min_pixels is not None else "max_pixels"
         raise ValueError(
-            f"reading.{key}={getattr(reading, key)}, but {type(images).__name__} has no pixel budget; remove reading.{key}"
+            f"model.init_args.system.init_args.reading.{key}={getattr(reading, key)}, but {type(images).__name__} has no pixel "
+            f"budget; remove model.init_args.system.init_args.reading.{key}"
         )
     size = {key: images.size[key] for key in ("shortest_edge", "longest_edge")} | asked
     if not 0 < size["shortest_edge"] <= size["longest_edge"]:
         raise ValueError(
             f"an image cannot have between {size['shortest_edge']} and {size['longest_edge']} pixels; allowed: "
-            "0 < reading.min_pixels <= reading.max_pixels (the checkpoint's own where not given)"
+            "0 < min_pixels <= max_pixels (the checkpoint's own where not given); change min_pixels or max_pixels of "
+            "model.init_args.system.init_args.reading"
         )
     images.size = size

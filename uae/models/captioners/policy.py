@@ -1,7 +1,7 @@
 """The trainable part of a captioner: a vision-language model that scores captions of images.
 
-The prompt (image included) runs once per image, in sampling and in log-probs: its key-value cache is expanded to the
-group. That is exact, also in the gradient, and the image tower never sees a picture twice.
+The prompt (image included) runs once per image, both in sampling and in log-probs, and its key-value cache is expanded to
+the group. The result and its gradient are exact, and the image tower runs once per image instead of once per caption.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from uae.models.captioners.caches import expand, prompt_cache, recomputing
 
 @dataclass(frozen=True)
 class VLMContext:
-    """The processor's output for B images, left-padded.
+    """The processor's output for B images, padded on the left.
 
     Args:
         rows: Tensors whose first dimension is B (``input_ids``, ``attention_mask``, ``image_grid_thw``, ...).
-        patches: The ``pixel_values`` of each image (models that pack the patches or tiles of all images), or empty.
+        patches: The ``pixel_values`` of each image, for models that concatenate the patches or tiles of all images; empty
+            for other models, whose ``pixel_values`` are in ``rows``.
         images: The B source images ``[3, H, W]`` in [0, 1].
     """
 
@@ -49,7 +50,7 @@ class VLMContext:
 
 @dataclass
 class Prefix:
-    """A prompt that has been run: what continuing it needs."""
+    """The state after a prompt has been run, from which captions continue."""
 
     cache: Any
     hidden_ND: Tensor  # of the last prompt token
@@ -57,19 +58,19 @@ class Prefix:
     offset_N: Tensor  # position of the first caption token
 
     def expand(self, group: int) -> Prefix:
-        """Every row ``group`` times; this one must not be used any more."""
+        """Repeat every row ``group`` times. The cache is reused, so this object must not be used afterwards."""
         rows = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
         return Prefix(expand(self.cache, len(self.hidden_ND), group), *rows)
 
 
 class CaptionPolicy(Network):
-    """A vision-language model and the tokens it never says.
+    """A vision-language model together with the tokens that it must never sample.
 
     Args:
         model: A ``...ForConditionalGeneration``, or a PeftModel around one.
-        banned_ids: Tokens of probability 0.
-        gradient_checkpointing: Keep the inputs of layers only, in passes with gradient, and compute the rest again:
-            a third more computation for a fraction of the memory. Changes no number.
+        banned_ids: Ids of tokens whose probability is set to 0.
+        gradient_checkpointing: Whether passes with gradient keep only the inputs of layers and compute the rest again. A
+            third more computation for a fraction of the memory; results do not change.
     """
 
     banned_ids: Tensor
@@ -82,8 +83,8 @@ class CaptionPolicy(Network):
     def forward(self, context: VLMContext, tokens_NT: Tensor, group: int, temperature: float) -> Tensor:
         """Teacher-forced log-probs ``[N, T]``, float32, with gradient.
 
-        One token at least is fed, though nothing follows it: a rank whose captions all end at once has to gather and
-        reduce a sharded policy as often as the others.
+        At least one caption token is fed, even if no token has to be predicted from it: with a sharded policy every rank
+        must run the same number of forward passes, also a rank whose captions are all one token long.
         """
         T = tokens_NT.shape[1]
         before_ND, at_NTD = self._read(context, tokens_NT[:, : max(1, T - 1)], group)
@@ -92,7 +93,8 @@ class CaptionPolicy(Network):
     def hidden(self, context: VLMContext, tokens_NT: Tensor, group: int) -> Tensor:
         """Final hidden states ``[N, T, D]`` (after the last norm) *at* caption tokens, image and question before them.
 
-        With gradient. Of a sharded policy only inside `uae.strategy.unsharded`, as it is not its ``forward``.
+        With gradient. Call it on a sharded policy inside `uae.strategy.unsharded` only, because FSDP gathers weights for
+        ``forward`` alone.
         """
         return self._read(context, tokens_NT, group)[1]
 
@@ -104,14 +106,14 @@ class CaptionPolicy(Network):
             return prefix.hidden_ND, self.advance(prefix, tokens_NT)
 
     def prefill(self, context: VLMContext, cache: Any = None) -> Prefix:
-        """Run the prompt of every image once; ``cache`` is empty, or None for the library's own."""
+        """Run the prompt of every image once. ``cache`` is an empty cache; None uses the library's default kind."""
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             raise RuntimeError(
                 "gradient_checkpointing_enable() of transformers drops the prompt's cache that captions continue: do not "
-                "call it, set reading.gradient_checkpointing of the system to true"
+                "call it, set model.init_args.system.init_args.reading.gradient_checkpointing to true"
             )
         inputs, mask_BP = context.inputs(), context.rows["attention_mask"]
-        if not hasattr(self.base.model, "get_rope_index"):  # by default, padding on the left would count as positions
+        if not hasattr(self.base.model, "get_rope_index"):  # else left padding would shift the positions
             inputs["position_ids"] = (mask_BP.cumsum(1) - 1).clamp(min=0)
         out = self.base.model(**inputs, past_key_values=cache, use_cache=True)
         offset_B = mask_BP.sum(1)
@@ -123,7 +125,7 @@ class CaptionPolicy(Network):
         return Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask_BP, offset_B)
 
     def advance(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
-        """Feed caption tokens after a prefix (whose cache grows); their final hidden states ``[N, T, D]``."""
+        """Feed caption tokens after a prefix, whose cache grows, and return their final hidden states ``[N, T, D]``."""
         N, T = tokens_NT.shape
         position_NT = prefix.offset_N[:, None] + torch.arange(T, device=tokens_NT.device)
         if hasattr(self.base.model, "get_rope_index"):

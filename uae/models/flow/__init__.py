@@ -1,1 +1,1 @@
-"""Diffusion renderers that learn: denoising steps as actions."""
+"""Flow-matching renderers that are trained by reinforcement learning, with denoising steps as actions."""

@@ -1,4 +1,4 @@
-"""The trainable root of a diffusion policy."""
+"""The network of a diffusion policy, around the denoiser of its pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uae.learner import Network
 
 
 class FlowNetwork(Network):
-    """Stands where a pipeline expects its transformer, with everything that it may ask of one.
+    """Takes the place of the transformer in a pipeline, and passes attributes that the pipeline reads on to it.
 
     Args:
         model: A denoiser of diffusers, or a PeftModel around one.
@@ -16,7 +16,7 @@ class FlowNetwork(Network):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Keep the inputs of blocks only, in passes with gradient, and compute the rest again. Changes no number."""
+        """Whether passes with gradient keep only the inputs of blocks and compute the rest again; results do not change."""
         return bool(getattr(self.base, "gradient_checkpointing", False))
 
     @gradient_checkpointing.setter
@@ -27,11 +27,11 @@ class FlowNetwork(Network):
             self.base.disable_gradient_checkpointing()
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """The denoiser's own."""
+        """Call the denoiser."""
         return self.model(*arguments, **named)
 
     def __getattr__(self, name: str) -> Any:
-        """Configuration, dtype, cache contexts and whatever else a pipeline reads."""
+        """Attributes of the denoiser, such as its configuration, dtype and cache context."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -1,7 +1,7 @@
 """A diffusion pipeline as a policy: denoising steps of a flow-matching model are actions with log-probs.
 
-Sampling and log-probs are the pipeline's own call with another step function, so that guidance, masks, embeddings and
-time shifts are the same on both sides, and the ratio is one before the first update.
+Both sampling and log-probs call the pipeline itself and only replace its scheduler's step. So guidance, masks, embeddings
+and time shifts are the same in both, and the policy ratio is one before the first update.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Exploration:
 
     Args:
         noise: Kind of random step: "flow" (Flow-GRPO) or "dance" (DanceGRPO), see `uae.models.flow.sde`.
-        noise_level: Its noise: Flow-GRPO's a, or DanceGRPO's eta (there .3).
+        noise_level: Strength of the noise, above 0: a of Flow-GRPO, or eta of DanceGRPO (0.3 in its paper).
         window: S, how many consecutive steps are random and trained; the others are deterministic. None is all but the
             last, which is always deterministic.
         start: First step of the window: a number, or "random", drawn for every row from its seed.
-        guidance_in_update: "guided": log-probs are of the guided velocity, which drew the sample: exact, and two passes
-            with gradient. "conditional": log-probs are of the velocity without guidance: half the memory, and biased,
-            as nothing was drawn from that policy. Without guidance both are the same.
+        guidance_in_update: Which velocity log-probs are computed from. "guided": the guided velocity, from which the sample
+            was drawn; exact, but it takes two passes with gradient. "conditional": the velocity without guidance; half the
+            memory, but biased, because the sample was drawn from another policy. Without guidance both are the same.
     """
 
     noise: Literal["flow", "dance"] = "flow"
@@ -49,15 +49,15 @@ class Exploration:
 
     @property
     def sde(self) -> sde.SDE:
-        """The random step."""
+        """The formula of the random step."""
         return sde.FlowSDE(self.noise_level) if self.noise == "flow" else sde.DanceSDE(self.noise_level)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowTrajectory(Trajectory[Condition]):
-    """Trained steps of N rows: ``actions_RS`` ``[N, S, ...]`` are the latents *after* each of them.
+    """The trained denoising steps of N rows; ``actions_RS`` ``[N, S, ...]`` are the latents *after* each step.
 
-    The condition is detached: for a gradient to it, replace it by one that has a graph.
+    The condition is detached. To get a gradient with respect to it, replace it by one with a graph.
     """
 
     start_N: Tensor  # [N, ...] latents before the first trained step
@@ -76,9 +76,9 @@ class FlowPolicy:
     Log-probs are in nats per latent dimension, see `uae.models.flow.sde.log_prob`: clip ranges are 1e-5 to 1e-4.
 
     Args:
-        renderer: Of a flow-matching pipeline with a transformer, which becomes ``learner.network.model``. Weights are trained in
-            the dtype they were loaded in.
-        exploration: See there.
+        renderer: The renderer of a flow-matching pipeline. Its transformer becomes ``learner.network.model`` and is trained
+            in the dtype it was loaded in.
+        exploration: Which denoising steps are random, how strong their noise is, and which of them train.
     """
 
     def __init__(self, renderer: DiffusersRenderer, exploration: Exploration = Exploration()) -> None:
@@ -91,15 +91,15 @@ class FlowPolicy:
         self._install(self.learner.network)
 
     def _install(self, network: FlowNetwork) -> None:
-        """Let the pipeline draw with this network."""
+        """Make the pipeline use this network as its transformer."""
         self.renderer.pipe.transformer = network
 
     def modules(self) -> list[nn.Module]:
-        """The frozen networks that draw, but for the policy: the autoencoder."""
+        """The frozen networks of the pipeline that take part in drawing: the autoencoder, but not the trained denoiser."""
         return [module for module in self.renderer.modules() if module is not self.learner.network]
 
     def to(self, device: torch.device | str) -> FlowPolicy:
-        """Move the network, the frozen copy of its start, if there is one, and the autoencoder."""
+        """Move the network, the autoencoder, and the frozen copy of the initial weights if there is one."""
         self.renderer.to(device)
         self.learner.to(device)
         return self
@@ -110,7 +110,7 @@ class FlowPolicy:
 
     @torch.no_grad()
     def sample(self, condition: Condition, seeds: Sequence[int]) -> FlowTrajectory:
-        """One trajectory per row. Its initial noise is that of `render`; its steps go on with the same generator."""
+        """One trajectory per row. The initial noise is that of `render`; later noise comes from the same generator."""
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
         condition, first_N = _detached(condition), torch.tensor([self._first(seed) for seed in seeds])
@@ -139,8 +139,8 @@ class FlowPolicy:
     def logprobs(self, trajectory: FlowTrajectory) -> Tensor:
         """Log-probs ``[N, S]`` of the trained steps under the current weights, in nats per latent dimension.
 
-        All steps are in one graph; ``learner.network.gradient_checkpointing`` bounds its memory, fewer steps
-        (`Exploration.window`) and fewer rows too.
+        All steps are in one graph. To save memory, set ``learner.network.gradient_checkpointing``, train fewer steps
+        (`Exploration.window`), or pass fewer rows.
         """
         mean_NS, std_NS = self.moments(trajectory)
         logp = sde.log_prob(trajectory.actions_RS.flatten(0, 1), mean_NS.flatten(0, 1), std_NS.flatten())
@@ -191,48 +191,56 @@ class FlowPolicy:
 
     @property
     def _unguided(self) -> DiffusersRenderer:
-        """The same pipeline without its second pass."""
+        """The same renderer without classifier-free guidance."""
         renderer = copy.copy(self.renderer)
         renderer.rendering = replace(renderer.rendering, guidance=1.0)
         return renderer
 
     @property
     def _updating(self) -> DiffusersRenderer:
-        """Whose velocities log-probs are of."""
+        """The renderer whose velocities define log-probs: with or without guidance, see `Exploration.guidance_in_update`."""
         guided = self.exploration.guidance_in_update == "guided" or self.renderer.rendering.guidance <= 1
         return self.renderer if guided else self._unguided
 
     def _first(self, seed: int) -> int:
-        """The first trained step of a row."""
+        """Number of the first trained step of a row with this seed."""
         if self.exploration.start != "random":
             return self.exploration.start
         return random.Random(seed).randrange(self.renderer.rendering.steps - self.window)
 
 
 def _check(exploration: Exploration, renderer: DiffusersRenderer) -> None:
-    """Raise for a window that does not fit, and for weights that could not train where they are."""
+    """Raise ValueError for settings out of range, and for a denoiser whose placement does not allow training."""
     if exploration.noise not in ("flow", "dance"):
-        raise ValueError(f"exploration.noise={exploration.noise!r}; allowed: flow, dance; change exploration.noise")
-    _ = exploration.sde  # refuses a level without noise
+        raise ValueError(
+            f"model.init_args.exploration.noise={exploration.noise!r}; allowed: flow, dance; change "
+            "model.init_args.exploration.noise"
+        )
+    _ = exploration.sde  # raises for a noise level that is not above 0
     steps, start = renderer.rendering.steps, exploration.start
     first = 0 if start == "random" else start
     window = steps - 1 if exploration.window is None else exploration.window
     if start != "random" and not isinstance(start, int):
-        raise ValueError(f"exploration.start={start!r}; allowed: random, or a number; change exploration.start")
+        raise ValueError(
+            f"model.init_args.exploration.start={start!r}; allowed: random, or a number; change model.init_args.exploration.start"
+        )
     if window < 1 or first < 0 or first + window > steps - 1:
         raise ValueError(
-            f"exploration.window={exploration.window} from step {start} of rendering.steps={steps}; allowed: 1 to "
-            f"{steps - 1} steps in all, as the last is deterministic; change exploration.window or rendering.steps"
+            f"model.init_args.exploration.window={exploration.window} from step {start} of {steps} denoising steps; allowed: 1 to "
+            f"{steps - 1} steps in all, as the last is deterministic; change model.init_args.exploration.window or "
+            "model.init_args.system.init_args.rendering.steps"
         )
     if exploration.guidance_in_update not in ("guided", "conditional"):
         raise ValueError(
-            f"exploration.guidance_in_update={exploration.guidance_in_update!r}; allowed: guided, conditional"
+            f"model.init_args.exploration.guidance_in_update={exploration.guidance_in_update!r}; allowed: guided, conditional; "
+            "change model.init_args.exploration.guidance_in_update"
         )
     placement = renderer.rendering.placement
     if placement.offload or placement.device is not None or placement.dtype == "float8":
         raise ValueError(
-            f"rendering.placement={placement}, but the denoiser trains: allowed: offload false, device null (the trainer's) "
-            "and dtype float32, bfloat16 or float16; change rendering.placement"
+            f"model.init_args.system.init_args.rendering.placement={placement}, but the denoiser trains; allowed: offload false, "
+            "device null (the trainer's) and dtype float32, bfloat16 or float16; change "
+            "model.init_args.system.init_args.rendering.placement"
         )
 
 
@@ -241,7 +249,7 @@ def _never(number: int, *_: Any) -> Tensor:
 
 
 def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    """Rows of several micro-batches, in their order before."""
+    """Concatenate the rows of several micro-batches and sort them into the order they had before."""
     order = torch.tensor([row for rows, _ in parts for row in rows])
     return torch.cat([part for _, part in parts])[order.argsort()]
 

@@ -17,24 +17,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-NEAR_NOISE = 0.999  # later than this t counts as pure noise; schedules start at 1, 0.9999 or 0.9997
+NEAR_NOISE = 0.999  # a t above this counts as pure noise; schedules start at 1, 0.9999 or 0.9997
 
 
 @dataclass(frozen=True)
 class SDE:
-    """What the variants share; they differ in the rate of noise."""
+    """The random step for any rate of noise; subclasses define the rate."""
 
     def rate(self, t: float, t_next: float) -> float:
-        """s(t), noise per square root of time. Above 0."""
+        """s(t), the standard deviation of the noise per square root of time; above 0."""
         raise NotImplementedError
 
     def moments(self, x: Tensor, velocity: Tensor, t: float, t_next: float) -> tuple[Tensor, float]:
         """Mean and standard deviation of the next latents.
 
         Args:
-            x: Latents at ``t``, ``[N, ...]``; half precision is computed with in float32.
-            velocity: The network's prediction there, of the same shape.
-            t: Time now, at most 1.
+            x: Latents at time ``t``, ``[N, ...]``. Half precision is converted to float32.
+            velocity: The velocity that the network predicts at ``x`` and ``t``, in the shape of ``x``.
+            t: Time before the step, above 0 and at most 1.
             t_next: Time after the step, from 0 to below ``t``.
 
         Returns:
@@ -57,7 +57,7 @@ class FlowSDE(SDE):
     exactly; here for `NEAR_NOISE` too, or schedules that start a hair below 1 would explode).
 
     Args:
-        noise_level: a, above 0.
+        noise_level: The factor a of the formula, above 0.
     """
 
     noise_level: float = 0.7
@@ -76,7 +76,7 @@ class DanceSDE(SDE):
     """DanceGRPO's rate (arXiv 2505.07818): constant.
 
     Args:
-        eta: The rate, above 0.
+        eta: The constant rate s, above 0.
     """
 
     eta: float = 0.3
@@ -91,7 +91,7 @@ class DanceSDE(SDE):
 
 
 def euler(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
-    """The deterministic step; the limit of the others without noise."""
+    """The deterministic step, which the random steps become when their noise goes to zero."""
     return _single(x) + (t_next - t) * _single(velocity)
 
 
@@ -99,15 +99,15 @@ def log_prob(x_next: Tensor, mean: Tensor, std: float | Tensor, reduction: Liter
     """Log-density of the next latents, per row.
 
     Args:
-        x_next: ``[N, ...]``.
-        mean: Of the same shape.
-        std: One for all latent dimensions, or one per row ``[N]``.
+        x_next: Latents after the step, ``[N, ...]``.
+        mean: Mean of the step's Gaussian, in the shape of ``x_next``.
+        std: Standard deviation of the step's Gaussian: one number, or one per row ``[N]``.
         reduction: "mean": nats per latent dimension, the unit of Flow-GRPO and DanceGRPO. An image has 1e4 to 1e6
             dimensions, and differences of the sum would leave any clip range; in this unit ranges of 1e-5 to 1e-4 are
             usual. "sum": nats, the density itself.
 
     Returns:
-        ``[N]``.
+        One log-density per row, ``[N]``.
     """
     std = _per_row(std, mean)
     z = (_single(x_next) - mean) / std
@@ -119,14 +119,14 @@ def divergence(
 ) -> Tensor:
     """Exact KL divergence ``[N]`` between two Gaussians of equal ``std``; units as in `log_prob`.
 
-    ``std`` is that of the step, so it includes the length of the step. Flow-GRPO's code divides by the squared *rate* only:
-    its penalty is this one times ``t - t_next``, and its coefficients are to be read in that unit.
+    ``std`` is the standard deviation of the whole step, so it includes the step's length. Flow-GRPO's code divides by the
+    squared *rate* only, so its KL penalty is this one times ``t - t_next``, and its KL coefficients are in that unit.
     """
     return _reduced(((mean - reference_mean) / _per_row(std, mean)).square() / 2, reduction)
 
 
 def _per_row(std: float | Tensor, mean: Tensor) -> Tensor:
-    """Broadcasts over all but the first dimension of the mean."""
+    """Reshape ``std`` so that it broadcasts over all but the first dimension of the mean."""
     return torch.as_tensor(std, dtype=mean.dtype, device=mean.device).reshape(-1, *[1] * (mean.ndim - 1))
 
 
@@ -138,12 +138,13 @@ def _reduced(each: Tensor, reduction: str) -> Tensor:
 
 
 def _single(x: Tensor) -> Tensor:
-    """float32 unless it is float64."""
+    """Convert to float32, but leave float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _above_zero(key: str, value: float) -> None:
     if not value > 0:
         raise ValueError(
-            f"{key}={value}: without noise a step has no log-prob; allowed: above 0; change exploration.noise_level"
+            f"{key}={value}: without noise a step has no log-prob; allowed: above 0; change "
+            "model.init_args.exploration.noise_level"
         )

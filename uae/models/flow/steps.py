@@ -1,4 +1,4 @@
-"""Step functions of a diffusion policy, for `uae.models.pipelines.steps.stepping`: one draws, one replays."""
+"""Step functions of a diffusion policy for `uae.models.pipelines.steps.stepping`: one draws a sample, one replays it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from uae.models.flow.sde import SDE, euler, log_prob
 
 
 class Drawn:
-    """Steps that draw: random ones inside every row's window, Euler's outside.
+    """Draws a sample: steps inside a row's window are random, the others are Euler's deterministic ones.
 
     Args:
-        variant: The random step.
-        generators: One per row, in the state that the initial noise left them in.
-        first: Number of the first random step, per row.
-        window: S, random steps in a row.
+        variant: Formula of the random step.
+        generators: One random generator per row, which has already drawn the row's initial noise.
+        first: Number of the first random step of each row.
+        window: S, the number of consecutive random steps.
     """
 
     def __init__(self, variant: SDE, generators: list[torch.Generator], first: list[int], window: int) -> None:
         self.variant, self.generators, self.first, self.window = variant, generators, first, window
-        self.rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in first]  # latents after, log-prob
+        self.rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in first]  # per random step: latents after it, its log-prob
         self.stds: list[list[float]] = [[] for _ in first]
         self.before: list[Tensor] = [torch.empty(0)] * len(first)
 
     def __call__(self, number: int, t: float, t_next: float, x: Tensor, velocity: Tensor) -> Tensor:
-        """Latents of the next time, in the dtype of these: what a replay will see."""
+        """Latents at time ``t_next``, rounded to the dtype of ``x``, because a replay will see the rounded ones."""
         after = euler(x, velocity, t, t_next).to(x.dtype)
         trained = [row for row, first in enumerate(self.first) if first <= number < first + self.window]
         if not trained:
@@ -48,11 +48,11 @@ class Drawn:
         return torch.stack([torch.stack([after for after, _ in row]) for row in self.rows])
 
     def logprobs(self) -> Tensor:
-        """``[N, S]``, in nats per latent dimension."""
+        """Log-probs ``[N, S]`` of the random steps, in nats per latent dimension."""
         return torch.stack([torch.stack([own for _, own in row]) for row in self.rows])
 
     def entropies(self) -> Tensor:
-        """``[N, S]``, in nats per latent dimension: those of normal distributions."""
+        """Entropies ``[N, S]`` of the normal distributions of the random steps, in nats per latent dimension."""
         return 0.5 * math.log(2 * math.pi * math.e) + torch.tensor(self.stds).log()
 
     def starts(self) -> Tensor:
@@ -61,12 +61,12 @@ class Drawn:
 
 
 class Replayed:
-    """Steps that were taken before: each goes where it went, whatever the velocity is now.
+    """Replays recorded steps: each step ends in the recorded latents, and the mean under the current weights is kept.
 
     Args:
-        variant: The random step.
-        actions_NS: ``[N, S, ...]``, latents after each step.
-        first: Number of the first one.
+        variant: Formula of the random step.
+        actions_NS: Recorded latents after each random step, ``[N, S, ...]``.
+        first: Number of the first random step, the same for all rows.
     """
 
     def __init__(self, variant: SDE, actions_NS: Tensor, first: int) -> None:
@@ -75,8 +75,8 @@ class Replayed:
         self.stds: list[float] = []
 
     def __call__(self, number: int, t: float, t_next: float, x: Tensor, velocity: Tensor) -> Tensor:
-        """The recorded latents; remembers the mean they would be drawn around now."""
+        """Return the recorded latents, and keep mean and standard deviation of the step under the current velocity."""
         mean, std = self.variant.moments(x, velocity, t, t_next)
         self.means.append(mean)
         self.stds.append(std)
-        return self.actions_NS[:, number - self.first].to(x).contiguous()  # laid out as drawn: rounding depends on it
+        return self.actions_NS[:, number - self.first].to(x).contiguous()  # in the memory layout of sampling, which affects rounding

@@ -24,13 +24,14 @@ Condition = TextCondition | EmbeddingCondition
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of the pipeline starts from, goes through and ends in. The defaults draw an image.
+    """The settings of one call of the pipeline. The defaults draw an image.
 
     Args:
-        generators: One per row, for the noise; None where there are latents to start from.
-        latents: What an earlier call with ``output_type="latent"`` returned; None draws noise.
-        during: Entered with the pipeline, which then has a scheduler of its own, around the call.
-        output_type: "pt" for pixels, "latent" to leave out the autoencoder.
+        generators: One random generator per row for the initial noise; None if ``latents`` are given.
+        latents: Latents to start from, as a call with ``output_type="latent"`` returns them; None starts from noise.
+        during: Function that takes the pipeline and returns a context manager, which is open during the call. The pipeline
+            then has a copy of its scheduler, which may be changed.
+        output_type: "pt" returns pixels, "latent" returns latents and does not run the autoencoder.
     """
 
     generators: list[torch.Generator] | None
@@ -43,14 +44,14 @@ class DiffusersRenderer:
     """Renders with a diffusers text-to-image pipeline; implements `uae.types.Renderer`.
 
     Row n depends on condition n and seed n only: every row draws its noise from its own generator on the CPU, and padding
-    is masked, or left out where the pipeline has no mask. The networks must have been loaded in the placement's dtype; the
-    autoencoder computes in the same one (diffusers itself raises those to float32 that float16 would overflow).
+    is masked, or removed where the pipeline has no mask. The networks must have been loaded in the placement's dtype. The
+    autoencoder computes in it too (diffusers converts to float32 those autoencoders that would overflow in float16).
 
     Args:
-        pipe: A pipeline that takes prompts (TextCondition) or embeddings (EmbeddingCondition).
-        rendering: Size, steps, guidance, memory.
-        negative: What guidance moves away from, one row. A function is called once per ``render`` that guides, for
-            conditions whose weights change. None is the pipeline's own default, if it has one.
+        pipe: A diffusers pipeline that takes prompts (TextCondition) or embeddings (EmbeddingCondition).
+        rendering: Image size, denoising steps, guidance and settings that save memory.
+        negative: Negative condition of classifier-free guidance, one row. Give a function where the conditioner's weights
+            train; it is called once per ``render`` with guidance. None is the pipeline's own default, if it has one.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class DiffusersRenderer:
     ) -> None:
         self.pipe, self.rendering, self.negative = pipe, rendering, negative
         self.contract = contract_of(pipe)
-        self.device: torch.device | None = None  # where the policy is; None: wherever the denoiser is
+        self.device: torch.device | None = None  # the policy's device; None is the denoiser's
         check(rendering, pipe, self.contract, negative is not None)
         pipe.set_progress_bar_config(disable=True)
         if getattr(pipe, "watermark", None) is not None:
-            pipe.watermark = None  # invisible, but not to an encoder; and it cuts the gradient
+            pipe.watermark = None  # a watermark changes what encoders see, and stops the gradient
         for module in (*self.modules(), *text_encoders_of(pipe).values()):
             module.requires_grad_(False).eval()
         if self.contract.masking == "joint":
@@ -73,7 +74,7 @@ class DiffusersRenderer:
             denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
 
     def modules(self) -> list[nn.Module]:
-        """The frozen networks that draw: all but the text encoders."""
+        """The frozen networks that take part in drawing: all of the pipeline's except the text encoders."""
         readers = text_encoders_of(self.pipe)
         return [
             part
@@ -82,7 +83,7 @@ class DiffusersRenderer:
         ]  # fmt: skip
 
     def to(self, device: Any) -> DiffusersRenderer:
-        """Move the networks to where they wait; images come out on ``device``."""
+        """Move the networks to the device that their placement names, and return images on ``device`` from now on."""
         self.device = torch.device(device)
         settle(self.modules(), self.rendering.placement, self.device)
         return self
@@ -91,11 +92,11 @@ class DiffusersRenderer:
         """Images ``[N, 3, H, W]`` in [0, 1], float32.
 
         Args:
-            condition: N rows.
-            seeds: N numbers; equal seeds start from equal noise.
-            grad: Keep the graph through the denoising steps (cold start); off in rollouts.
-            last: With ``grad``: through the last so many steps only, the ones before are constant. Changes no pixel,
-                and bounds the memory; None is all steps.
+            condition: The condition of N images.
+            seeds: One seed per image; equal seeds start from equal noise.
+            grad: Whether to keep the graph through the denoising steps. The cold start needs it, rollouts do not.
+            last: With ``grad``, number of steps, counted from the last, that the gradient goes through; None is all steps.
+                Fewer steps take less memory; the pixels do not change.
         """
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
@@ -114,7 +115,7 @@ class DiffusersRenderer:
 
     @property
     def home(self) -> torch.device:
-        """Where images come out."""
+        """The device of the images that `render` returns."""
         return self.device or _device_of(denoiser_of(self.pipe))
 
     def calls(
@@ -123,9 +124,10 @@ class DiffusersRenderer:
         """Run the pipeline on all rows of a condition.
 
         Args:
-            condition: N rows.
-            start: The call for some rows; asked once for every micro-batch, right before it runs.
-            grad: Keep the graph.
+            condition: The condition of N images.
+            start: Function from the numbers of some rows to the call that draws them. It is called once for every
+                micro-batch, immediately before that runs.
+            grad: Whether to keep the graph for a backward pass.
 
         Returns:
             The rows of each micro-batch and what the pipeline returned for them.
@@ -133,7 +135,8 @@ class DiffusersRenderer:
         work = working_device(self.rendering.placement, self.home)
         if grad and self.rendering.placement.offload and work.type != "cpu":
             raise ValueError(
-                "gradients need the renderer's weights afterwards; set rendering.placement.offload to false"
+                "the backward pass needs the renderer's weights on their device; set "
+                "model.init_args.system.init_args.rendering.placement.offload to false"
             )
         with torch.set_grad_enabled(grad):
             negative = self._negative(condition)
@@ -148,7 +151,7 @@ class DiffusersRenderer:
         return [*self.modules(), *readers]
 
     def _negative(self, condition: Condition) -> Condition | None:
-        """The negative of this call, if there is a negative pass."""
+        """The negative condition, or None if the pipeline runs without guidance or has a default of its own."""
         if self.rendering.guidance <= 1:
             return None
         negative = self.negative() if callable(self.negative) else self.negative
@@ -157,12 +160,13 @@ class DiffusersRenderer:
             given = "none" if negative is None else type(negative).__name__
             raise ValueError(
                 f"guidance={self.rendering.guidance} needs a negative condition of the kind of the captions' "
-                f"({type(condition).__name__}), {given} was given; give one or set rendering.guidance to 1"
+                f"({type(condition).__name__}), {given} was given; give one or set "
+                "model.init_args.system.init_args.rendering.guidance to 1"
             )
         return negative
 
     def _batches(self, condition: Condition) -> Iterator[list[int]]:
-        """Rows that go through the pipeline together."""
+        """The numbers of the rows of each micro-batch."""
         most = self.rendering.rows
         groups = [list(range(len(condition)))]
         if isinstance(condition, TextCondition):
@@ -176,7 +180,7 @@ class DiffusersRenderer:
     def _draw(
         self, condition: Condition, negative: Condition | None, start: Call, grad: bool, work: torch.device
     ) -> Tensor:
-        """One call of the pipeline."""
+        """Call the pipeline once."""
         arguments: dict[str, Any] = dict(self.contract.fixed)
         if self.contract.guidance:
             arguments[self.contract.guidance] = self.rendering.guidance
@@ -185,7 +189,7 @@ class DiffusersRenderer:
         if start.latents is not None:
             arguments["latents"] = start.latents.to(work)
         call: Any = type(self.pipe).__call__
-        call = call.__wrapped__ if grad else call  # the undecorated method: diffusers disables gradients in the other
+        call = call.__wrapped__ if grad else call  # the decorated method disables gradients
         with ExitStack() as stack:
             if isinstance(condition, TextCondition):
                 arguments["prompt"] = condition.texts
@@ -210,16 +214,18 @@ class DiffusersRenderer:
     def _embeddings(
         self, condition: EmbeddingCondition, negative: Condition | None, work: torch.device, stack: ExitStack
     ) -> dict[str, Any]:
-        """The pipeline's keyword arguments; positive and negative of one length where padding is masked."""
+        """The pipeline's keyword arguments. Where padding is masked, positive and negative get the same length."""
         if not self.contract.takes_embeddings:
-            raise ValueError(f"{type(self.pipe).__name__} takes captions as text only; use a TextConditioner")
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes captions as text only, but the conditioner gives embeddings; use a TextConditioner"
+            )
         dtype = denoiser_of(self.pipe).dtype
         arguments: dict[str, Any] = {}
         signed = {"": _on(condition, work, dtype)}
         if isinstance(negative, EmbeddingCondition):
             signed = {"negative_": _on(negative, work, dtype).index([0] * len(condition)), **signed}
             if "negative_prompt" in self.contract.negatives:
-                arguments["negative_prompt"] = None  # Sana's default is a text, which excludes embeddings
+                arguments["negative_prompt"] = None  # Sana's default is a text, and it refuses both
         if self.contract.masking == "none":
             signed = {sign: _unpadded(one) for sign, one in signed.items()}
         else:
@@ -234,7 +240,7 @@ class DiffusersRenderer:
         return arguments | self._masked(list(signed.values()), stack)
 
     def _masked(self, passes: list[EmbeddingCondition], stack: ExitStack) -> dict[str, Any]:
-        """Hide padding for the time of the call. Negatives come first, as the pipelines stack them."""
+        """Mask padding during the call. Negatives come first, as in the batches of the pipelines."""
         masks = torch.cat([one.mask_NL for one in passes])
         if masks.all():  # attention without a mask is faster
             return {}
@@ -250,13 +256,14 @@ class DiffusersRenderer:
     def _pooled(self, condition: EmbeddingCondition) -> Tensor:
         if condition.pooled_NP is None:
             raise ValueError(
-                f"{type(self.pipe).__name__} takes a pooled vector per caption; the conditioner gives none"
+                f"{type(self.pipe).__name__} takes a pooled vector per caption, but the conditioner gives none; change "
+                "model.init_args.system"
             )
         return condition.pooled_NP
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator per seed, on the CPU: the same noise on any device."""
+    """One random generator per seed, on the CPU, so that the noise is the same whatever the device is."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -270,6 +277,6 @@ def _on(condition: EmbeddingCondition, device: torch.device, dtype: torch.dtype)
 
 
 def _unpadded(condition: EmbeddingCondition) -> EmbeddingCondition:
-    """Rows of one length, cut to it."""
+    """Cut the padding off rows that all have the same length."""
     length = int(condition.mask_NL[0].sum())
     return EmbeddingCondition(condition.embeds_NLD[:, :length], condition.mask_NL[:, :length], condition.pooled_NP)

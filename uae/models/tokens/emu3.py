@@ -47,13 +47,13 @@ def unify(
     """Captioner, conditioner and image policy from a captioner around an ``Emu3ForConditionalGeneration``.
 
     Args:
-        captioner: As loaded; it is taken apart and must not be used any more.
-        height: Of drawn images, in pixels; a multiple of the size of a token (8).
-        width: Likewise.
+        captioner: The captioner as it was loaded. Its parts are reused, so it must not be used afterwards.
+        height: Height of drawn images in pixels; a multiple of the side of a token (8 pixels).
+        width: Width of drawn images in pixels; a multiple of the side of a token (8 pixels).
         sampling: How visual tokens are drawn.
-        rows: Images that are drawn together.
-        template: Text around a caption that is drawn.
-        negative: What guidance leads away from.
+        rows: Number of images that are drawn in one batch.
+        template: Text around a caption from which an image is drawn; must contain one "{caption}".
+        negative: Negative prompt of classifier-free guidance.
     """
     reader = Emu3Captioner(captioner, height, width)
     conditioner = Emu3Conditioner(reader.processor.tokenizer, reader.learner.network.grid, template, negative)
@@ -68,10 +68,11 @@ class Emu3Policy(TokenPolicy):
 
     Args:
         model: An ``Emu3ForConditionalGeneration``, or a PeftModel around one.
-        banned_ids, gradient_checkpointing: See `uae.models.captioners.policy.CaptionPolicy`.
+        banned_ids: Ids of text tokens whose probability is set to 0.
+        gradient_checkpointing: Whether passes with gradient keep only the inputs of layers and compute the rest again.
         size: Height and width of drawn images, in pixels.
-        moments: Mean and standard deviation that pixels are normalised by, three numbers each.
-        pad_id: Fills prompts up; no prompt contains it.
+        moments: Mean and standard deviation that pixels are normalised by, three numbers each (one per color channel).
+        pad_id: Id of the padding token, which must not occur in a prompt.
     """
 
     def __init__(
@@ -95,12 +96,12 @@ class Emu3Policy(TokenPolicy):
 
     @property
     def tokens(self) -> int:
-        """S: rows times columns."""
+        """S, the number of visual tokens of an image: rows times columns."""
         return self.grid[0] * self.grid[1]
 
     @property
     def vqmodel(self) -> Any:
-        """The picture tokenizer."""
+        """The VQ model, which turns images into visual tokens and back."""
         return self.base.model.vqmodel
 
     def image_head(self) -> tuple[Tensor, None]:
@@ -109,11 +110,11 @@ class Emu3Policy(TokenPolicy):
         return weight[self.first : self.first + self.codes], None
 
     def never_adapted(self) -> list[nn.Module]:
-        """The output head: its weight is read past any adapter."""
+        """The output head, because `image_head` reads its weight directly and would miss an adapter on it."""
         return [self.base.get_output_embeddings()]
 
     def embed_image(self, tokens_NS: Tensor) -> Tensor:
-        """From the one table; behind every W tokens an end of line, so ``[N, S + S // W, D]``."""
+        """Input embeddings ``[N, S + S // W, D]``: an end-of-line token follows every W visual tokens."""
         ids_NS, (_, W) = tokens_NS + self.first, self.grid
         full = ids_NS.shape[1] // W * W
         rows_NRW = ids_NS[:, :full].unflatten(1, (-1, W))
@@ -121,11 +122,11 @@ class Emu3Policy(TokenPolicy):
         return self.base.get_input_embeddings()(torch.cat([lines_NP, ids_NS[:, full:]], dim=1))
 
     def image_states(self, hidden_NSD: Tensor) -> Tensor:
-        """Nothing lies between them and the head."""
+        """The hidden states themselves, which the output head takes directly."""
         return hidden_NSD
 
     def pixels(self, tokens_NS: Tensor) -> Tensor:
-        """Decoded by the VQ model, then back from normalised values."""
+        """Images ``[N, 3, H, W]`` in [0, 1]: decoded by the VQ model, with the normalisation undone."""
         image_N3HW = self.vqmodel.decode(tokens_NS.unflatten(1, self.grid)).float()
         return (image_N3HW * self.std + self.mean).clamp(0, 1)
 
@@ -133,7 +134,8 @@ class Emu3Policy(TokenPolicy):
     def written(self, pixels_CHW: Tensor) -> Tensor:
         """A normalised image as the token ids of its lines, ``[H * (W + 1)]``.
 
-        The steps of the VQ model's own ``encode``, which asks for the dtype of parameters it has not any more.
+        These are the steps of the VQ model's own ``encode``, which fails here: it reads its dtype from its parameters,
+        and they have been turned into buffers.
         """
         vq = self.vqmodel
         frames_1TCHW = pixels_CHW.to(vq.quantize.embedding.weight.dtype).expand(
@@ -144,10 +146,10 @@ class Emu3Policy(TokenPolicy):
         return F.pad(codes_HW + self.first, (0, 1), value=self.end_of_line).flatten()
 
     def _states(self, ids_NL: Tensor, mask_NL: Tensor, tokens_NS: Tensor) -> Tensor:
-        """Prompts with and without caption differ in length, so each has a mask of its own."""
+        """The states that predict visual tokens. Prompts with and without caption differ in length, so each gets its own mask."""
         every_NPD = super()._states(ids_NL, self._mask(ids_NL), tokens_NS)
         column_P = torch.arange(every_NPD.shape[1], device=every_NPD.device) % (self.grid[1] + 1)
-        return every_NPD[:, column_P != self.grid[1]]  # an end of line is not drawn
+        return every_NPD[:, column_P != self.grid[1]]  # an end of line is fixed, not drawn
 
     def _mask(self, ids_NL: Tensor) -> Tensor:
         return (ids_NL != self.pad_id).long()
@@ -156,7 +158,7 @@ class Emu3Policy(TokenPolicy):
     def draw(
         self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `TokenPolicy.draw`. A row's last token is fed together with the end of line."""
+        """Draw as in `TokenPolicy.draw`. The last token of a line of the image is fed together with the end-of-line token."""
         guided, uniform_NS = sampling.guidance != 1, uniform_NS.to(self.banned_ids.device)
         ids_ML, uncond_NL, _ = left_padded(condition, self.banned_ids.device)
         copies, (H, W) = 1 + guided, self.grid
@@ -188,14 +190,14 @@ class Emu3Policy(TokenPolicy):
 
 
 class Emu3Captioner(HFCaptioner):
-    """Reads an image as the token ids it is written with, found once: context, cache and gradient are those of text.
+    """A captioner that replaces an image by its visual tokens before the prompt is run; after that a prompt is only text.
 
-    So an image's tokens depend on that image only, unlike in a batch padded to its largest image, and the VQ model runs
-    once per image instead of once per pass.
+    Every image is tokenized alone, so its tokens do not depend on the padding of its batch, and the VQ model runs once per
+    image instead of once per pass.
 
     Args:
-        captioner: As loaded, around an ``Emu3ForConditionalGeneration``.
-        height, width: Of drawn images, in pixels.
+        captioner: A captioner around an ``Emu3ForConditionalGeneration``, as it was loaded.
+        height, width: Height and width of drawn images, in pixels.
     """
 
     learner: Learner[Emu3Policy]
@@ -214,7 +216,7 @@ class Emu3Captioner(HFCaptioner):
         self.learner = Learner(policy.to(captioner.device))
 
     def prepare(self, images_BCHW: Tensor, instruction: str | Sequence[str] | None = None) -> VLMContext:
-        """See `HFCaptioner.prepare`. Emu3's processor takes arrays, and pads images to the largest: the padding is cut off."""
+        """Prepare as in `HFCaptioner.prepare`. Emu3's processor pads images to the largest one; the padding is cut off."""
         images = [(image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy() for image in images_BCHW]
         prompts = self.prompts(instruction, len(images))
         given = self.processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
@@ -227,14 +229,15 @@ class Emu3Captioner(HFCaptioner):
 
 
 class Emu3Conditioner:
-    """Captions to prompts of visual tokens, beside the negative prompt; implements `uae.types.Conditioner`.
+    """Turns captions into prompts after which Emu3 writes visual tokens; implements `uae.types.Conditioner`.
 
     Args:
-        tokenizer: With ``boi_token``, ``image_wrapper_token`` and a padding token.
+        tokenizer: Emu3's tokenizer, with ``boi_token``, ``image_wrapper_token`` and a padding token.
         grid: Rows and columns of visual tokens.
         template: Text around the caption; must contain one "{caption}".
-        negative: What guidance leads away from.
-        max_tokens: Longest prompt. A longer caption is cut, counted in ``truncated`` and warned of.
+        negative: Negative prompt of classifier-free guidance.
+        max_tokens: Largest number of tokens of a prompt. A longer caption is cut, with a warning, and counted in
+            ``truncated``.
     """
 
     def __init__(
@@ -252,7 +255,10 @@ class Emu3Conditioner:
         self.negative_L = tokenizer(f"{tokenizer.bos_token}{negative}{opening}", add_special_tokens=False)["input_ids"]
 
     def encode(self, texts: list[str], rollout: Rollout | None = None) -> TokenCondition:
-        """N captions to N prompts, left-padded with the negative one; the mask leaves out what is padding in both."""
+        """Encode N captions as N prompts beside N copies of the negative prompt, all padded on the left to one length.
+
+        The mask is 0 where both prompts of a row are padding.
+        """
         rows, cut = prompt_ids(self.tokenizer, self.template, texts, self.max_tokens)
         self.truncated += cut
         longest = max(len(self.negative_L), *map(len, rows))
@@ -264,15 +270,15 @@ class Emu3Conditioner:
         return TokenCondition(ids_NL, either_NL.long(), uncond_NL)
 
     def to(self, device: Any) -> Emu3Conditioner:
-        """Nothing to move."""
+        """Return self; there are no weights to move."""
         return self
 
 
 def visual_range(model: Any) -> tuple[int, int]:
-    """The id of the first visual token and how many there are.
+    """The id of the first visual token, and the number of visual tokens.
 
     Raises:
-        ValueError: They do not follow each other in the order of the codebook.
+        ValueError: The ids of visual tokens are not consecutive in the order of the codebook.
     """
     ids = [model.vocabulary_mapping.img2bpe[code] for code in range(model.config.vq_config.codebook_size)]
     if ids != list(range(ids[0], ids[0] + len(ids))):
@@ -281,8 +287,17 @@ def visual_range(model: Any) -> tuple[int, int]:
 
 
 def grid(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Rows and columns of tokens of an image of that size in pixels."""
+    """Rows and columns of tokens of an image.
+
+    Args:
+        size: Height and width of the image in pixels.
+        side: Side of a token in pixels.
+
+    Raises:
+        ValueError: Height or width is no multiple of ``side``.
+    """
     for key, pixels in zip(("height", "width"), size, strict=True):
         if pixels < side or pixels % side:
-            raise ValueError(f"{key}={pixels}; allowed: multiples of {side}; change system.init_args.{key}")
+            key = f"model.init_args.system.init_args.{key}"
+            raise ValueError(f"{key}={pixels}; allowed: multiples of {side}; change {key}")
     return size[0] // side, size[1] // side

@@ -32,13 +32,13 @@ def unify(
 ) -> UMM:
     """Captioner, conditioner and image policy from a captioner around a ``JanusForConditionalGeneration``.
 
-    The captioner gets a `JanusPolicy` for its root, and never says a token that begins or ends an image.
+    The captioner is changed: its network becomes a `JanusPolicy`, and it never samples a token that begins or ends an image.
 
     Args:
-        captioner: Before any finetuning is attached.
+        captioner: The captioner as it was loaded, without an adapter.
         sampling: How image tokens are drawn.
-        rows: Images that are drawn together.
-        template: Text around a caption that is drawn.
+        rows: Number of images that are drawn in one batch.
+        template: Text around a caption from which an image is drawn; must contain one "{caption}".
     """
     tokenizer = captioner.processor.tokenizer
     marks = tokenizer.convert_tokens_to_ids([tokenizer.image_token, tokenizer.boi_token, tokenizer.eoi_token])
@@ -57,7 +57,8 @@ class JanusPolicy(TokenPolicy):
 
     Args:
         model: A ``JanusForConditionalGeneration``, or a PeftModel around one.
-        banned_ids, gradient_checkpointing: See `uae.models.captioners.policy.CaptionPolicy`.
+        banned_ids: Ids of text tokens whose probability is set to 0.
+        gradient_checkpointing: Whether passes with gradient keep only the inputs of layers and compute the rest again.
     """
 
     used_only_for = MappingProxyType(
@@ -74,29 +75,29 @@ class JanusPolicy(TokenPolicy):
 
     @property
     def tokens(self) -> int:
-        """S: 576 for images of 384 x 384."""
+        """S, the number of tokens of an image; 576 for images of 384 x 384 pixels."""
         return self.base.config.vq_config.num_patches**2
 
     def image_head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the generation head's last map."""
+        """Weight ``[V, D]`` and bias ``[V]`` of the last layer of the generation head."""
         head = self.base.model.generation_head.vision_head
         return head.weight, head.bias
 
     def never_adapted(self) -> list[nn.Module]:
-        """The generation head's last map: its weight is read past any adapter."""
+        """The last layer of the generation head, because `image_head` reads its weight directly and would miss an adapter."""
         return [self.base.model.generation_head.vision_head]
 
     def embed_image(self, tokens_NS: Tensor) -> Tensor:
-        """From the generation's own table, through its aligner."""
+        """Input embeddings ``[N, S, D]``: Janus has a separate table for image tokens, followed by an aligner."""
         return self.base.prepare_embeddings_for_image_generation(tokens_NS)
 
     def image_states(self, hidden_NSD: Tensor) -> Tensor:
-        """The generation head but for its last map."""
+        """The output of the generation head before its last layer."""
         head = self.base.model.generation_head
         return head.activation_fn(head.proj_out(hidden_NSD))
 
     def pixels(self, tokens_NS: Tensor) -> Tensor:
-        """Decoded by the VQ model, whose range is -1 to 1."""
+        """Images ``[N, 3, H, W]`` in [0, 1]; the VQ model decodes to the range -1 to 1."""
         image_NHWC = self.base.decode_image_tokens(tokens_NS)
         return (image_NHWC.permute(0, 3, 1, 2).float() * 0.5 + 0.5).clamp(0, 1)
 
@@ -108,7 +109,7 @@ class JanusPolicy(TokenPolicy):
 
 
 def as_buffers(module: nn.Module) -> None:
-    """Turn a frozen network's parameters into buffers, by the same names."""
+    """Turn the parameters of a frozen network into buffers of the same names."""
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
             delattr(part, name)
@@ -116,12 +117,13 @@ def as_buffers(module: nn.Module) -> None:
 
 
 class TokenConditioner:
-    """Captions to prompts of image tokens, with and without the caption; implements `uae.types.Conditioner`.
+    """Turns captions into prompts after which Janus writes image tokens; implements `uae.types.Conditioner`.
 
     Args:
-        tokenizer: With ``boi_token``.
+        tokenizer: Janus's tokenizer, with ``boi_token``.
         template: Text around the caption; must contain one "{caption}".
-        max_tokens: Longest prompt. A longer caption is cut, counted in ``truncated`` and warned of.
+        max_tokens: Largest number of tokens of a prompt. A longer caption is cut, with a warning, and counted in
+            ``truncated``.
     """
 
     def __init__(self, tokenizer: Any, template: str = TEMPLATE, max_tokens: int = 1024) -> None:
@@ -131,15 +133,18 @@ class TokenConditioner:
         self.pad_id = tokenizer.convert_tokens_to_ids(tokenizer.pad_token or tokenizer.eos_token)
 
     def encode(self, texts: list[str], rollout: Rollout | None = None) -> TokenCondition:
-        """N captions to N prompts, right-padded; a row does not depend on the padding."""
+        """Encode N captions as N prompts padded on the right, with and without the caption.
+
+        The result for a row does not depend on its padding.
+        """
         rows, cut = prompt_ids(self.tokenizer, self.template, texts, self.max_tokens)
         self.truncated += cut
         ids_NL, mask_NL = right_padded(rows, self.tokenizer, "cpu")
         last_N1 = mask_NL.sum(1, keepdim=True) - 1
         at_L = torch.arange(ids_NL.shape[1])
-        kept_NL = (at_L == 0) | (at_L == last_N1)  # begin of sentence, begin of image
+        kept_NL = (at_L == 0) | (at_L == last_N1)  # begin-of-sentence and begin-of-image tokens
         return TokenCondition(ids_NL, mask_NL, ids_NL.masked_fill(~kept_NL, self.pad_id))
 
     def to(self, device: Any) -> TokenConditioner:
-        """Nothing to move."""
+        """Return self; there are no weights to move."""
         return self

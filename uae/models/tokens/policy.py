@@ -1,12 +1,12 @@
 """Images as tokens: an autoregressive model whose image tokens are actions, with classifier-free guidance.
 
-One definition of the policy serves sampler and log-probs. With c and u the logits behind the caption and behind the prompt
-without it, w the guidance and t the temperature, an image token is drawn from
+The sampler and the log-probs use one definition of the policy. Let c be the logits after a prompt with the caption, u the
+logits after the prompt without it, w the guidance and t the temperature. Then an image token is drawn from
 
     softmax((u + w (c - u)) / t)
 
-(arXiv 2501.17811, the official inference code). The last map from states to logits is linear, so guidance is applied to
-the states before it: one product with the vocabulary instead of two, and no rounding of logits that w would amplify.
+(arXiv 2501.17811, the official inference code). The last layer, from states to logits, is linear. So guidance is applied to
+the states before it. That takes one product with the vocabulary instead of two, and w does not amplify rounded logits.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ LogProb = Literal["guided", "conditional", "guided_detach_uncond"]
 
 @dataclass(frozen=True)
 class TokenCondition:
-    """Prompts of image tokens.
+    """Prompts after which image tokens are drawn.
 
     Args:
-        ids_NL: Token ids, padded on either side.
-        mask_NL: 1 for tokens that are attended to.
-        uncond_ids_NL: The prompts without their captions, for guidance. The same mask holds.
+        ids_NL: Token ids of the prompts with their captions, padded on either side.
+        mask_NL: 1 for tokens that are attended to, 0 for padding. It applies to ``ids_NL`` and to ``uncond_ids_NL``.
+        uncond_ids_NL: Token ids of the prompts without their captions, for classifier-free guidance.
     """
 
     ids_NL: Tensor
@@ -59,12 +59,13 @@ class TokenSampling:
     """How image tokens are drawn. These settings *define* the policy.
 
     Args:
-        guidance: w. 1 is none, and runs no unconditional pass.
-        temperature: t, in sampling and in log-probs. 0 means greedy (log-probs then at temperature 1).
-        cfg_logprob: What log-probs are under guidance. "guided": of the policy that samples, with its whole gradient.
-            "guided_detach_uncond": the same value at half the memory; the gradient into the states behind u is left out.
-            "conditional": of softmax(c / t), which nobody sampled from, as in T2I-R1: the policy gradient is biased, and
-            ratios compare something else than the sampler (`TokenSampling.exact`).
+        guidance: Factor w of classifier-free guidance, 1 or more. 1 is no guidance, and no unconditional pass is run.
+        temperature: Temperature t in sampling and in log-probs, 0 or more. 0 is greedy decoding, with log-probs at
+            temperature 1.
+        cfg_logprob: Which distribution log-probs are taken from under guidance. "guided": the one that is sampled from, with
+            its whole gradient. "guided_detach_uncond": the same value at half the memory, without the gradient through u.
+            "conditional": softmax(c / t), as in T2I-R1. No token is sampled from that distribution, so the policy gradient
+            is biased and the ratio does not start at one (`TokenSampling.exact`).
     """
 
     guidance: float = 5.0
@@ -72,18 +73,24 @@ class TokenSampling:
     cfg_logprob: LogProb = "guided"
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
+        """Check the settings.
+
+        Raises:
+            ValueError: A setting is out of its range.
+        """
         if not self.guidance >= 1:
-            raise ValueError(f"guidance={self.guidance}; allowed: 1 (none) or more; change system.init_args.guidance")
+            raise ValueError(
+                f"guidance={self.guidance}; allowed: 1 (none) or more; change model.init_args.system.init_args.guidance"
+            )
         if not self.temperature >= 0:
             raise ValueError(
                 f"image_temperature={self.temperature}; allowed: 0 (greedy) or any positive number; change "
-                "system.init_args.image_temperature"
+                "model.init_args.system.init_args.image_temperature"
             )
         if self.cfg_logprob not in get_args(LogProb):
             raise ValueError(
                 f"cfg_logprob={self.cfg_logprob!r}; allowed: {', '.join(get_args(LogProb))}; change "
-                "system.init_args.cfg_logprob"
+                "model.init_args.system.init_args.cfg_logprob"
             )
 
     @property
@@ -98,19 +105,18 @@ class TokenSampling:
 
 
 class TokenPolicy(CaptionPolicy):
-    """One root for captions and images: the same weights say both.
+    """One network that writes captions and image tokens with the same weights.
 
-    A subclass says how an image token enters the language model, and what becomes of a hidden state before the last map
-    to the image vocabulary.
+    A subclass defines how image tokens are embedded, and how hidden states are turned into logits of image tokens.
     """
 
     @property
     def tokens(self) -> int:
-        """S, image tokens of an image."""
+        """S, the number of tokens of an image."""
         raise NotImplementedError
 
     def image_head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight ``[V, D]`` and bias ``[V]`` of the last map, from states to the image vocabulary."""
+        """Weight ``[V, D]`` and bias ``[V]`` of the last layer, from states to the V image tokens."""
         raise NotImplementedError
 
     def embed_image(self, tokens_NS: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ class TokenPolicy(CaptionPolicy):
         raise NotImplementedError
 
     def image_states(self, hidden_NSD: Tensor) -> Tensor:
-        """What `image_head` maps to logits, from final hidden states."""
+        """The states that `image_head` maps to logits, computed from final hidden states."""
         raise NotImplementedError
 
     def pixels(self, tokens_NS: Tensor) -> Tensor:
@@ -126,7 +132,7 @@ class TokenPolicy(CaptionPolicy):
         raise NotImplementedError
 
     def forward(self, context: Any, tokens_NT: Tensor, *settings: Any) -> Tensor:
-        """Teacher-forced log-probs, float32, with gradient: of captions behind images, or of images behind captions."""
+        """Teacher-forced log-probs, float32, with gradient: of captions given images, or of image tokens given captions."""
         if isinstance(context, TokenCondition):
             return self.image_logprobs(context, tokens_NT, *settings)
         return super().forward(context, tokens_NT, *settings)
@@ -150,7 +156,7 @@ class TokenPolicy(CaptionPolicy):
         return selected_logprobs(states_NSD, weight_VD, tokens_NS, sampling.policy_temperature, bias=bias_V)
 
     def _states(self, ids_NL: Tensor, mask_NL: Tensor, tokens_NS: Tensor) -> Tensor:
-        """What `image_head` maps to predict every token, ``[N, S, D]``."""
+        """The states ``[N, S, D]`` from which `image_head` predicts every token of the image."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         before_NLD, given_NSD = self.base.get_input_embeddings()(ids_NL), self.embed_image(tokens_NS[:, :-1])
         embeds_NPD = torch.cat([before_NLD, given_NSD.to(before_NLD.dtype)], dim=1)
@@ -160,7 +166,7 @@ class TokenPolicy(CaptionPolicy):
         return self.image_states(hidden_NPD[:, ids_NL.shape[1] - 1 :])
 
     def _run(self, embeds_NPD: Tensor, mask_NP: Tensor, position_NP: Tensor, cache: Any = None) -> Tensor:
-        """Final hidden states. Positions are counted from the mask, so that padding counts for nothing."""
+        """Final hidden states of the language model for input embeddings, with given positions."""
         decoder = self.base.get_decoder()
         return decoder(
             inputs_embeds=embeds_NPD,
@@ -174,9 +180,10 @@ class TokenPolicy(CaptionPolicy):
     def draw(
         self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image tokens, their log-probs and their entropies, ``[N, S]`` each: token s of row n is where ``uniform_NS`` says.
+        """Draw image tokens; return them, their log-probs and their entropies, ``[N, S]`` each.
 
-        Not a ``forward``: of a sharded policy only inside `uae.strategy.unsharded`.
+        ``uniform_NS`` holds a uniform number per token; the token is the inverse of the cumulative distribution there.
+        Call it on a sharded policy inside `uae.strategy.unsharded` only, because FSDP gathers weights for ``forward`` alone.
         """
         device, guided = self.banned_ids.device, sampling.guidance != 1
         ids_ML, uncond_NL, mask_ML = left_padded(condition, device)
@@ -200,7 +207,7 @@ class TokenPolicy(CaptionPolicy):
         return torch.stack(tokens, dim=1), torch.stack(logps, dim=1), torch.stack(entropies, dim=1)
 
     def _image_logits(self, states_ND: Tensor) -> Tensor:
-        """Logits ``[N, V]`` in at least float32, autocast or not."""
+        """Logits ``[N, V]`` in at least float32, also under autocast."""
         weight_VD, bias_V = self.image_head()
         dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         bias_V = None if bias_V is None else bias_V.to(dtype)
@@ -209,14 +216,14 @@ class TokenPolicy(CaptionPolicy):
 
 
 class ImageTokenPolicy:
-    """Draws images token by token with the captioner's own root; implements `uae.types.ImagePolicy`.
+    """Draws images token by token with a `TokenPolicy`; implements `uae.types.ImagePolicy`.
 
     Row n depends on condition n and seed n only.
 
     Args:
-        learner: The network that draws. Where it is the captioner's own learner, what trains one trains the other.
-        sampling: How tokens are drawn, which is also what log-probs are of.
-        rows: Images that are drawn together; bounds memory, changes nothing else.
+        learner: The network that draws. If it is also the captioner's learner, captions and images train the same weights.
+        sampling: How tokens are drawn and which log-probs they have.
+        rows: Number of images that are drawn in one batch. It limits memory and does not change the images.
     """
 
     def __init__(
@@ -232,17 +239,17 @@ class ImageTokenPolicy:
         self.learner, self.sampling, self.rows = learner, sampling, rows
 
     def to(self, device: torch.device | str) -> ImageTokenPolicy:
-        """Move the network, and the frozen copy of its start, if there is one."""
+        """Move the network, and the frozen copy of its initial weights if there is one."""
         self.learner.to(device)
         return self
 
     def modules(self) -> list[nn.Module]:
-        """None: what turns tokens into pixels is part of the network, without parameters."""
+        """An empty list, because the decoder from tokens to pixels is part of the network and has no parameters."""
         return []
 
     @torch.no_grad()
     def sample(self, condition: TokenCondition, seeds: Sequence[int]) -> Trajectory[TokenCondition]:
-        """One image per row. ``logp_RS`` is what the sampler saw, whatever `TokenSampling.cfg_logprob` is."""
+        """Draw one image per row. ``logp_RS`` is of the distribution sampled from, whatever `TokenSampling.cfg_logprob` is."""
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
         policy = self.learner.network
@@ -274,7 +281,7 @@ class ImageTokenPolicy:
         """Images ``[N, 3, H, W]`` in [0, 1], float32.
 
         Raises:
-            ValueError: ``grad``, as no gradient passes through a drawn token.
+            ValueError: ``grad`` is True, but no gradient passes through a drawn token.
         """
         if grad:
             raise ValueError(
@@ -294,7 +301,10 @@ def mixed(c_D: Tensor, u_D: Tensor | None, guidance: float) -> Tensor:
 
 
 def left_padded(condition: TokenCondition, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids with caption, ids without and mask, ``[N, L]`` each: padding moved to the left, none that all rows have."""
+    """Ids with caption, ids without caption and mask, ``[N, L]`` each.
+
+    Padding is moved to the left, and columns that are padding in all rows are removed.
+    """
     mask_NL = condition.mask_NL.to(device)
     order_NL = mask_NL.argsort(dim=1, stable=True)[:, mask_NL.shape[1] - int(mask_NL.sum(1).max()) :]
     given = (condition.ids_NL.to(device), condition.uncond_ids_NL.to(device), mask_NL)
