@@ -40,7 +40,7 @@ class Sizes:
 def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes) -> list[Row]:
     """Rows of the rollout: sampling of captions, reading of captions by the conditioner, and drawing of images."""
     model, config = policy.base, text_config(policy.base)
-    b, adapted = model.dtype.itemsize, hasattr(policy.model, "get_base_model")
+    b, adapted = model.dtype.itemsize, policy.adapted
     rows = [
         Row(
             "key-value cache",
@@ -109,7 +109,7 @@ def update_rows(policy: CaptionPolicy, sizes: Sizes) -> list[Row]:
     kept = sizes.part * update_bytes(policy, sizes.prompt, sizes.tokens, sizes.group)
     image = estimates.vision_bytes(model, sizes.part * sizes.pixels, sees, policy.gradient_checkpointing)
     cache = 0 if policy.gradient_checkpointing else estimates.kv_bytes(model, rows, length)
-    adapted = hasattr(policy.model, "get_base_model")
+    adapted = policy.adapted
     reading = estimates.reading_bytes(config, spoken + sizes.part * sizes.prompt, model.dtype.itemsize, adapted)
     keys = mini_batches if policy.gradient_checkpointing else f"{mini_batches}, reading.gradient_checkpointing"
     return [
