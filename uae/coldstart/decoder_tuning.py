@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class DecoderTuning(SystemObjective):
         texts = zip(captions_of(batch, self), draws.tolist(), strict=True)
         captions = ["" if draw < self.dropout else caption for caption, draw in texts]
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trainable)):
-            condition = self.condition(batch, captions)
+            condition: Any = self.condition(batch, captions)
         work = working_device(renderer.rendering.placement, batch["image"].device)
         with torch.no_grad():
             latents = latents_of(renderer, batch["image"].to(work))

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uae.models.pipelines.steps import check_flow
-from uae.models.renderers.diffusers import Call, DiffusersRenderer
-from uae.types import Condition, Renderer
+from uae.models.renderers.diffusers import Call, DiffusersRenderer, PipelineCondition
+from uae.types import Renderer
 
 
 def check_pipeline(renderer: Renderer) -> DiffusersRenderer:
@@ -77,7 +77,7 @@ def latents_of(renderer: DiffusersRenderer, images_NCHW: Tensor) -> Tensor:
     return latents
 
 
-def velocity_of(renderer: DiffusersRenderer, latents: Tensor, times_N: Tensor, condition: Condition) -> Tensor:
+def velocity_of(renderer: DiffusersRenderer, latents: Tensor, times_N: Tensor, condition: PipelineCondition) -> Tensor:
     """The denoiser's prediction of ``noise - latent``, float32, with gradient, without classifier-free guidance.
 
     Args:

@@ -202,7 +202,8 @@ def test_conditions_of_the_wrong_kind():
         ValueError, match=r"of the kind of the captions' \(EmbeddingCondition\), TextCondition was given"
     ):
         DiffusersRenderer(load("sana"), settings(guidance=2.0), words).render(embeddings, SEEDS)
-    with pytest.raises(ValueError, match=r"\(EmbeddingCondition\), none was given; .*set model.init_args.system.init_args.rendering.guidance to 1"):
+    key = "model.init_args.system.init_args.rendering.guidance"
+    with pytest.raises(ValueError, match=rf"\(EmbeddingCondition\), none was given; .*set {key} to 1"):
         DiffusersRenderer(load("sana"), settings(guidance=2.0)).render(embeddings, SEEDS)
     with pytest.raises(ValueError, match="takes a pooled vector per caption"):
         DiffusersRenderer(load("sd3"), settings()).render(replace(ragged("sd3"), pooled_NP=None), SEEDS)

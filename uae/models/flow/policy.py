@@ -22,7 +22,7 @@ from uae.models.flow import sde
 from uae.models.flow.network import FlowNetwork
 from uae.models.flow.steps import Drawn, Replayed
 from uae.models.pipelines.steps import check_flow, stepping
-from uae.models.renderers.diffusers import Call, Condition, DiffusersRenderer, generators_of
+from uae.models.renderers.diffusers import Call, DiffusersRenderer, PipelineCondition, generators_of
 from uae.types import Trajectory
 
 
@@ -54,7 +54,7 @@ class Exploration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowTrajectory(Trajectory[Condition]):
+class FlowTrajectory(Trajectory[PipelineCondition]):
     """The trained denoising steps of N rows; ``actions_RS`` ``[N, S, ...]`` are the latents *after* each step.
 
     The condition is detached. To get a gradient with respect to it, replace it by one with a graph.
@@ -104,12 +104,12 @@ class FlowPolicy:
         self.learner.to(device)
         return self
 
-    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
+    def render(self, condition: PipelineCondition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
         """Images ``[N, 3, H, W]`` by the pipeline's own deterministic scheduler, see `DiffusersRenderer.render`."""
         return self.renderer.render(condition, seeds, grad, last)
 
     @torch.no_grad()
-    def sample(self, condition: Condition, seeds: Sequence[int]) -> FlowTrajectory:
+    def sample(self, condition: PipelineCondition, seeds: Sequence[int]) -> FlowTrajectory:
         """One trajectory per row. The initial noise is that of `render`; later noise comes from the same generator."""
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
@@ -254,7 +254,7 @@ def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
     return torch.cat([part for _, part in parts])[order.argsort()]
 
 
-def _detached(condition: Condition) -> Condition:
+def _detached(condition: PipelineCondition) -> PipelineCondition:
     if not isinstance(condition, EmbeddingCondition):
         return condition
     pooled = None if condition.pooled_NP is None else condition.pooled_NP.detach()

@@ -19,7 +19,7 @@ from uae.models.pipelines.steps import gradient_through
 from uae.models.renderers.rendering import Rendering, check, spare_memory
 from uae.weights.placement import at_work, settle, working_device
 
-Condition = TextCondition | EmbeddingCondition
+PipelineCondition = TextCondition | EmbeddingCondition
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class DiffusersRenderer:
     """
 
     def __init__(
-        self, pipe: Any, rendering: Rendering, negative: Condition | Callable[[], Condition] | None = None
+        self, pipe: Any, rendering: Rendering, negative: PipelineCondition | Callable[[], PipelineCondition] | None = None
     ) -> None:
         self.pipe, self.rendering, self.negative = pipe, rendering, negative
         self.contract = contract_of(pipe)
@@ -88,7 +88,7 @@ class DiffusersRenderer:
         settle(self.modules(), self.rendering.placement, self.device)
         return self
 
-    def render(self, condition: Condition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
+    def render(self, condition: PipelineCondition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
         """Images ``[N, 3, H, W]`` in [0, 1], float32.
 
         Args:
@@ -119,7 +119,7 @@ class DiffusersRenderer:
         return self.device or _device_of(denoiser_of(self.pipe))
 
     def calls(
-        self, condition: Condition, start: Callable[[list[int]], Call], grad: bool = False
+        self, condition: PipelineCondition, start: Callable[[list[int]], Call], grad: bool = False
     ) -> list[tuple[list[int], Tensor]]:
         """Run the pipeline on all rows of a condition.
 
@@ -146,11 +146,11 @@ class DiffusersRenderer:
                     for rows in self._batches(condition)
                 ]
 
-    def _needed(self, condition: Condition) -> list[nn.Module]:
+    def _needed(self, condition: PipelineCondition) -> list[nn.Module]:
         readers = text_encoders_of(self.pipe).values() if isinstance(condition, TextCondition) else ()
         return [*self.modules(), *readers]
 
-    def _negative(self, condition: Condition) -> Condition | None:
+    def _negative(self, condition: PipelineCondition) -> PipelineCondition | None:
         """The negative condition, or None if the pipeline runs without guidance or has a default of its own."""
         if self.rendering.guidance <= 1:
             return None
@@ -165,7 +165,7 @@ class DiffusersRenderer:
             )
         return negative
 
-    def _batches(self, condition: Condition) -> Iterator[list[int]]:
+    def _batches(self, condition: PipelineCondition) -> Iterator[list[int]]:
         """The numbers of the rows of each micro-batch."""
         most = self.rendering.rows
         groups = [list(range(len(condition)))]
@@ -178,7 +178,7 @@ class DiffusersRenderer:
             yield from (group[start : start + most] for start in range(0, len(group), most))
 
     def _draw(
-        self, condition: Condition, negative: Condition | None, start: Call, grad: bool, work: torch.device
+        self, condition: PipelineCondition, negative: PipelineCondition | None, start: Call, grad: bool, work: torch.device
     ) -> Tensor:
         """Call the pipeline once."""
         arguments: dict[str, Any] = dict(self.contract.fixed)
@@ -212,7 +212,7 @@ class DiffusersRenderer:
             )[0]
 
     def _embeddings(
-        self, condition: EmbeddingCondition, negative: Condition | None, work: torch.device, stack: ExitStack
+        self, condition: EmbeddingCondition, negative: PipelineCondition | None, work: torch.device, stack: ExitStack
     ) -> dict[str, Any]:
         """The pipeline's keyword arguments. Where padding is masked, positive and negative get the same length."""
         if not self.contract.takes_embeddings:
