@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from uae.learner import Network
+from uae.models.captioners.captioner import HFCaptioner
+from uae.models.flow.network import FlowNetwork
 from uae.trainer import is_dry_run
 from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
 from uae.weights.state import save_state
@@ -48,13 +50,15 @@ class Export(Callback):
         policy = trained(getattr(pl_module, "policy", None))
         if policy is not None:
             module: Any = pl_module
-            self._write(folder, policy, trainer.is_global_zero, module.umm.captioner.processor)
+            captioner = module.umm.captioner
+            processor = captioner.processor if isinstance(captioner, HFCaptioner) else None
+            self._write(folder, policy, trainer.is_global_zero, processor)
         renderer = trained(getattr(pl_module, "image_policy", None))
         if renderer is not None:
             self._write(folder / "renderer", renderer, trainer.is_global_zero)
 
     def _write(self, folder: Path, policy: Network, here: bool, processor: Any = None) -> None:
-        """Write one policy. Without a processor it is a renderer's, whose denoiser is written in the layout of diffusers."""
+        """Write one policy in the layout of its library; one of no library as ``model.safetensors``."""
         # A full state dict is gathered by all ranks and handed to the first; the adapter's needs no frozen weights.
         alone = policy.adapted and not self.merge
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
@@ -65,13 +69,15 @@ class Export(Callback):
             save_adapter(folder, policy, weights)
             return
         whole = merged(policy, weights) if policy.adapted else weights
-        if processor is None:
+        if isinstance(policy, FlowNetwork):
             policy.base.save_config(folder)
             save_state(folder, "diffusion_pytorch_model", whole)
-            return
-        # The model writes old names, leaves out tied weights, and adds the generation settings it came with.
-        policy.base.save_pretrained(folder, state_dict=whole)
-        processor.save_pretrained(folder)
+        elif processor is None:
+            save_state(folder, "model", whole)
+        else:
+            # The model writes old names, leaves out tied weights, and adds the generation settings it came with.
+            policy.base.save_pretrained(folder, state_dict=whole)
+            processor.save_pretrained(folder)
 
 
 def trained(policy: Any) -> Network | None:
