@@ -77,11 +77,11 @@ def latents_of(renderer: DiffusersRenderer, images_NCHW: Tensor) -> Tensor:
     return latents
 
 
-def velocity_of(renderer: DiffusersRenderer, latents: Tensor, times_N: Tensor, condition: Condition) -> Tensor:
+def velocity_of(renderer: Any, latents: Tensor, times_N: Tensor, condition: Condition) -> Tensor:
     """The denoiser's prediction of ``noise - latent``, float32, with gradient, without classifier-free guidance.
 
     Args:
-        renderer: A renderer that `check_pipeline` accepts.
+        renderer: A `DiffusersRenderer` that `check_pipeline` accepts. (Any, as conditions are typed by protocol here.)
         latents: N latents in the layout of `latents_of`, noised.
         times_N: One time in [0, 1] per row; 0 is the image and 1 is noise.
         condition: The condition of the N rows.
