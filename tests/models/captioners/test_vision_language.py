@@ -183,7 +183,7 @@ def test_a_missing_file(folder, file):
 
 def test_a_missing_chat_template(folder):
     (folder / "chat_template.jinja").unlink()
-    assert "no chat template: set system.init_args.captioner" in refusal(folder)
+    assert "no chat template: set model.init_args.system.init_args.captioner" in refusal(folder)
 
 
 def test_a_torn_file(folder):
