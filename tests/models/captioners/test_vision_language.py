@@ -219,7 +219,7 @@ def test_a_text_model(tmp_path, created):
 
 
 def test_an_unknown_attention(folder):
-    assert "correct system.init_args.captioner or reading.attention" in refusal(folder, replace(EXACT, attention="no"))
+    assert "correct captioner or reading.attention of model.init_args.system.init_args" in refusal(folder, replace(EXACT, attention="no"))
 
 
 def test_a_memory_that_cannot_be_continued(created):
