@@ -90,9 +90,9 @@ def word_level(vocabulary: list[str], unknown: str, **marks: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=unknown))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=unknown, padding_side="left", **marks)
+    by_words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=unknown))
+    by_words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=by_words, unk_token=unknown, padding_side="left", **marks)
 
 
 def processor() -> Any:
@@ -193,7 +193,7 @@ def assemble_renderer(conditioner: Any, transformer: Any, vae: Any, steps: int, 
     pipe: Any = StableDiffusion3Pipeline(
         transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent
     )
-    pipe.vae_scale_factor = 8  # diffusers counts blocks; this autoencoder folds patches instead
+    pipe.vae_scale_factor = 8  # diffusers derives it from the number of blocks, which does not fit this autoencoder
     with torch.no_grad():
         negative = conditioner.encode([""]) if guidance > 1 else None
     return DiffusersRenderer(pipe, Rendering(SIDE, SIDE, steps, guidance, rows=64, placement=Placement("float32")), negative)
@@ -212,9 +212,9 @@ def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
     weights = load_file(folder / "projector.safetensors")
     projector = mlp_projector(weights["0.weight"].shape[1], *weights["2.weight"].shape[::-1])
     projector.load_state_dict(weights)
-    # AutoTokenizer would build a byte-pair Qwen2 tokenizer around the words, because of the model type beside them.
-    words = PreTrainedTokenizerFast.from_pretrained(folder / "reader", local_files_only=True)
-    conditioner = HiddenStateConditioner(reader, words, projector, template="{caption} " + END)
+    # AutoTokenizer would build Qwen2's byte-pair tokenizer, because the folder's config.json says Qwen2.
+    reader_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "reader", local_files_only=True)
+    conditioner = HiddenStateConditioner(reader, reader_tokenizer, projector, template="{caption} " + END)
     conditioner.requires_grad_(False).eval()
     transformer = SD3Transformer2DModel.from_pretrained(
         str(folder / "transformer"), torch_dtype=torch.float32, local_files_only=True

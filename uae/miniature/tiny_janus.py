@@ -48,7 +48,7 @@ class TinyJanus:
     Args:
         weights: Folder of cold-started weights; the default ships with the package.
         guidance: Classifier-free guidance of image tokens; 1 means none.
-        cfg_logprob: What log-probs are under guidance, see `uae.models.tokens.policy.TokenSampling`.
+        cfg_logprob: Which distribution log-probs are taken from under guidance, see `uae.models.tokens.policy.TokenSampling`.
     """
 
     def __init__(self, weights: str | None = None, guidance: float = 1.0, cfg_logprob: LogProb = "guided") -> None:
@@ -62,24 +62,24 @@ class TinyJanus:
         return assemble(*load(folder), self.sampling)
 
 
-def assemble(model: Any, words: Any, sampling: TokenSampling) -> UMM:
-    """The three roles of one Janus.
+def assemble(model: Any, janus_processor: Any, sampling: TokenSampling) -> UMM:
+    """Captioner, conditioner and renderer from one Janus.
 
     Args:
-        model: A ``JanusForConditionalGeneration`` of `create`.
-        words: Its processor.
+        model: A ``JanusForConditionalGeneration`` as `create` makes it.
+        janus_processor: The ``JanusProcessor`` of the model, as `processor` makes it.
         sampling: How image tokens are drawn.
     """
     from uae.models.captioners.captioner import HFCaptioner
 
-    umm = unify(HFCaptioner(model, words, INSTRUCTION), sampling, rows=64)
-    return replace(umm, conditioner=TokenConditioner(words.tokenizer, TEMPLATE, max_tokens=64))
+    umm = unify(HFCaptioner(model, janus_processor, INSTRUCTION), sampling, rows=64)
+    return replace(umm, conditioner=TokenConditioner(janus_processor.tokenizer, TEMPLATE, max_tokens=64))
 
 
 def scene_codes(scenes: list[Scene]) -> Tensor:
     """The true image tokens of complete scenes, ``[N, 9]``: background times ``KINDS`` plus the cell's code."""
-    papers_N1 = torch.tensor([[list(BACKGROUNDS).index(scene.background or "")] for scene in scenes])
-    return papers_N1 * KINDS + cell_codes(scenes)
+    backgrounds_N1 = torch.tensor([[list(BACKGROUNDS).index(scene.background or "")] for scene in scenes])
+    return backgrounds_N1 * KINDS + cell_codes(scenes)
 
 
 def tokenizer() -> Any:
@@ -104,10 +104,10 @@ def create(width: int = 128, layers: int = 4, channels: int = 64) -> Any:
     """A Janus with random weights.
 
     Args:
-        width: Of the language model.
-        layers: Its depth.
-        channels: Of the autoencoder, a multiple of 32, and 64 at least: its norms have 32 groups, and a norm over one
-            channel would take the background away.
+        width: Hidden size of the language model, a multiple of 32.
+        layers: Number of layers of the language model.
+        channels: Channels of the autoencoder, a multiple of 32 and at least 64. Its norms have 32 groups, and a norm over
+            a group of one channel would remove the background color.
     """
     from transformers import JanusConfig, JanusForConditionalGeneration
 
@@ -138,7 +138,7 @@ def create(width: int = 128, layers: int = 4, channels: int = 64) -> Any:
 
 
 def _generation(ids: dict[str, int]) -> Any:
-    """What transformers' own ``generate`` asks for; one derived from a config would lose the image token on loading."""
+    """Settings for ``generate`` of transformers. Settings derived from the config would lose the image token on loading."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -149,7 +149,11 @@ def _generation(ids: dict[str, int]) -> Any:
 
 @torch.no_grad()
 def _well_started(model: Any) -> Any:
-    """Codes that share attributes start alike, as in a trained codebook; places start apart (small tables learn slowly)."""
+    """Initialise tables in place so that the model learns fast.
+
+    Codes that share attributes start with similar vectors, as in a trained codebook. Position embeddings start far apart,
+    because small ones take long to learn.
+    """
     inner, attributes = model.model, _attributes()
     for table, scale in (
         (inner.vqmodel.quantize.embedding.weight, 0.5),  # decoding normalises it to length 1
@@ -169,12 +173,12 @@ def _attributes() -> Tensor:
     parts = [torch.eye(n)[column] for n, column in zip((len(SHAPES), len(SIZES), len(COLORS)), kinds.T, strict=True)]
     drawn = torch.cat(parts, dim=1)
     empty_or_drawn = torch.block_diag(torch.ones(1, 1), drawn)
-    papers = torch.eye(len(BACKGROUNDS)).repeat_interleave(KINDS, 0)
-    return torch.cat([papers, empty_or_drawn.repeat(len(BACKGROUNDS), 1)], dim=1)
+    backgrounds = torch.eye(len(BACKGROUNDS)).repeat_interleave(KINDS, 0)
+    return torch.cat([backgrounds, empty_or_drawn.repeat(len(BACKGROUNDS), 1)], dim=1)
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Model (float32, whatever it was written in) and processor, by transformers' own loaders."""
+    """Load model and processor with transformers' own loaders; the weights are converted to float32."""
     from transformers import AutoProcessor, JanusForConditionalGeneration
 
     model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

@@ -183,7 +183,7 @@ def test_a_missing_file(folder, file):
 
 def test_a_missing_chat_template(folder):
     (folder / "chat_template.jinja").unlink()
-    assert "no chat template: set system.init_args.captioner" in refusal(folder)
+    assert "no chat template: set model.init_args.system.init_args.captioner" in refusal(folder)
 
 
 def test_a_torn_file(folder):
@@ -219,7 +219,8 @@ def test_a_text_model(tmp_path, created):
 
 
 def test_an_unknown_attention(folder):
-    assert "correct system.init_args.captioner or reading.attention" in refusal(folder, replace(EXACT, attention="no"))
+    expected = "correct captioner or reading.attention of model.init_args.system.init_args"
+    assert expected in refusal(folder, replace(EXACT, attention="no"))
 
 
 def test_a_memory_that_cannot_be_continued(created):

@@ -13,8 +13,8 @@ class MiniGenEval(Callback):
     """Logs the miniatures' GenEval as ``generation/<task>`` and ``generation/overall``; the captioner plays no part.
 
     Args:
-        prompts: Per task.
-        seed: Of prompts and noise: the same at every validation.
+        prompts: Number of prompts per task.
+        seed: Random seed of prompts and noise, which are the same at every validation.
     """
 
     def __init__(self, prompts: int = 32, seed: int = 0) -> None:

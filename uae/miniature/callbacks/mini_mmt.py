@@ -15,8 +15,9 @@ class MiniMMT(Callback):
     """Logs the miniatures' MMT-Bench as ``understanding/<subtask>`` and ``understanding/overall``; nothing is drawn.
 
     Args:
-        questions: Per subtask; a share of one of them has a 95 % interval of 4 points to each side at 400, 9 at 100.
-        seed: Of the questions: the same at every validation.
+        questions: Number of questions per subtask, a multiple of four. The 95 % interval of a subtask's share is about 4
+            points to each side with 400 questions, and 9 with 100.
+        seed: Random seed of the questions, which are the same at every validation.
     """
 
     def __init__(self, questions: int = 100, seed: int = 0) -> None:

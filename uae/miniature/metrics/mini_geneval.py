@@ -44,9 +44,9 @@ def mini_geneval(umm: UMM, n: int = 64, seed: int = 0) -> dict[str, float]:
     """Share of prompts whose image shows what they say and nothing else, per task; ``overall`` is the tasks' mean.
 
     Args:
-        umm: Its conditioner and renderer are tested; the captioner plays no part.
-        n: Prompts per task, one image each.
-        seed: Of prompts and noise.
+        umm: The system whose conditioner and renderer are tested; its captioner is not used.
+        n: Number of prompts per task; one image is drawn for each.
+        seed: Random seed of the prompts and of the noise.
     """
     scores = {}
     for task in TASKS:

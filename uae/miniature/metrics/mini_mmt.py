@@ -29,11 +29,11 @@ Scorer = Callable[[Tensor, list[list[str]]], Tensor]  # images [B, 3, H, W] and 
 
 @dataclass(frozen=True)
 class Question:
-    """Four scenes, one of which is shown.
+    """A question with four scenes as options, one of which is shown as an image.
 
     Args:
-        scenes: The options.
-        answer: Which of them is shown.
+        scenes: The four options.
+        answer: Index in ``scenes`` of the scene that is shown.
     """
 
     scenes: tuple[Scene, ...]
@@ -60,7 +60,7 @@ def questions(subtask: str, n: int, seed: int = 0, split: Split = "val") -> list
 
 
 def _question(make: Callable[[random.Random], list[Scene]], answer: int, rng: random.Random, split: Split) -> Question:
-    while True:  # the split is a hash of the scene, so waiting for it prefers no option
+    while True:  # the split is a hash of the scene, so drawing again favours no option
         scenes = make(rng)
         rng.shuffle(scenes)
         if scenes[answer].split == split:
@@ -78,21 +78,21 @@ def _objects(rng: random.Random, sizes: Sequence[str]) -> list[Object]:
     return [Object(*cell, rng.choice(list(COLORS)), rng.choice(SHAPES), size) for cell, size in zip(cells, sizes, strict=True)]
 
 
-def _paper(rng: random.Random) -> str:
+def _background(rng: random.Random) -> str:
     return rng.choice(list(BACKGROUNDS))
 
 
 def _changed(rng: random.Random, sizes: Sequence[str], attribute: str, values: Sequence[str]) -> list[Scene]:
-    """The first object's attribute takes four values."""
-    (first, *rest), paper = _objects(rng, sizes), _paper(rng)
-    return [_scene(paper, [replace(first, **{attribute: value}), *rest]) for value in rng.sample(list(values), LETTERS)]
+    """Four scenes that differ in one attribute of the first object."""
+    (first, *rest), background = _objects(rng, sizes), _background(rng)
+    return [_scene(background, [replace(first, **{attribute: value}), *rest]) for value in rng.sample(list(values), LETTERS)]
 
 
 def _moved(rng: random.Random, sizes: Sequence[str]) -> list[Scene]:
-    """The first object is at four places."""
-    (first, *rest), paper = _objects(rng, sizes), _paper(rng)
+    """Four scenes that differ in the position of the first object."""
+    (first, *rest), background = _objects(rng, sizes), _background(rng)
     free = [cell for cell in CELLS if cell not in {(one.row, one.column) for one in rest}]
-    return [_scene(paper, [replace(first, row=row, column=column), *rest]) for row, column in rng.sample(free, LETTERS)]
+    return [_scene(background, [replace(first, row=row, column=column), *rest]) for row, column in rng.sample(free, LETTERS)]
 
 
 def _sizes(rng: random.Random) -> list[str]:
@@ -101,24 +101,24 @@ def _sizes(rng: random.Random) -> list[str]:
 
 
 def _presence(rng: random.Random) -> list[Scene]:
-    """Of two small objects there are none, either, or both; a larger one always is."""
-    (large, first, second), paper = _objects(rng, [rng.choice(LARGER), SMALL, SMALL]), _paper(rng)
-    return [_scene(paper, [large, *some]) for some in ([], [first], [second], [first, second])]
+    """Four scenes with a larger object and none, either one, or both of two small objects."""
+    (large, first, second), background = _objects(rng, [rng.choice(LARGER), SMALL, SMALL]), _background(rng)
+    return [_scene(background, [large, *some]) for some in ([], [first], [second], [first, second])]
 
 
 def _count(rng: random.Random) -> list[Scene]:
-    """None to three of three objects have a color, the others have another; all else stays."""
-    objects, paper = _objects(rng, [rng.choice(list(SIZES)) for _ in range(3)]), _paper(rng)
+    """Four scenes of the same three objects, of which none, one, two or three have the color that is counted."""
+    objects, background = _objects(rng, [rng.choice(list(SIZES)) for _ in range(3)]), _background(rng)
     counted, other = rng.sample(list(COLORS), 2)
     return [
-        _scene(paper, [replace(one, color=counted if i < k else other) for i, one in enumerate(objects)])
+        _scene(background, [replace(one, color=counted if i < k else other) for i, one in enumerate(objects)])
         for k in range(LETTERS)
     ]
 
 
 def _backgrounds(rng: random.Random) -> list[Scene]:
     objects = _objects(rng, [rng.choice(list(SIZES)) for _ in range(rng.choice((1, 2, 3)))])
-    return [_scene(paper, objects) for paper in BACKGROUNDS]
+    return [_scene(background, objects) for background in BACKGROUNDS]
 
 
 SUBTASKS: dict[str, Callable[[random.Random], list[Scene]]] = {
@@ -135,12 +135,12 @@ SUBTASKS: dict[str, Callable[[random.Random], list[Scene]]] = {
 def likelihood(captioner: Captioner) -> Scorer:
     """Mean log-prob of a caption's tokens and its end, given the image and the captioner's own instruction."""
     inner: Any = captioner
-    words = inner.processor.tokenizer
-    end = words.eos_token_id if words.eos_token_id in inner.end_ids else inner.end_ids[0]
+    tokenizer = inner.processor.tokenizer
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in inner.end_ids else inner.end_ids[0]
 
     def scores(images_BCHW: Tensor, captions: list[list[str]]) -> Tensor:
         texts = [text for options in captions for text in options]
-        rows = [[*ids, end] for ids in words(texts, add_special_tokens=False)["input_ids"]]
+        rows = [[*ids, end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         longest = max(map(len, rows))
         tokens_NT = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=inner.device)
         mask_NT = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows], device=inner.device)
@@ -161,15 +161,16 @@ def mini_mmt(
 ) -> dict[str, Interval]:  # fmt: skip
     """Share of questions whose true option has the highest score, per subtask, with Wilson's 95 % interval.
 
-    Equal scores for all options are the first letter: a quarter is right then.
+    If all options have the same score, the first letter is the answer, which is right in a quarter of the questions.
 
     Args:
-        scorer: Scores options; `likelihood` of a captioner.
-        n: Questions per subtask, a multiple of four.
-        seed: Of the questions.
-        split: Of the scenes.
-        batch_size: Images per call of the scorer.
-        image: What the scorer sees of a batch of images, for controls (nothing, another one's).
+        scorer: Function that scores the options, such as `likelihood` of a captioner.
+        n: Number of questions per subtask, a multiple of four.
+        seed: Random seed of the questions.
+        split: Split that the scenes are taken from.
+        batch_size: Number of images per call of the scorer.
+        image: Function applied to each batch of images before the scorer sees it. Controls use it to hide the image or to
+            show another one.
 
     Returns:
         The subtasks, ``small_object`` (all of its four) and ``overall`` (all).

@@ -23,8 +23,8 @@ class AttributeObjective(Objective):
 
     Args:
         width: Width of the DINOv2 model.
-        layers: Its depth.
-        noise: Largest standard deviation of pixel noise, so that the judge does not hang on exact colors.
+        layers: Number of layers of the DINOv2 model.
+        noise: Largest standard deviation of pixel noise, so that the judge does not depend on exact colors.
     """
 
     def __init__(self, width: int = 96, layers: int = 3, noise: float = 0.1) -> None:
@@ -40,7 +40,7 @@ class AttributeObjective(Objective):
             layerscale_value=1.0,
         )  # fmt: skip
         self.model = Dinov2Model(config)
-        # Small tables leave places unlearned for long.
+        # With small position embeddings, positions take long to learn.
         nn.init.normal_(self.model.embeddings.position_embeddings, std=0.5)
         self.head = nn.Linear(self.width, GRID * GRID * KINDS + len(BACKGROUNDS))
         self.patch_head = nn.Linear(self.width, KINDS)
@@ -51,14 +51,14 @@ class AttributeObjective(Objective):
             batch["image"]
         )
         tokens_NTD = self._tokens(images)
-        cells, papers = self._read(tokens_NTD[:, 0])
+        cells, backgrounds = self._read(tokens_NTD[:, 0])
         codes, truth = self._truth(batch)
         unit_ND = F.normalize(tokens_NTD[:, 0], dim=1)
         alike = (unit_ND @ unit_ND.T).square().mean()
         loss = (
             balanced(cells, codes)
             + balanced(self.patch_head(tokens_NTD[:, 1:]), codes)
-            + F.cross_entropy(papers, truth)
+            + F.cross_entropy(backgrounds, truth)
         )
         return {"loss": loss + alike, "alike": alike.detach()}
 
@@ -69,25 +69,25 @@ class AttributeObjective(Objective):
     def _read(self, vector_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of cells ``[N, 9, kinds]`` and of the background ``[N, 4]``."""
         logits = self.head(vector_ND)
-        cells, papers = logits.split([GRID * GRID * KINDS, len(BACKGROUNDS)], dim=1)
-        return cells.unflatten(1, (GRID * GRID, KINDS)), papers
+        cells, backgrounds = logits.split([GRID * GRID * KINDS, len(BACKGROUNDS)], dim=1)
+        return cells.unflatten(1, (GRID * GRID, KINDS)), backgrounds
 
     def _truth(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         device = batch["image"].device
-        papers = torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in batch["scene"]], device=device)
-        return cell_codes(batch["scene"]).to(device), papers
+        backgrounds = torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in batch["scene"]], device=device)
+        return cell_codes(batch["scene"]).to(device), backgrounds
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
         """Accuracy on occupied cells; share of scenes read entirely right; cosine between different scenes."""
         vector_ND = self._tokens(batch["image"])[:, 0]
-        cells, papers = self._read(vector_ND)
+        cells, backgrounds = self._read(vector_ND)
         codes, truth = self._truth(batch)
         right = cells.argmax(-1) == codes
         unit_ND = F.normalize(vector_ND, dim=1)
         return {
             "objects": right[codes > 0].float().mean().item(),
-            "whole": (right.all(1) & (papers.argmax(-1) == truth)).float().mean().item(),
+            "whole": (right.all(1) & (backgrounds.argmax(-1) == truth)).float().mean().item(),
             "other": (unit_ND * unit_ND.roll(1, 0)).sum(1).mean().item(),
         }
 

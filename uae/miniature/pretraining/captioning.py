@@ -22,7 +22,7 @@ class CaptionStyle:
     """How often the cold-start data uses a level of detail.
 
     Args:
-        share: Relative frequency.
+        share: Relative frequency of such captions.
         detail: What such a caption says, and how reliably.
     """
 
@@ -38,7 +38,7 @@ class CaptionObjective(Objective):
     Args:
         styles: The mixture of captions. Few detailed ones, with mistakes, leave something for the reward to teach.
         reading: Weight of the auxiliary loss.
-        start: Continue from these weights; "package" is the package's own.
+        start: Folder of weights to continue from; "package" is the package's own folder, None starts from random weights.
     """
 
     def __init__(self, styles: list[CaptionStyle], reading: float = 1.0, start: str | None = None) -> None:
@@ -77,9 +77,9 @@ class CaptionObjective(Objective):
 
     def _tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         (captioner,) = self.frozen
-        words = captioner.processor.tokenizer
-        batch = words(
-            [f"{c} {words.eos_token}" for c in captions], padding=True, padding_side="right", return_tensors="pt"
+        tokenizer = captioner.processor.tokenizer
+        batch = tokenizer(
+            [f"{c} {tokenizer.eos_token}" for c in captions], padding=True, padding_side="right", return_tensors="pt"
         )
         return batch["input_ids"].to(captioner.device), batch["attention_mask"].to(captioner.device)
 

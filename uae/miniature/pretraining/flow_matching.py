@@ -25,11 +25,12 @@ class FlowMatchingObjective(Objective):
 
     Args:
         width: Width of the transformer.
-        layers: Its depth.
-        draws: Noise draws per caption; they share one pass of the text encoder.
-        dropout: Share of empty captions (for guidance).
+        layers: Number of layers of the transformer.
+        draws: Number of noise samples per caption; they share one pass of the text encoder.
+        dropout: Share of captions replaced by the empty string, which classifier-free guidance needs.
         detailed: Share of detailed captions; the rest is split between terse ones and ones that leave out some attributes.
-        start: Continue from these weights, with all objects from the first step; "package" is the package's own.
+        start: Folder of weights to continue from, with all objects from the first step; "package" is the package's own
+            folder, None starts from random weights.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 }
 SIZES: dict[str, int] = {"tiny": 3, "medium": 5, "large": 7}  # pixels
 SHAPES = ("square", "ring", "cross", "triangle")
-LEAST_LEAD = 0.04  # of a cell's picture over any other; refuses blends of two and little else
+LEAST_LEAD = 0.04  # smallest lead of the nearest picture over any other, see `_lead`; refuses blends of two
 KINDS = 1 + len(SHAPES) * len(SIZES) * len(COLORS)  # what a cell can hold: nothing, or one of these objects
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
@@ -151,8 +151,8 @@ def cell_codes(scenes: list[Scene]) -> Tensor:
 
 def render(scenes: list[Scene]) -> Tensor:
     """Images ``[N, 3, 24, 24]`` in [0, 1] of complete scenes."""
-    papers = torch.tensor([list(BACKGROUNDS).index(scene.background or "") for scene in scenes])
-    cells = cell_pictures()[papers[:, None], cell_codes(scenes)]  # [N, 9, 3, 8, 8]
+    backgrounds = torch.tensor([list(BACKGROUNDS).index(scene.background or "") for scene in scenes])
+    cells = cell_pictures()[backgrounds[:, None], cell_codes(scenes)]  # [N, 9, 3, 8, 8]
     return cells.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, SIDE, SIDE)
 
 

@@ -87,8 +87,8 @@ def _read(name: str, processor_name: str, reading: Reading, trust: bool) -> tupl
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        system = "model.init_args.system.init_args"
-        keys = f"{system}.captioner" + (f" or {system}.reading.attention" if reading.attention else "")
+        key = "captioner or reading.attention of model.init_args.system.init_args"
+        keys = key if reading.attention else "model.init_args.system.init_args.captioner"
         raise ValueError(
             f"captioner {name!r} cannot be read as a vision-language model in transformers format "
             f"({' '.join(str(error).split())[:200]}); correct {keys}"
