@@ -20,13 +20,13 @@ DROPOUTS = ("p", "dropout", "attention_dropout")  # nn.Dropout's name for its pr
 
 
 class Network(nn.Module):
-    """The root of what learns: a model of transformers or diffusers, or a PeftModel around one.
+    """The root of what learns: a model of transformers or diffusers, a PeftModel around one, or a module of one's own.
 
     It is what a distributed strategy shards and what a checkpoint names, so everything that needs the model's own
     parameters happens inside its ``forward``. Dropout is switched off: with it, the policy ratio would not be one.
 
     Args:
-        model: A model of transformers or diffusers, or a PeftModel around one.
+        model: A model of transformers or diffusers, a PeftModel around one, or a module of one's own.
     """
 
     used_only_for: Mapping[Half, str] = MappingProxyType({})

@@ -54,7 +54,7 @@ def test_no_loader_is_left_to_ask_or_told_to_trust():
             seen += 1
             given = words.get("trust_remote_code", words.get(None))  # or inside **options
             assert given is not None, f"{path.name}:{node.lineno}: {owner}.{node.func.attr} without trust_remote_code"
-            assert ast.unparse(given) in ("False", "trust", "trust and words == path", "options"), f"{path}:{node.lineno}"
+            assert ast.unparse(given) in ("False", "trust", "trust and processor_path == path", "options"), f"{path}:{node.lineno}"
     assert seen >= 15
 
 
