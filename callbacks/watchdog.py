@@ -92,7 +92,8 @@ class Watchdog(Callback):
     def _keep_stacks(self) -> None:
         """Stop the timer. If stacks were written since it started, keep them; else the next header replaces the last one."""
         faulthandler.cancel_dump_traceback_later()
-        size = os.fstat(self._descriptor).st_size  # type: ignore[arg-type]
+        assert self._descriptor is not None
+        size = os.fstat(self._descriptor).st_size
         if size > self._kept + self._header:
             self._kept, self._header = size, 0
             warnings.warn(f"no progress for {self.limit:g} s: the stacks of this rank are in {self.file}", stacklevel=2)

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
@@ -138,7 +137,7 @@ class ColdStart(L.LightningModule):
         """The first part of logged tags: the name of the objective's Python module, such as ``flow_matching``."""
         return type(self.objective).__module__.rsplit(".", 1)[-1]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> Any:
         """AdamW; its learning rate rises linearly over ``warmup`` steps and falls to zero along a cosine."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, self.learning_rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)
@@ -149,7 +148,7 @@ class ColdStart(L.LightningModule):
             )
 
         scheduler = {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_fit_end(self) -> None:
         """Write the weights and their checksums, unless the run was interrupted.
