@@ -74,7 +74,8 @@ class RolloutCheckpoint(ModelCheckpoint):
         """Remove incomplete checkpoints of killed processes. The checkpoint to resume from has been read before."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
-            tidy(Path(str(self.dirpath)))
+            assert self.dirpath is not None
+            tidy(Path(self.dirpath))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

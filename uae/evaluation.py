@@ -117,8 +117,8 @@ class AutoEncoder(LightningModule):
             if one is not None:
                 one.reset()
 
-    def _more_metrics(self) -> list[Metric]:
-        return [metric for metric in self.metrics.values() if isinstance(metric, Metric)]
+    def _more_metrics(self) -> list[Any]:
+        return list(self.metrics.values())  # a ModuleDict, whose type does not tell that they are metrics
 
     def _place(self) -> None:
         """Move the frozen parts, which Lightning does not know, to the policy's device."""

@@ -19,18 +19,17 @@ from torchmetrics import Metric
 
 from uae import measure
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
-from uae.data import ImageData
 from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
 from uae.models.finetune import Finetune
 from uae.models.flow.policy import Exploration
-from uae.policies import networks, prepare, roots
+from uae.policies import learners, prepare, roots
 from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out
 from uae.stopwatch import now
 from uae.strategy import FSDP2Strategy, refuse_other_sharding
-from uae.trainer import data_module, is_dry_run, overfit_batches
+from uae.trainer import batch_size, is_dry_run, overfit_batches
 from uae.types import ImageBatch, Sampling, System
 
 
@@ -231,9 +230,9 @@ class UnifiedGRPO(AutoEncoder):
         """Trainable parameters only; the scheduler counts optimizer steps."""
         rates = {"policy": None, "image_policy": self.image_lr}
         groups: list[dict[str, Any]] = []
-        for name, network in networks(self.umm, self.plan.train).items():
+        for name, learner in learners(self.umm, self.plan.train).items():
             rate = {} if rates[name] is None else {"lr": rates[name]}
-            groups.append({"params": [p for p in network.parameters() if p.requires_grad], **rate})
+            groups.append({"params": [p for p in learner.network.parameters() if p.requires_grad], **rate})
         optimizer = self.optimizer([group for group in groups if group["params"]])
         if self.scheduler is None:
             return optimizer
@@ -260,9 +259,9 @@ class UnifiedGRPO(AutoEncoder):
         if stage != "fit":
             return
         self._first_rollout, self.experience = True, None
-        data = data_module(self.trainer)
-        if isinstance(data, ImageData):
-            parts(data.batch_size, self.plan.mini_batches)
+        size = batch_size(self.trainer)
+        if size is not None:
+            parts(size, self.plan.mini_batches)
         accumulate, per_rollout = self.trainer.accumulate_grad_batches, self.batches_per_rollout
         if per_rollout % accumulate and accumulate % per_rollout:
             raise ValueError(
@@ -290,12 +289,14 @@ class UnifiedGRPO(AutoEncoder):
         self.reward.load()
         if self.unified_score is not None:
             self.unified_score.load()
-        if self.device_mesh is not None and isinstance(self.trainer.strategy, FSDP2Strategy):
+        if self.device_mesh is not None:
+            strategy = self.trainer.strategy
+            assert isinstance(strategy, FSDP2Strategy), "`setup` refuses all others that have a mesh"
             for root in roots(umm, train):
-                self.trainer.strategy.shard(root)
+                strategy.shard(root)
         self._umm = umm
-        for name, network in networks(umm, train).items():
-            setattr(self, name, network)
+        for name, learner in learners(umm, train).items():
+            setattr(self, name, learner.network)
 
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""

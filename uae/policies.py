@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from uae.learner import Network
+from uae.learner import Learner, Network
 from uae.models.finetune import Finetune
 from uae.models.flow.policy import Exploration, FlowPolicy
 from uae.models.renderers.diffusers import DiffusersRenderer
@@ -46,13 +46,13 @@ def prepare(
     learner = umm.captioner.learner
     if train == "captions":
         finetune.attach(learner, keep_reference="caption" in references)
-        freeze_unreached(learner.network, train)
+        _freeze_unreached(learner.network, train)
         return umm
     image_policy = _explorer(umm, exploration)
     umm = replace(umm, renderer=image_policy)
     if image_policy.learner is learner:
         finetune.attach(learner, keep_reference=bool(references))
-        freeze_unreached(learner.network, train)
+        _freeze_unreached(learner.network, train)
         return umm
     finetune.attach(learner, keep_reference="caption" in references)
     if train == "images":  # after attach, so that it keeps an adapter that the run starts from
@@ -66,23 +66,24 @@ def prepare(
     return umm
 
 
-def networks(umm: UMM, train: Train) -> dict[str, Network]:
-    """The networks that the LightningModule registers: ``policy``, and ``image_policy`` if the renderer's own network trains."""
-    captions = umm.captioner.learner.network
-    if train == "captions" or umm.image_policy is None or umm.image_policy.learner is umm.captioner.learner:
-        return {"policy": captions}
-    return {"policy": captions, "image_policy": umm.image_policy.learner.network}
+def learners(umm: UMM, train: Train) -> dict[str, Learner[Any]]:
+    """Who learns, by the names that the LightningModule gives their networks.
+
+    ``policy`` is the captioner, or the one network that captions and draws; ``image_policy`` is a renderer that trains a
+    network of its own.
+    """
+    captioner, image_policy = umm.captioner.learner, umm.image_policy
+    if train == "captions" or image_policy is None or image_policy.learner is captioner:
+        return {"policy": captioner}
+    return {"policy": captioner, "image_policy": image_policy.learner}
 
 
 def roots(umm: UMM, train: Train) -> list[nn.Module]:
-    """The networks that a strategy shards: those of `networks`, and the frozen copies of their initial weights."""
-    learners = [umm.captioner.learner]
-    if train != "captions" and umm.image_policy is not None and umm.image_policy.learner is not learners[0]:
-        learners.append(umm.image_policy.learner)
-    return [root for learner in learners for root in learner.roots()]
+    """The networks that a strategy shards: those of `learners`, and the frozen copies of their initial weights."""
+    return [root for learner in learners(umm, train).values() for root in learner.roots()]
 
 
-def freeze_unreached(network: Network, train: Train) -> None:
+def _freeze_unreached(network: Network, train: Train) -> None:
     """Freeze weights that only the policy which does not train uses.
 
     No loss reaches them, but DDP would wait for their gradients.

@@ -23,5 +23,11 @@ def data_module(trainer: Trainer) -> LightningDataModule | None:
     return found
 
 
+def batch_size(trainer: Trainer) -> int | None:
+    """Images per training batch and process, or None where the data module, which may be anybody's, does not tell."""
+    found: int | None = getattr(data_module(trainer), "batch_size", None)
+    return found
+
+
 def _of(trainer: Any) -> Any:
     return trainer

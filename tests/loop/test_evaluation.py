@@ -59,3 +59,26 @@ def test_prediction_says_what_each_image_became(build, trainer):
         expected = batch["reward/layout"] + 0.5 * batch["reward/letters"]
         torch.testing.assert_close(batch["reward"], expected)
         assert batch["reconstruction"].shape == batch["image"].shape
+
+
+class Counted(torch.nn.Module):
+    """Counts captions, and is no metric of torchmetrics."""
+
+    def __init__(self):
+        super().__init__()
+        self.captions = 0
+
+    def update(self, texts, reconstructions_NCHW, batch):
+        self.captions += len(texts)
+
+    def compute(self):
+        return {"counted": self.captions}
+
+    def reset(self):
+        self.captions = 0
+
+
+def test_whatever_counts_like_a_metric_is_used(build, trainer):
+    run = trainer(limit_val_batches=1.0)
+    (logged,) = run.validate(build(metrics={"counted": Counted()}), data(), verbose=False)
+    assert logged["counted"] == 6

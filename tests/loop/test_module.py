@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.loggers.logger import Logger
 
 from tests.conftest import data
@@ -302,3 +302,17 @@ def test_a_boundary_needs_the_whole_rollout_and_the_optimizer_step(build, traine
     run = trainer(max_steps=-1, max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[seen])
     run.fit(build(mini_batches=2), data(train_size=12))  # three rollouts; the epoch's end completes the last window
     assert seen.found == expected
+
+
+class OtherData(LightningDataModule):
+    """A data module that is none of `uae.data`, with batches of four."""
+
+    batch_size = 4
+
+    def train_dataloader(self):
+        return pytest.fail("the size of the batches was known before")
+
+
+def test_batches_of_any_data_module_must_divide(build, trainer):
+    with pytest.raises(ValueError, match=r"4 images.*model\.init_args\.mini_batches=3"):
+        trainer().fit(build(mini_batches=3), OtherData())

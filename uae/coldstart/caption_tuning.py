@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from uae.coldstart.system_objective import CAPTIONER, SystemObjective, hf_captioner, save_network
+from uae.coldstart.system_objective import SystemObjective, hf_captioner, save_captioner
 from uae.types import UMM, ImageBatch
 
 
@@ -60,6 +60,4 @@ class CaptionTuning(SystemObjective):
 
     def save(self, folder: Path) -> None:
         """Write the trained captioner (adapter or whole model) to ``captioner/`` below ``folder``."""
-        save_network(folder / CAPTIONER, self.policy.model)
-        if not self.policy.adapted:
-            self.processor.save_pretrained(folder / CAPTIONER)
+        save_captioner(folder, self.policy, self.processor)

@@ -14,7 +14,7 @@ from torch import Tensor
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
-from uae.data import ImageData
+from uae.data.module import ChecksCaptions
 from uae.models.finetune import Finetune
 from uae.rewards import WeightedReward
 from uae.trainer import data_module, is_dry_run
@@ -94,7 +94,7 @@ class ColdStart(L.LightningModule):
                 "trainer.max_steps"
             )
         if isinstance(self.objective, SystemObjective):
-            if isinstance(data := data_module(self.trainer), ImageData):
+            if isinstance(data := data_module(self.trainer), ChecksCaptions):
                 data.check_captions()
             self.place()
         if self.folder is None:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from uae.coldstart.system_objective import (
-    CAPTIONER,
     SystemObjective,
     captions_of,
     diffusers_renderer,
     hf_captioner,
     recompute,
-    save_network,
+    save_captioner,
     save_trained,
     unfreeze,
 )
@@ -134,6 +133,4 @@ class SemanticReconstruction(SystemObjective):
         """Write ``conditioner.safetensors`` below ``folder``, and ``captioner/`` if the language model trained."""
         save_trained(folder, self.conditioner)
         if self.language_model:
-            save_network(folder / CAPTIONER, self.policy.model)
-            if not self.policy.adapted:
-                self.processor.save_pretrained(folder / CAPTIONER)
+            save_captioner(folder, self.policy, self.processor)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from uae.coldstart.objective import Objective
+from uae.learner import Network
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.captioners.policy import VLMContext
 from uae.models.finetune import Finetune
@@ -221,6 +222,13 @@ def save_network(folder: Path, network: Any) -> None:
         network.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
     else:
         network.save_pretrained(folder)
+
+
+def save_captioner(folder: Path, network: Network, processor: Any) -> None:
+    """Write ``captioner/``: the adapter, or the whole network with its processor."""
+    save_network(folder / CAPTIONER, network.model)
+    if not network.adapted:
+        processor.save_pretrained(folder / CAPTIONER)
 
 
 def save_trained(folder: Path, module: nn.Module) -> None:

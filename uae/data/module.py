@@ -29,6 +29,15 @@ class RepeatsBatches(Protocol):
         ...
 
 
+@runtime_checkable
+class ChecksCaptions(Protocol):
+    """A data module that can tell whether its images have captions, as `ImageData` does."""
+
+    def check_captions(self) -> None:
+        """Raise ValueError if a training or validation image has no caption."""
+        ...
+
+
 class ImageData(L.LightningDataModule, ABC):
     """The loaders of all stages. A subclass defines `source`: the images of a stage.
 

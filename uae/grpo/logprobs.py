@@ -177,6 +177,8 @@ def _score(
         rows = slice(start, start + chunk)
         logp_CV = _logits(hidden_MD[rows], weight_VD, bias_V, banned, temperature).log_softmax(1)
         logp_M[rows] = logp_CV.gather(1, ids_M[rows, None]).squeeze(1)
+        if not entropy and slope_MD is None:
+            continue
         softmax_CV = logp_CV.exp_()
         if entropy:
             entropy_M[rows] = torch.special.entr(softmax_CV).sum(1)
