@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from uae.checkpoints.files import newest, partial_of, publish, remove, tidy
+from uae.trainer import current_metrics, is_dry_run
 
 
 class NotSavedError(Exception):
@@ -42,8 +43,12 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     A checkpoint does not contain the rollout. So a run could not continue exactly from the middle of one.
 
-    ``ckpt_path: last`` is the newest checkpoint of the run's folder that can be loaded, also one written at a preemption.
-    A checkpoint that cannot be written (disk full) is a warning: the run goes on and keeps the ones it has.
+    The last step of a run is always saved, also between two intervals and inside a rollout. ``ckpt_path: last`` is the
+    furthest checkpoint of the run's folder that can be loaded, also one written at a preemption. A checkpoint that cannot be
+    written (disk full) is a warning: the run goes on and keeps the ones it has.
+
+    A checkpoint that is ranked by a metric of the validation (``monitor``) waits for the next validation, so that the metric
+    is the one of its own step. Meanwhile ``last.ckpt`` is written at every interval.
 
     Args:
         every_n_train_steps: Optimizer steps between checkpoints; a multiple of the steps that one rollout feeds
@@ -57,6 +62,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         self.interval, self.max_failures = every_n_train_steps, max_failures
         self.failures = 0  # in a row; the same on all ranks
         self._failed_at = -1  # the step of the last one
+        self._written_at = -1  # the step of the newest checkpoint, by whatever name
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an interval that never meets the end of a rollout."""
@@ -73,6 +79,7 @@ class RolloutCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove incomplete checkpoints of killed processes. The checkpoint to resume from has been read before."""
         super().on_train_start(trainer, pl_module)
+        self._written_at = trainer.global_step  # the checkpoint that the run is resumed from
         if trainer.is_global_zero:
             assert self.dirpath is not None
             tidy(Path(self.dirpath))
@@ -84,21 +91,39 @@ class RolloutCheckpoint(ModelCheckpoint):
         if not getattr(pl_module, "at_rollout_boundary", True):
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step:
+        due = self.interval and trainer.global_step % self.interval == 0 and self.save_last
+        if due and self._defer_save_until_validation and self._written_at != trainer.global_step:
+            self._write_last(trainer, self._monitor_candidates(trainer))
+        ends = 0 < trainer.max_steps <= trainer.global_step
+        if self.every_n_epochs and (trainer.is_last_batch or ends):
             super().on_train_epoch_end(trainer, pl_module)
+        if ends or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs):
+            self._save_the_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing. Resumed from a checkpoint of this hook, Lightning would use the image order of another epoch."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with fresh metrics, at the end of a rollout."""
-        if trainer.sanity_checking or getattr(pl_module, "at_rollout_boundary", True):
+        wanted = self.every_n_epochs or self._defer_save_until_validation
+        if trainer.sanity_checking or (wanted and getattr(pl_module, "at_rollout_boundary", True)):
+            if self._defer_save_until_validation and self._last_global_step_saved == trainer.global_step:
+                self._last_global_step_saved = -1  # the step has only its ``last.ckpt`` yet
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``last.ckpt`` if there is none yet."""
-        if getattr(pl_module, "at_rollout_boundary", True):
-            super().on_train_end(trainer, pl_module)
+        """Save the last step if it is not saved yet: the run was stopped by time, or inside a rollout."""
+        self._save_the_end(trainer)
+
+    def _save_the_end(self, trainer: Trainer) -> None:
+        if is_dry_run(trainer) or trainer.interrupted or not (self.save_top_k or self.save_last):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is None and trainer.global_step not in (self._written_at, self._failed_at):
+            self._save_topk_checkpoint(trainer, candidates)
+        if trainer.global_step not in (self._written_at, self._failed_at):
+            self._write_last(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
 
     # ------------------------------------------------------------------------------------------- what Lightning calls
 
@@ -117,18 +142,30 @@ class RolloutCheckpoint(ModelCheckpoint):
         return set()
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if self.monitor in monitor_candidates and trainer.training and self.monitor not in current_metrics(trainer):
+            self._defer_save_until_validation = True  # the value is that of an earlier step
+            return
         with self._surviving(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        if self._failed_at == trainer.global_step:
+        if not self.save_last or self._failed_at == trainer.global_step:
+            return
+        if self.save_last == "link" and self._written_at != trainer.global_step:  # nothing to link to
+            self._write_last(trainer, monitor_candidates)
             return
         with self._surviving(trainer):
             super()._save_last_checkpoint(trainer, monitor_candidates)
 
+    def _write_last(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        with self._surviving(trainer):
+            self.last_model_path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
+            self._save_checkpoint(trainer, self.last_model_path)
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         save(trainer, filepath, self.save_weights_only)
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        self._written_at = trainer.global_step
         self.failures = 0
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
@@ -136,7 +173,7 @@ class RolloutCheckpoint(ModelCheckpoint):
     @contextmanager
     def _surviving(self, trainer: Trainer) -> Iterator[None]:
         """Inside, a failed write becomes a warning, and the record of earlier checkpoints is restored."""
-        names = [*self.state_dict(), "_last_global_step_saved", "_last_checkpoint_saved"]
+        names = [*self.state_dict(), "_last_global_step_saved", "_last_checkpoint_saved", "_written_at"]
         before = {name: getattr(self, name) for name in names} | {"best_k_models": dict(self.best_k_models)}
         try:
             yield

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from uae.checkpoints.files import partial_of, publish, remove
 from uae.learner import Network
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.flow.network import FlowNetwork
@@ -27,7 +28,8 @@ class Export(Callback):
     ``peft.PeftModel.from_pretrained(base, folder)`` or ``AutoModelForImageTextToText.from_pretrained(folder)`` reads it.
 
     Args:
-        folder: Folder that is written; None is ``export`` in the log directory.
+        folder: Folder that is written, which must be empty when a run begins; None is ``export`` in the log directory.
+            What an earlier part of the same run exported is replaced as a whole.
         merge: After LoRA, write the whole model with the adapter added to its weights, in their dtype. Necessary if the
             model below the adapter is no folder that transformers can load (UAE with its ``llm_lora``, UniWorld-V1).
     """
@@ -36,7 +38,15 @@ class Export(Callback):
         self.folder, self.merge = folder, merge
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before the training, not after it, that the adapter can be merged."""
+        """Check before the training, not after it, that the folder is empty and that the adapter can be merged.
+
+        Raises:
+            ValueError: The folder has files, and this is a new run.
+        """
+        if self.folder and trainer.ckpt_path is None and Path(self.folder).is_dir() and any(Path(self.folder).iterdir()):
+            raise ValueError(
+                f"folder={self.folder!r} of callbacks.export.Export holds files of something else; allowed: an empty or new folder"
+            )
         policy = getattr(pl_module, "policy", None)
         if self.merge and isinstance(policy, Network) and policy.adapted:
             check_low_rank(name for name, _ in policy.model.named_parameters())
@@ -46,7 +56,10 @@ class Export(Callback):
         log_dir = self.folder or trainer.log_dir  # reading log_dir is a collective operation
         if is_dry_run(trainer) or trainer.interrupted or log_dir is None:  # a preempted run is not trained yet
             return
-        folder = Path(self.folder) if self.folder else Path(log_dir, "export")
+        final = Path(self.folder) if self.folder else Path(log_dir, "export")
+        folder = partial_of(final)  # a folder of its own, so that nothing of an earlier export remains among the files
+        if trainer.is_global_zero:
+            remove(folder)
         policy = trained(getattr(pl_module, "policy", None))
         if policy is not None:
             module: Any = pl_module
@@ -56,6 +69,8 @@ class Export(Callback):
         renderer = trained(getattr(pl_module, "image_policy", None))
         if renderer is not None:
             self._write(folder / "renderer", renderer, trainer.is_global_zero)
+        if trainer.is_global_zero and folder.is_dir():
+            publish(folder, final)
 
     def _write(self, folder: Path, policy: Network, here: bool, processor: Any = None) -> None:
         """Write one policy in the layout of its library; one of no library as ``model.safetensors``."""

@@ -9,6 +9,7 @@ group shares the renderer's noise, and the KL term is off by default.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -138,7 +139,7 @@ class UnifiedGRPO(AutoEncoder):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Rollout, log-probs, loss, log."""
         turn = batch_idx % self.batches_per_rollout
-        if turn == 0:
+        if turn == 0 or self.experience is None:
             self._collect(batch, batch_idx)
         losses = []
         for name, segment in self._mini_batch(batch, turn).segments.items():
@@ -169,6 +170,12 @@ class UnifiedGRPO(AutoEncoder):
 
     def _collect(self, batch: ImageBatch, batch_idx: int) -> None:
         """Roll out, and refuse a run whose sampler and training code disagree about the policy."""
+        if batch_idx % self.batches_per_rollout:
+            warnings.warn(
+                f"the run continues inside a rollout, at step {self.global_step}: its captions are drawn again, by the weights of "
+                "this step, so the run is not equal to one that was never stopped",
+                stacklevel=2,
+            )
         accumulate = self.trainer.accumulate_grad_batches
         step = (self.global_step * accumulate + batch_idx % accumulate) // self.batches_per_rollout
         with self.whole_policies():
@@ -184,11 +191,7 @@ class UnifiedGRPO(AutoEncoder):
         self._collected_at = now()
 
     def _mini_batch(self, batch: ImageBatch, turn: int) -> Experience:
-        if self.experience is None:
-            raise RuntimeError(
-                "the run was resumed inside a rollout, whose captions are gone: resume from a checkpoint whose step is a "
-                f"multiple of {self.batches_per_rollout}/accumulate_grad_batches (module.at_rollout_boundary tells)"
-            )
+        assert self.experience is not None, "`training_step` has collected it"
         if not torch.equal(batch["id"], self.experience.id_B):
             raise RuntimeError(
                 f"the batch changed within a rollout; with model.init_args.mini_batches * model.init_args.num_iterations="

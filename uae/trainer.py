@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -26,6 +27,12 @@ def data_module(trainer: Trainer) -> LightningDataModule | None:
 def batch_size(trainer: Trainer) -> int | None:
     """Images per training batch and process, or None where the data module, which may be anybody's, does not tell."""
     found: int | None = getattr(data_module(trainer), "batch_size", None)
+    return found
+
+
+def current_metrics(trainer: Trainer) -> Collection[str]:
+    """Names of the metrics that the loop that runs now (training or validation) has logged, without those of the other loop."""
+    found: dict[str, Any] = _of(trainer)._logger_connector.metrics["callback"]
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch import Callback
 
 from callbacks.checkpoint import RolloutCheckpoint
 from tests.strategy.test_strategy import module as two_module
@@ -23,13 +24,13 @@ def saved_steps(folder):
 @pytest.mark.parametrize(
     ("triggers", "steps"),
     [
-        ({"train_time_interval": timedelta(0)}, [2, 4]),  # wants every step
-        ({"every_n_train_steps": 4}, [4]),
-        ({"every_n_epochs": 1, "save_on_train_epoch_end": False}, [2, 4]),  # wants every validation: 1, 2, 3, 4
-        ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, []),  # the run ends inside an epoch, and a rollout
+        ({"train_time_interval": timedelta(0)}, [2, 4, 5]),  # wants every step
+        ({"every_n_train_steps": 4}, [4, 5]),
+        ({"every_n_epochs": 1, "save_on_train_epoch_end": False}, [2, 4, 5]),  # wants every validation: 1, 2, 3, 4
+        ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, [5]),  # the run ends inside an epoch, and a rollout
     ],
 )
-def test_a_checkpoint_waits_for_the_end_of_the_rollout(build, trainer, tmp_path, triggers, steps):
+def test_a_checkpoint_waits_for_the_end_of_the_rollout_or_of_the_run(build, trainer, tmp_path, triggers, steps):
     checkpoint = RolloutCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, **triggers)
     run = trainer(
         callbacks=[checkpoint], enable_checkpointing=True, max_steps=5, limit_val_batches=1, num_sanity_val_steps=0,
@@ -105,7 +106,74 @@ def test_a_disk_that_stays_full_ends_the_run_in_words(build, trainer, tmp_path, 
     assert read(tmp_path / "last.ckpt")["global_step"] == 6  # 4 failed alone, 8 and 10 in a row
 
 
-def test_last_is_the_newest_that_loads(build, trainer, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        ({"save_last": "link"}, {"step=6.ckpt": 6, "last.ckpt": 6}),
+        ({"save_last": True}, {"step=6.ckpt": 6, "last.ckpt": 6}),
+        ({}, {"step=6.ckpt": 6}),
+        ({"save_top_k": -1, "save_last": "link"}, {"step=4.ckpt": 4, "step=6.ckpt": 6, "last.ckpt": 6}),
+        ({"save_top_k": 0, "save_last": True}, {"last.ckpt": 6}),
+        ({"save_top_k": 0}, {}),
+        ({"monitor": "reward/mean", "mode": "min"}, {"step=4.ckpt": 4, "last.ckpt": 6}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("end", [{"max_steps": 6}, {"max_epochs": 1, "max_steps": -1}], ids=["steps", "epochs"])
+def test_the_last_step_is_always_saved(build, trainer, tmp_path, options, files, end):
+    """Also between two intervals, and where only the best are kept."""
+    checkpoint = RolloutCheckpoint(4, dirpath=tmp_path, filename="{step}", enable_version_counter=False, **options)
+    run = trainer(callbacks=[checkpoint], enable_checkpointing=True, plugins=[CheckpointFiles()], **end)
+    run.fit(build(mini_batches=2), SceneData(batch_size=2, train_size=6))
+    assert {path.name: read(path)["global_step"] for path in tmp_path.iterdir()} == files
+
+
+def test_a_finished_run_that_is_continued_goes_on_from_its_end(build, trainer, tmp_path):
+    """One epoch, then another: bit for bit the run of two epochs. The first ends between two intervals."""
+
+    def fit(folder, epochs, resume=None):
+        checkpoint = RolloutCheckpoint(4, dirpath=tmp_path / folder, filename="{step}", save_last="link")
+        module = build(mini_batches=2)
+        settings = {"enable_checkpointing": True, "plugins": [CheckpointFiles()], "max_steps": -1, "max_epochs": epochs}
+        trainer(callbacks=[checkpoint], **settings).fit(module, SceneData(batch_size=2, train_size=6), ckpt_path=resume)
+        return module.state_dict()
+
+    straight = fit("straight", 2)
+    fit("parts", 1)
+    resumed = fit("parts", 2, resume="last")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+class Validated(Callback):
+    """Logs the step as a metric of the validation."""
+
+    def on_validation_epoch_end(self, run, module):
+        module.log("score", float(run.global_step))
+
+
+@pytest.mark.parametrize("interval", [2, 4])  # of checkpoints; a validation follows every fourth step
+def test_a_checkpoint_is_ranked_by_the_validation_of_its_own_step(build, trainer, tmp_path, interval):
+    checkpoint = RolloutCheckpoint(
+        interval, dirpath=tmp_path, filename="{step}", monitor="score", mode="max", save_top_k=-1, save_last="link"
+    )
+    seen = []
+    write = checkpoint._save_checkpoint
+    checkpoint._save_checkpoint = lambda run, path: (seen.append((run.global_step, Path(path).name)), write(run, path))
+    run = trainer(
+        callbacks=[Validated(), checkpoint], enable_checkpointing=True, max_steps=12, limit_val_batches=1, val_check_interval=4,
+        check_val_every_n_epoch=None, num_sanity_val_steps=1, plugins=[CheckpointFiles()],
+    )  # fmt: skip
+    run.fit(build(mini_batches=2), SceneData(batch_size=2, train_size=64, val_size=2))
+    assert {Path(path).name: float(score) for path, score in checkpoint.best_k_models.items()} == {
+        f"step={step}.ckpt": step for step in (4, 8, 12)
+    }
+    assert [step for step, name in seen if name == "last.ckpt"] == list(range(interval, 13, interval))  # nothing is lost meanwhile
+    assert {path.name: read(path)["global_step"] for path in tmp_path.iterdir()} == {
+        "step=4.ckpt": 4, "step=8.ckpt": 8, "step=12.ckpt": 12, "last.ckpt": 12,
+    }  # fmt: skip
+
+
+def test_last_is_the_furthest_that_loads(build, trainer, tmp_path):
     def fit(max_steps, resume="last"):
         checkpoint = RolloutCheckpoint(2, filename="{step}", save_top_k=-1, save_last="link")
         settings = {"default_root_dir": tmp_path, "enable_checkpointing": True, "plugins": [CheckpointFiles()]}
@@ -116,18 +184,19 @@ def test_last_is_the_newest_that_loads(build, trainer, tmp_path):
     assert fit(6) is None  # one command starts a run and continues it
     folder = tmp_path / "checkpoints"
     (folder / "step=8.ckpt.partial").write_bytes(b"killed")
-    (folder / "step=4.ckpt").rename(folder / "preempted.ckpt")
-    touch(folder / "preempted.ckpt", 10)
-    assert fit(6) == "preempted.ckpt"
+    touch(folder / "step=4.ckpt", 10)  # copied
+    assert fit(8) == "step=6.ckpt"
     assert not list(folder.glob("*.partial"))
-    touch(folder / "step=2.ckpt", 20)
-    truncate(folder / "step=2.ckpt")
-    with pytest.warns(UserWarning, match=r"skipped.*step=2\.ckpt.*truncated"):
-        assert fit(8) == "preempted.ckpt"
+    (folder / "step=8.ckpt").rename(folder / "preempted.ckpt")
+    assert fit(8) == "preempted.ckpt"
+    truncate(folder / "preempted.ckpt")
+    with pytest.warns(UserWarning, match=r"skipped.*preempted\.ckpt.*truncated"):
+        assert fit(10) == "step=6.ckpt"
     for path in folder.glob("*.ckpt"):
-        truncate(path)
+        if path.exists():
+            truncate(path)
     with pytest.raises(ValueError, match=r"none of \d checkpoints in .* can be loaded.*ckpt_path"):
-        fit(8)
+        fit(10)
     settings = {"enable_checkpointing": True, "default_root_dir": tmp_path / "nowhere"}
     run = trainer(callbacks=[RolloutCheckpoint()], **settings)
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*nowhere"):

@@ -100,10 +100,12 @@ def test_checkpoints_by_epoch_resume_exactly(build, trainer, straight, tmp_path,
         assert torch.equal(parameter, resumed.get_parameter(name))
 
 
-def test_resume_inside_a_rollout_is_refused(build, trainer, straight):
-    _, saved = straight
-    with pytest.raises(RuntimeError, match="inside a rollout"):
-        fit(module_of(build), trainer, Save(saved.folder), resume=saved.folder / "6.ckpt")
+def test_a_run_that_goes_on_inside_a_rollout_draws_it_again_and_says_so(build, trainer, straight):
+    module, saved = straight
+    with pytest.warns(UserWarning, match="the run continues inside a rollout, at step 6: its captions are drawn again"):
+        resumed = fit(module_of(build), trainer, Save(saved.folder), resume=saved.folder / "6.ckpt")
+    assert resumed.global_step == 16
+    assert torch.equal(resumed.experience.id_B, module.experience.id_B)  # the same images, from other weights
 
 
 def test_a_checkpoint_holds_what_trains_and_nothing_else_fits_it(build, trainer, straight):

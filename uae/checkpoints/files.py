@@ -172,29 +172,48 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder that can be loaded; None if there are no checkpoints.
+    """The furthest checkpoint in a folder that can be loaded; None if there are no checkpoints.
+
+    The furthest has the largest step, whatever the time of the file is: copying changes it. Of equal steps the later file.
 
     Raises:
         ValueError: There are checkpoints, but none of them can be loaded.
     """
     known = {path.resolve() for path in folder.glob("*.ckpt") if path.exists()}
     known |= {path for path in folder.glob(f"*.ckpt{REPLACED}") if not Path(str(path).removesuffix(REPLACED)).exists()}
-    faults = []
-    for path in sorted(known, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+    steps, faults = {}, {}
+    for path in known:
         try:
-            read_metadata(path) if path.is_dir() else read(path, mmap=True)
+            steps[path] = step_of(path)
         except ValueError as error:
-            faults.append(str(error))
-            continue
-        for fault in faults:
-            warnings.warn(f"skipped on the way to the last checkpoint: {fault}", stacklevel=2)
-        return path
-    if faults:
+            faults[path] = str(error)
+    latest_fault = max(faults, key=_age, default=None)
+    if steps:
+        for path in sorted(faults):
+            warnings.warn(f"skipped on the way to the last checkpoint: {faults[path]}", stacklevel=2)
+        return max(steps, key=lambda path: (steps[path], *_age(path)))
+    if latest_fault is not None:
         raise ValueError(
-            f"none of {len(faults)} checkpoints in {str(folder)!r} can be loaded; the newest: {faults[0]}; give another "
-            "ckpt_path, or another run_name to start anew"
+            f"none of {len(faults)} checkpoints in {str(folder)!r} can be loaded; the newest: {faults[latest_fault]}; give "
+            "another ckpt_path, or another run_name to start anew"
         )
     return None
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step of a checkpoint, a file or a folder of shards.
+
+    Raises:
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: The checkpoint cannot be loaded.
+    """
+    content = read_metadata(path) if path.is_dir() else read(path, mmap=True)
+    return int(content["global_step"])
+
+
+def _age(path: Path) -> tuple[int, str]:
+    """Sorts checkpoints by the time of writing."""
+    return path.stat().st_mtime_ns, path.name
 
 
 def _check_presence(path: Path) -> None:

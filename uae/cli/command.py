@@ -1,7 +1,8 @@
 """The command line: ``python -m uae.cli {fit,validate,test,predict} --config FILE [--config FILE ...] [--key value ...]``.
 
 The first ``--config`` is a complete run. Further files and options override parts of it, the later the stronger.
-Hyper-parameters stored in a checkpoint never override the configuration. Runs write to ``outputs/<run_name>``.
+Hyper-parameters stored in a checkpoint never override the configuration. Runs write to ``outputs/<run_name>``, see
+`uae.cli.run_folder`.
 
 ``UAE_DEBUG=1`` shows tracebacks and the parser's full reports.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +27,8 @@ from uae.checkpoints.files import CheckpointFiles
 from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, one_line_errors
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
+from uae.cli.run_folder import Labels, Runs, below, give_back, lock
+from uae.trainer import is_dry_run
 from uae.types import PlannedSystem
 
 GIB = 2**30
@@ -51,6 +55,20 @@ class Parser(LightningArgumentParser):
                 yield from (inner.dest for parser in action.choices.values() for inner in parser._actions)
 
 
+class RunTrainer(Trainer):
+    """Lightning's Trainer, all of whose files go to one folder, whatever logs."""
+
+    results: Path | None = None  # the folder of this run or evaluation; None is Lightning's choice
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of this run or evaluation. All processes must ask for it, as they learn it from the first."""
+        if self.results is None:
+            return super().log_dir
+        folder: str = self.strategy.broadcast(str(self.results))
+        return folder
+
+
 class CLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule that a configuration names by ``class_path``.
 
@@ -62,6 +80,7 @@ class CLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=RunTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
@@ -77,8 +96,15 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_name``, ``--print_plan`` and ``--memory_gib``."""
-        parser.add_argument("--run_name", type=str, default="run", help=f"Results go to {OUTPUTS}/<run_name>.")
+        """Add ``--run_name``, ``--label``, ``--print_plan`` and ``--memory_gib``."""
+        parser.add_argument(
+            "--run_name",
+            type=str,
+            default="run",
+            help=f"Results go to {OUTPUTS}/<run_name>, or to <run_name>-2, -3, ... if other runs are there. "
+            f"--trainer.default_root_dir replaces {OUTPUTS}.",
+        )
+        parser.add_argument("--label", type=Labels, default=Labels(), help="What TensorBoard shows behind the run's name.")
         parser.add_argument(
             "--print_plan", action="store_true", help="Print the memory that fit needs on a GPU, part by part, and stop."
         )
@@ -93,27 +119,74 @@ class CLI(LightningCLI):
         """Do nothing. Lightning would let hyper-parameters in the checkpoint override the configuration."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with TensorBoard in ``outputs/<run_name>`` unless the configuration names a logger.
+        """The trainer, with TensorBoard in the folder of the run unless the configuration names a logger.
 
-        The logger is not a default of the parser, so that the saved ``config.yaml`` can be run again under another name.
-        Only ``fit`` writes to the folder itself; other subcommands write below it and do not overwrite the events of ``fit``.
+        Neither the folder nor the logger is a default of the parser, so that the saved ``config.yaml`` can be run again under
+        another name. The folder is taken only when the run begins.
         """
-        name = self._get(self.config_init, "run_name")
         trainer = self._get(self.config_init, "trainer")
         self._plan_memory(trainer)
-        if trainer.get("logger") in (None, True):
-            kwargs["logger"] = EnduringTensorBoard(
-                OUTPUTS, name, version="" if self.subcommand == "fit" else self.subcommand
-            )
-        if trainer.get("default_root_dir") is None:
-            kwargs["default_root_dir"] = str(Path(OUTPUTS, name))
-        made = super().instantiate_trainer(**kwargs)
-        for callback in made.checkpoint_callbacks:  # else a logger with a new folder per start would hide them from "last"
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(Path(made.default_root_dir, "checkpoints"))
+        self._root = Path(trainer.get("default_root_dir") or OUTPUTS)
+        self._own_logger = trainer.get("logger") in (None, True)
+        made: RunTrainer = super().instantiate_trainer(
+            **kwargs, default_root_dir=str(self._runs().first), **({"logger": False} if self._own_logger else {})
+        )
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, so the configuration names none
             made.strategy.checkpoint_io = CheckpointFiles()
+        savers = [one for one in made.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        self._savers = [one for one in savers if one.dirpath is None]
+        self._elsewhere = [Path(one.dirpath) for one in savers if one.dirpath is not None]
+        self._write_to(made, self._runs().first)
         return made
+
+    def _runs(self) -> Runs:
+        """All runs of this run's name."""
+        return Runs(self._root, self._get(self.config_init, "run_name"), str(self._get(self.config_init, "label")))
+
+    def _write_to(self, trainer: RunTrainer, folder: Path, evaluation: Path | None = None) -> None:
+        """Send results, checkpoints and TensorBoard's events to the folder of a run, or of an evaluation below it."""
+        trainer.results = evaluation or folder
+        for callback in self._savers:
+            callback.dirpath = str(folder / "checkpoints")
+        if self._own_logger and not is_dry_run(trainer):
+            labels = "" if evaluation else self._runs().labels
+            trainer.logger = EnduringTensorBoard(str(trainer.results), name="", version=labels)
+
+    @contextmanager
+    def _own_folder(self, subcommand: str) -> Iterator[None]:
+        """Inside, this run has a folder that no other run has or gets. The first process chooses it for all."""
+        if is_dry_run(self.trainer) or not self.trainer.is_global_zero:
+            yield
+            return
+        runs, checkpoint = self._runs(), self._get(self.config_init, "ckpt_path")
+        if subcommand != "fit":
+            folder = runs.evaluated_by(checkpoint)
+            results = below(folder, subcommand)
+            said, new, guard = "", True, None
+            self._write_to(self.trainer, folder, results)
+        else:
+            self._check_dirpaths(checkpoint)
+            continued = runs.continued_by(checkpoint)
+            results = continued or runs.start()
+            said = ", continued" if continued else f"; {runs.first} is another run's" * (results != runs.first)
+            new, guard = continued is None, lock(results)
+            self._write_to(self.trainer, results)
+        print(f"results: {results}{said}")
+        try:
+            yield
+        except BaseException:
+            if new and self.trainer.global_step == 0:
+                give_back(results, runs.labels)
+            raise
+        finally:
+            if guard:
+                guard.release()
+
+    def _check_dirpaths(self, checkpoint: str | None) -> None:
+        """Refuse to begin a run whose checkpoints would lie beside those of another."""
+        for path in self._elsewhere if checkpoint is None else ():
+            if any(path.glob("*.ckpt")):
+                fail(f"dirpath={str(path)!r} of a checkpoint callback holds checkpoints of another run: name an empty folder")
 
     def _plan_memory(self, trainer: Mapping[str, Any]) -> None:
         """Print the plan and stop, or stop a run that cannot fit. Called before the trainer takes the GPUs."""
@@ -153,7 +226,8 @@ class CLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with self._own_folder(subcommand):
+                super()._run_subcommand(subcommand)
         except SystemExit as stop:  # Lightning has shut down and asks for status 1
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
