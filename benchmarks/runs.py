@@ -36,11 +36,11 @@ class Run:
         return RUNS / f"{self.name}_seed{self.seed}"
 
     def __call__(self, threads: int) -> None:
-        """Train, unless it has been done."""
+        """Train, unless it has been done; continue what was interrupted."""
         if (self.folder / "summary.json").is_file():
             return
         files = [part for config in (self.base, *self.configs) for part in ("--config", config)]
-        options = [f"--run_name=miniature/{self.folder.name}", f"--seed_everything={self.seed}", *self.options]
+        options = [f"--run_name=miniature/{self.folder.name}", f"--seed_everything={self.seed}", "--ckpt_path=last", *self.options]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("w") as log:

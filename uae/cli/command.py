@@ -76,6 +76,8 @@ class CLI(LightningCLI):
         args: Command-line arguments; None reads them from ``sys.argv``.
     """
 
+    trainer: RunTrainer
+
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             LightningModule,
@@ -118,7 +120,7 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing. Lightning would let hyper-parameters in the checkpoint override the configuration."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> RunTrainer:
         """The trainer, with TensorBoard in the folder of the run unless the configuration names a logger.
 
         Neither the folder nor the logger is a default of the parser, so that the saved ``config.yaml`` can be run again under
@@ -128,9 +130,10 @@ class CLI(LightningCLI):
         self._plan_memory(trainer)
         self._root = Path(trainer.get("default_root_dir") or OUTPUTS)
         self._own_logger = trainer.get("logger") in (None, True)
-        made: RunTrainer = super().instantiate_trainer(
+        made = super().instantiate_trainer(
             **kwargs, default_root_dir=str(self._runs().first), **({"logger": False} if self._own_logger else {})
         )
+        assert isinstance(made, RunTrainer)
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, so the configuration names none
             made.strategy.checkpoint_io = CheckpointFiles()
         savers = [one for one in made.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]

@@ -85,9 +85,12 @@ class Runs:
         """The folders of runs with this name and these labels, the newest last."""
         numbered = re.compile(re.escape(self.first.name) + r"(?:-(\d+))?")
         beside = sorted(self.first.parent.iterdir()) if self.first.parent.is_dir() else []
-        matches = [(path, numbered.fullmatch(path.name)) for path in beside if taken(path)]
-        found = [(self._started(path), int(match[1] or 1), path) for path, match in matches if match]
-        return [path for _, _, path in sorted((started, *rest) for started, *rest in found if started is not None)]
+        found = []
+        for path in filter(taken, beside):
+            match, started = numbered.fullmatch(path.name), self._started(path)
+            if match and started is not None:
+                found.append((started, int(match[1] or 1), path))
+        return [path for _, _, path in sorted(found)]
 
     def start(self) -> Path:
         """Take the first folder that is free. Processes that do this at the same time get different folders."""
