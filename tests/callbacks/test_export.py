@@ -205,3 +205,21 @@ def test_a_sharded_policy_is_gathered_first(tmp_path):
 def assert_equal(model, weights, atol):
     found = {name: weight.detach() for name, weight in model.named_parameters()}
     torch.testing.assert_close(found, weights, atol=atol, rtol=0)
+
+
+def test_an_export_holds_the_files_of_one_run(tmp_path, build, trainer, base):
+    """A new run refuses a folder with files of something else; a run that goes on replaces its own export as a whole."""
+    folder, data = tmp_path / "export", SceneData(batch_size=2, train_size=8)
+    trained(build, trainer, base, folder, LoRA(rank=2))
+    with pytest.raises(ValueError, match=r"folder=.*export' of callbacks\.export\.Export holds files of something else; allowed: an empty"):
+        trained(build, trainer, base, folder, Full("language_model"))
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    module = build(system=FromFolder(base), finetune=LoRA(rank=2))
+    run = trainer(max_steps=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "1.ckpt")
+    module = build(system=FromFolder(base), finetune=LoRA(rank=2))
+    trainer(callbacks=[Export(str(folder), merge=True)], max_steps=2).fit(module, data, ckpt_path=tmp_path / "1.ckpt")
+    assert not list(folder.glob("adapter*"))
+    torch.testing.assert_close(logits(plain(folder)), logits(module.policy.model), atol=1e-5, rtol=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"export", "1.ckpt"}
