@@ -207,6 +207,37 @@ def test_a_folder_is_scored_and_nothing_is_asked_twice(bench, tmp_path, monkeypa
         dpg.main(apart)
 
 
+def test_names_with_dots_are_items(tmp_path):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    texts = {"v1.0.txt": "a cat", "v1.1.txt": "\ufeffa dog", "old.TXT": "a cow", "._v1.0.txt": "\0", "README.md": "no prompt"}
+    for name, text in texts.items():
+        (prompts / name).write_text(text)
+    job = dpg.generate(str(prompts), str(tmp_path / "g"), tiles=1)
+    assert {drawing.path.name: drawing.prompt for drawing in job.drawings} == {
+        "old.png": "a cow", "v1.0.png": "a cat", "v1.1.png": "a dog",
+    }  # fmt: skip
+    for drawing in job.drawings:
+        drawing.path.parent.mkdir(exist_ok=True)
+        picture(20, 20).save(drawing.path)
+    assert list(dpg.find_grids(tmp_path / "g", 20, 1)) == ["old", "v1.0", "v1.1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("b.txt", b" \n", "b.txt is empty"),
+        ("b.txt", "caf\u00e9".encode("latin-1"), "b.txt is no text in UTF-8"),
+        ("a.TXT", b"a dog", "both of item 'a'"),
+    ],
+)
+def test_prompts_that_nobody_can_draw_are_named(tmp_path, name, content, said):
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        dpg.generate(str(tmp_path), str(tmp_path / "g"))
+
+
 def test_tiles_are_cut_row_by_row():
     image = Image.new("RGB", (4, 4))
     for i, (x, y) in enumerate([(0, 0), (2, 0), (0, 2), (2, 2)]):

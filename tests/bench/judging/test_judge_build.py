@@ -218,3 +218,11 @@ def test_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["judge", "build", *pairs, *words[2:], "--images", str(tmp_path / "empty")])
     assert "holds none of the images" in capsys.readouterr().err
+
+
+def test_two_files_under_one_name_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["judge", "build", "--captions", "a=x.json", "--captions=a=y.json", "--images", "i", "--folder", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "--captions a=... is given twice (x.json and y.json)" in said
+    assert said.count("\n") == 1

@@ -38,7 +38,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no captions at {str(path)!r}; correct --captions NAME=FILE")
     try:
-        rows = _rows(Path(path).read_text(encoding="utf-8"))
+        rows = _rows(Path(path).read_text(encoding="utf-8-sig"))
         pairs = [(row["name"], row["caption"]) for row in rows]
     except (ValueError, KeyError, TypeError):
         pairs = [(None, None)]
@@ -54,7 +54,7 @@ def _rows(text: str) -> list[dict[str, Any]]:
     try:
         content = json.loads(text)
     except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     if isinstance(content, dict) and not {"name", "caption"} <= content.keys():
         return [{"name": name, "caption": caption} for name, caption in content.items()]
     return content if isinstance(content, list) else [content]

@@ -241,6 +241,8 @@ def gathered(args: Sequence[str], options: Sequence[str]) -> list[str]:
         if value.startswith("{") or not equals:
             rest += [option, value]
         else:
+            if name in found[option]:
+                raise ValueError(f"{option} {name}=... is given twice ({found[option][name]} and {file}); give every system one name")
             found[option][name] = file
     for option, mapping in found.items():
         rest += [option, yaml.safe_dump(mapping, default_flow_style=True, width=10**6, sort_keys=False).strip()] if mapping else []
