@@ -114,9 +114,46 @@ def test_another_system_or_other_prompts_do_not_mix(system, prompts, tmp_path, m
     monkeypatch.setattr(generate, "load", lambda words, device: other)
     with pytest.raises(ValueError, match="differ in model.init_args.system.init_args.denoising_steps"):
         geneval.main(words)
-    Path(prompts).write_text(Path(prompts).read_text().replace("red ring", "red cross"))
-    with pytest.raises(ValueError, match="is of another prompt"):
+    for text in TEXTS:
+        Path(prompts).write_text(Path(prompts).read_text().replace(text, f"{text}!"))
+    monkeypatch.setattr(generate, "load", lambda words, device: system)
+    with pytest.raises(ValueError, match="holds images of other prompts.*'a red ring', --prompts has 'a red ring!' there"):
         geneval.main(words)
+
+
+def test_what_changed_is_drawn_again_and_what_is_gone_is_set_aside(system, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "load", lambda words, device: system)
+    texts, folder = tmp_path / "texts", tmp_path / "d"
+    texts.mkdir()
+    words = ["generate", "--prompts", str(texts), "--images", str(folder), "--tiles", "1", *RANDOM]
+    for name, text in zip("abc", TEXTS, strict=True):
+        (texts / f"{name}.txt").write_text(text)
+    dpg.main(words)
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+    old = pixels(folder)
+    (texts / "README.md").write_text("no prompt")
+    (texts / "a.txt").write_text("a large pink circle")
+    (texts / "b.txt").unlink()
+    (texts / "d.txt").write_text(TEXTS[0])
+    dpg.main(words)
+    said = capsys.readouterr().out
+    assert "1 images moved to" in said
+    assert "2 images drawn (1 again, since their prompts have changed), 1 were there" in said
+    assert {file.name for file in folder.glob("*.png")} == {"a.png", "c.png", "d.png"}
+    assert np.array_equal(np.array(Image.open(folder / ".gone/b.png")), old["b.png"])
+    assert (folder / "c.png").stat().st_mtime_ns == before["c.png"]
+    assert not np.array_equal(pixels(folder)["a.png"], old["a.png"])
+    assert list(dpg.find_grids(folder, 24, 1)) == ["a", "c", "d"]
+
+
+def test_images_of_nobody_knows_whom_are_not_taken_for_the_systems(system, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda words, device: system)
+    foreign = tmp_path / "g/00001/samples/0000.png"
+    foreign.parent.mkdir(parents=True)
+    Image.new("RGB", (24, 24)).save(foreign)
+    with pytest.raises(ValueError, match=r"00001/samples/0000.png exists, but .*g has no drawn_by.json"):
+        geneval.main(["generate", "--prompts", prompts, "--images", str(tmp_path / "g"), "--samples", "1", *RANDOM])
+    assert [file for file in (tmp_path / "g").rglob("*") if file.is_file()] == [foreign]
 
 
 # --------------------------------------------------------------------------------------------------- interruptions

@@ -61,7 +61,7 @@ def generate(
     drawings = [
         Drawing(Path(images) / f"{name}.png", prompt, seeds_of(seed, name, tiles)) for name, prompt in read_prompts(prompts).items()
     ]
-    return DrawingJob(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed, "tiles": tiles}, batch_size, part, device)
+    return DrawingJob(Path(images), drawings, {"seed": seed, "tiles": tiles}, batch_size, part, device)
 
 
 def score_images(

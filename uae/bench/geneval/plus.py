@@ -52,7 +52,7 @@ def generate(
     """
     rows = enumerate(read_lines(prompts), start=1)
     drawings = [Drawing(Path(images, f"{line}.png"), row["prompt"], seeds_of(seed, line, 1)) for line, row in rows]
-    return DrawingJob(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
+    return DrawingJob(Path(images), drawings, {"seed": seed}, batch_size, part, device)
 
 
 def run(
