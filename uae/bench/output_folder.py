@@ -11,6 +11,7 @@ from uae.files.whole import write_whole
 
 RECORD = "drawn_by.json"  # in a folder of images: the system that drew them, so that no other system's images get mixed in
 ASIDE = ".gone"  # in the same folder: files whose source is gone; being hidden, they are neither listed nor scored
+SOURCE = "source_sha256"  # key of a row of captions: the content of the source that the reconstruction is of
 WEIGHTS = "weights"  # key of an identity, see `uae.bench.fingerprints.checkpoints`
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from callbacks.predictions import ROWS, Predictions, check_apart, collect, file_name, finished, lines_of
 from uae.bench.fingerprints import sha256
 from uae.bench.generate import parse_job
-from uae.bench.output_folder import ASIDE, WEIGHTS, claim_folder, set_aside
+from uae.bench.output_folder import ASIDE, SOURCE, WEIGHTS, claim_folder, set_aside
 from uae.bench.system import auto_encoder, identity, weights_of
 from uae.cli import CLI
 from uae.data.folder import FolderSource, list_images
@@ -33,7 +33,6 @@ from uae.data.sampler import ImageSource
 from uae.files.pictures import Reading, UnreadableImageError, read_picture
 from uae.files.whole import write_whole
 
-SOURCE = "source_sha256"  # key of a row: the content of the source that caption and reconstruction are of
 NOT_USED = ("unified_score", "metrics")  # settings of a model whose checkpoints change nothing that is written
 ROLE = "predict:"  # the ids of images, and with them the seeds, are those of `uae.cli predict`
 
@@ -155,10 +154,11 @@ class Reconstruction(CLI):
         auto_encoder(self.model)
         data = self.datamodule
         reading = _reading(self.job, data)
-        names = list_images(self.job.sources, "sources")
+        root = Path(self.job.sources).expanduser()
+        names = [name for name in list_images(self.job.sources, "sources") if not (root / name).is_dir()]
         self._claim(names, reading)
         rows = finished(Path(self.job.output))
-        digests, broken = survey(Path(self.job.sources).expanduser(), names, rows, reading)
+        digests, broken = survey(root, names, rows, reading)
         done = {name for name, row in rows.items() if digests.get(name) == row.get(SOURCE)}
         self.left = [name for name in names if name not in done and name not in broken]
         self.writer.digests = digests
@@ -175,7 +175,7 @@ class Reconstruction(CLI):
             for name, reason in broken.items():
                 print(f"* unreadable: {name} ({reason})")
             for name in sorted(rows.keys() - done):
-                print(f"* moved to {ASIDE}, since the source {'has changed' if name in digests else 'is gone'}: {name}")
+                print(f"* the source {'has changed' if name in digests else 'is gone'}, what was made of it goes to {ASIDE}: {name}")
 
     def _claim(self, names: Sequence[str], reading: Reading) -> None:
         """Check that the output folder is of this system, and claim it as soon as weights and checkpoint are loaded.

@@ -134,6 +134,7 @@ def _content(found: Similarities, pairs: Pairs, chosen: EncoderSet, resamples: i
             "unmatched_sources": pairs.unmatched_sources,
             "unmatched_reconstructions": pairs.unmatched_reconstructions,
             "ambiguous": pairs.ambiguous,
+            "changed": pairs.changed,
             "unreadable": found.unreadable,
         },
         "invalid": found.invalid,
@@ -150,7 +151,7 @@ def official_layout(found: Similarities, pairs: Pairs) -> dict[str, Any]:
     """The keys of the official results, for scripts that read those; null where there is no score."""
     names = list(found.encoders)
     left_out = {file.removeprefix("sources/") for file in pairs.ambiguous if file.startswith("sources/")}
-    everything = sorted({*pairs.matched, *pairs.unmatched_sources, *left_out})
+    everything = sorted({*pairs.matched, *pairs.unmatched_sources, *pairs.changed, *left_out})
     similarities: dict[str, dict[str, float | None]] = {}
     statistics = {}
     for column, name in enumerate(names):
@@ -210,6 +211,7 @@ def _left_out(result: dict[str, Any]) -> list[str]:
     lines = [f"* source without reconstruction: {name}" for name in left_out["unmatched_sources"]]
     lines += [f"* reconstruction without source: {name}" for name in left_out["unmatched_reconstructions"]]
     lines += [f"* ambiguous: {name} (could be {', '.join(others)})" for name, others in left_out["ambiguous"].items()]
+    lines += [f"* made of another file than the source is now, continue bench run: {name}" for name in left_out["changed"]]
     lines += [f"* unreadable: {name} ({reason})" for name, reason in left_out["unreadable"].items()]
     lines += [f"* counted as 0, an embedding has no direction: {name}" for name in result["invalid"]]
     return ["", "Not in the means, except where it says so:", "", *lines] if lines else []
@@ -220,7 +222,7 @@ def _nothing(sources: str, reconstructions: str, pairs: Pairs, found: Similariti
     return (
         f"no pair of {sources!r} and {reconstructions!r} can be scored: {len(pairs.unmatched_sources)} sources and "
         f"{len(pairs.unmatched_reconstructions)} reconstructions without a partner, {len(pairs.ambiguous)} ambiguous, "
-        f"{len(reasons)} unreadable {reasons[:1]}; name reconstructions like their sources"
+        f"{len(pairs.changed)} of another source, {len(reasons)} unreadable {reasons[:1]}; name reconstructions like their sources"
     )
 
 
