@@ -229,6 +229,17 @@ def test_checkpoints_of_both_kinds_are_read(system, tmp_path):
         load([*RANDOM, "--ckpt_path", str(tmp_path / "shards")], "cpu")
 
 
+def test_precision_is_part_of_a_system_and_never_ignored():
+    def precise(name):
+        return load([*RANDOM, "--trainer.precision", name], "cpu")
+
+    assert precise("bf16").identity == precise("bf16-mixed").identity != precise("32-true").identity
+    with precise("bf16").precision():
+        assert torch.is_autocast_enabled("cpu")
+    with pytest.raises(ValueError, match=r"trainer.precision=bf16-true; allowed where no trainer runs: 32-true, bf16-mixed, 16-mixed"):
+        precise("bf16-true")
+
+
 def test_what_cannot_draw_is_refused():
     with pytest.raises(ValueError, match="ColdStart neither captions nor draws"):
         load(["--config", str(ROOT / "configs/pretrain/clip.yaml")], "cpu")

@@ -210,7 +210,7 @@ def test_every_source_has_a_file_of_its_own_that_is_found_again(reconstruct, sou
     ("prepare", "said"),
     [
         (lambda images, ours: (images / "x.png").mkdir() or shutil.copy(images / "b.png", images / "x.png/y.png"), None),
-        (lambda images, ours: shutil.copytree(images / "deep", images / "a.jpg.png"), "written to 'a.jpg.png', which must be a folder"),
+        (lambda images, ours: shutil.copytree(images / "deep", images / "a.jpg.png"), "to 'a.jpg.png', which must be a folder"),
         (lambda images, ours: ours.mkdir() or shutil.copy(images / "b.png", ours), "ours/b.png exists, but"),
         (lambda images, ours: ours.symlink_to(images), "are in each other; correct --output"),
     ],

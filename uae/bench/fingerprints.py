@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from uae.files.locations import here
 from uae.files.pictures import SUFFIXES
 
@@ -33,6 +36,15 @@ def git_blob(path: str | Path) -> str:
     """The digest that ``git hash-object`` prints for a file; published prompt files are recognised by it."""
     content = Path(path).read_bytes()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """The sha256 of the weights of a loaded model, wherever they come from; it takes about a second per gigabyte."""
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def checkpoints(configuration: object, known: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -176,7 +176,13 @@ def read_checkpoint(module: AutoEncoder, path: str | Path) -> None:
 
 
 def _precision(setting: str | int | None, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    dtype = AUTOCAST.get(_precision_name(setting))
+    name = _precision_name(setting)
+    if name not in AUTOCAST and name != "32-true":
+        raise ValueError(
+            f"trainer.precision={setting}; allowed where no trainer runs: 32-true, {', '.join(AUTOCAST)}; correct --trainer.precision "
+            "(the type of the weights is a setting of model.init_args.system)"
+        )
+    dtype = AUTOCAST.get(name)
     return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
 
 

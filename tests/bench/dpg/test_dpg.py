@@ -1,11 +1,13 @@
 import csv
 import json
 import random
+import shutil
 from functools import partial
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.bench.geneval.test_detection import picture
 from tests.bench.understanding import seeing
@@ -293,3 +295,16 @@ def test_a_chat_model_answers(mirrored):
 def test_a_model_that_cannot_be_asked(mirrored):
     with pytest.raises(ValueError, match="neither BLIP nor has it a chat template"):
         TransformersAnswerer("openai/clip-vit-large-patch14")
+
+
+def test_answers_of_other_weights_behind_the_same_name_are_not_taken(bench, mirror, tmp_path, monkeypatch):
+    dpg.main(bench)
+    before = (tmp_path / "r.answers.jsonl").read_bytes()
+    shutil.copytree(mirror, tmp_path / "mirror")
+    file = next((tmp_path / "mirror").rglob("*.safetensors"))
+    weights = {name: value + 0.01 if value.is_floating_point() else value for name, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    monkeypatch.setenv("UAE_CHECKPOINTS", str(tmp_path / "mirror"))
+    with pytest.raises(ValueError, match="was made by vqa_sha256=.* now it is vqa_sha256="):
+        dpg.main(bench)
+    assert (tmp_path / "r.answers.jsonl").read_bytes() == before

@@ -335,3 +335,13 @@ def test_a_cache_that_cannot_be_written_costs_time_and_no_score(score, tmp_path,
 
 def full(path, content):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_no_image_is_overwritten_by_the_contact_sheet(folders, tmp_path, capsys):
+    shutil.copytree(folders / "ours", tmp_path / "ours")
+    before = (tmp_path / "ours/stray.png").read_bytes()
+    words = ["--sources", str(folders / "sources"), "--reconstructions", str(tmp_path / "ours"), "--cache", "false"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["score", *words, "--output", str(tmp_path / "ours/stray.json"), "--encoders", str(ROOT / "configs/bench/tiny.yaml")])
+    assert "is one of the images; give a file in another folder" in capsys.readouterr().err
+    assert (tmp_path / "ours/stray.png").read_bytes() == before
