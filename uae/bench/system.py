@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,19 @@ class LoadedSystem:
     Args:
         module: The configured module with the checkpoint's weights; its reward and metrics are not loaded.
         device: Device of all weights.
-        identity: What `identity` says of the system. Images of systems with equal identities may lie in one folder.
+        config: Resolved configuration of ``predict``.
         precision: Makes the autocast context in which the system captions and draws.
     """
 
     module: AutoEncoder
     device: torch.device
-    identity: dict[str, Any]
+    config: Namespace
     precision: Callable[[], AbstractContextManager[object]]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What `identity` says of the system. Images of systems with equal identities may lie in one folder."""
+        return identity(self.config)
 
     @property
     def umm(self) -> UMM:
@@ -91,7 +96,7 @@ def load(words: Sequence[str], device: str | None = None) -> LoadedSystem:
     if config.ckpt_path is not None:
         read_checkpoint(module, config.ckpt_path)
     module.eval().requires_grad_(False).to(place)
-    system = LoadedSystem(module, place, identity(config), _precision(config.trainer.precision, place))
+    system = LoadedSystem(module, place, config, _precision(config.trainer.precision, place))
     roles: tuple[Any, ...] = (system.umm.captioner, system.umm.conditioner, system.umm.renderer)  # protocols without ``to``
     for role in roles:
         role.to(place)
