@@ -30,7 +30,7 @@ from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out
 from uae.stopwatch import now
 from uae.strategy import FSDP2Strategy, refuse_other_sharding
-from uae.trainer import batch_size, is_dry_run, overfit_batches
+from uae.trainer import batch_size, close_window, ends_epoch, is_dry_run, overfit_batches
 from uae.types import ImageBatch, Sampling, System
 
 
@@ -165,7 +165,7 @@ class UnifiedGRPO(AutoEncoder):
     def at_rollout_boundary(self) -> bool:
         """Whether rollout and optimizer step are complete: a checkpoint taken now resumes exactly."""
         ready = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        stepped = ready % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        stepped = ready % self.trainer.accumulate_grad_batches == 0 or ends_epoch(self.trainer)
         return ready % self.batches_per_rollout == 0 and stepped
 
     def _collect(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -223,6 +223,23 @@ class UnifiedGRPO(AutoEncoder):
         actions_M = self._actions_M[name]
         turns = [turn % self.plan.mini_batches for turn in range(start, start + accumulate)]
         return actions_M[turns].sum() / (accumulate * (self.trainer.world_size if window == "global" else 1))
+
+    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Refuse data whose length nobody knew, if they end inside a rollout, before an optimizer step is taken from its parts.
+
+        Raises:
+            RuntimeError: The data do end there.
+        """
+        if ends_epoch(self.trainer) and (batch_idx + 1) % self.batches_per_rollout and not is_dry_run(self.trainer):
+            raise RuntimeError(
+                f"the data ended inside a rollout, after {batch_idx + 1} batches of an epoch; allowed: a multiple of "
+                f"model.init_args.mini_batches * model.init_args.num_iterations={self.batches_per_rollout}, as data.class_path must "
+                "yield every batch that many times in a row"
+            )
+
+    def on_after_backward(self) -> None:
+        """Let every batch of an optimizer step count the same, also where an epoch ends inside an accumulation window."""
+        close_window(self)
 
     def on_train_batch_end(self, outputs: Any, batch: ImageBatch, batch_idx: int) -> None:
         """Log what the update took: from the end of the rollout to the end of its last optimizer step."""

@@ -114,9 +114,46 @@ def test_another_system_or_other_prompts_do_not_mix(system, prompts, tmp_path, m
     monkeypatch.setattr(generate, "load", lambda words, device: other)
     with pytest.raises(ValueError, match="differ in model.init_args.system.init_args.denoising_steps"):
         geneval.main(words)
-    Path(prompts).write_text(Path(prompts).read_text().replace("red ring", "red cross"))
-    with pytest.raises(ValueError, match="is of another prompt"):
+    for text in TEXTS:
+        Path(prompts).write_text(Path(prompts).read_text().replace(text, f"{text}!"))
+    monkeypatch.setattr(generate, "load", lambda words, device: system)
+    with pytest.raises(ValueError, match="holds images of other prompts.*'a red ring', --prompts has 'a red ring!' there"):
         geneval.main(words)
+
+
+def test_what_changed_is_drawn_again_and_what_is_gone_is_set_aside(system, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "load", lambda words, device: system)
+    texts, folder = tmp_path / "texts", tmp_path / "d"
+    texts.mkdir()
+    words = ["generate", "--prompts", str(texts), "--images", str(folder), "--tiles", "1", *RANDOM]
+    for name, text in zip("abc", TEXTS, strict=True):
+        (texts / f"{name}.txt").write_text(text)
+    dpg.main(words)
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+    old = pixels(folder)
+    (texts / "README.md").write_text("no prompt")
+    (texts / "a.txt").write_text("a large pink circle")
+    (texts / "b.txt").unlink()
+    (texts / "d.txt").write_text(TEXTS[0])
+    dpg.main(words)
+    said = capsys.readouterr().out
+    assert "1 images moved to" in said
+    assert "2 images drawn (1 again, since their prompts have changed), 1 were there" in said
+    assert {file.name for file in folder.glob("*.png")} == {"a.png", "c.png", "d.png"}
+    assert np.array_equal(np.array(Image.open(folder / ".gone/b.png")), old["b.png"])
+    assert (folder / "c.png").stat().st_mtime_ns == before["c.png"]
+    assert not np.array_equal(pixels(folder)["a.png"], old["a.png"])
+    assert list(dpg.find_grids(folder, 24, 1)) == ["a", "c", "d"]
+
+
+def test_images_of_nobody_knows_whom_are_not_taken_for_the_systems(system, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda words, device: system)
+    foreign = tmp_path / "g/00001/samples/0000.png"
+    foreign.parent.mkdir(parents=True)
+    Image.new("RGB", (24, 24)).save(foreign)
+    with pytest.raises(ValueError, match=r"00001/samples/0000.png exists, but .*g has no drawn_by.json"):
+        geneval.main(["generate", "--prompts", prompts, "--images", str(tmp_path / "g"), "--samples", "1", *RANDOM])
+    assert [file for file in (tmp_path / "g").rglob("*") if file.is_file()] == [foreign]
 
 
 # --------------------------------------------------------------------------------------------------- interruptions
@@ -190,6 +227,17 @@ def test_checkpoints_of_both_kinds_are_read(system, tmp_path):
     (tmp_path / "shards" / INDEX).write_bytes(pickle.dumps(os.getcwd))
     with pytest.raises(ValueError, match="which could run code"):
         load([*RANDOM, "--ckpt_path", str(tmp_path / "shards")], "cpu")
+
+
+def test_precision_is_part_of_a_system_and_never_ignored():
+    def precise(name):
+        return load([*RANDOM, "--trainer.precision", name], "cpu")
+
+    assert precise("bf16").identity == precise("bf16-mixed").identity != precise("32-true").identity
+    with precise("bf16").precision():
+        assert torch.is_autocast_enabled("cpu")
+    with pytest.raises(ValueError, match=r"trainer.precision=bf16-true; allowed where no trainer runs: 32-true, bf16-mixed, 16-mixed"):
+        precise("bf16-true")
 
 
 def test_what_cannot_draw_is_refused():

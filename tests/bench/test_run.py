@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +10,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
 from callbacks.predictions import finished
 from uae.bench.__main__ import main
 from uae.bench.result import read_result
+from uae.bench.score.pairs import pair
 from uae.miniature.scenes import render, scene_of
+from uae.miniature.tiny import WEIGHTS
+from uae.weights.checksums import checksums
 
 ROOT = Path(__file__).parents[2]
 FILES = ("configs/tiny.yaml", "configs/debug/fast.yaml", "tests/untrained.yaml")
+SCORE = ["--encoders", str(ROOT / "configs/bench/tiny.yaml"), "--cache", "false"]
 SYSTEM = [word for file in FILES for word in ("--config", str(ROOT / file))]
 
 
@@ -109,6 +115,119 @@ def test_a_folder_is_of_one_system(reconstruct, capsys):
             reconstruct("ours", *words)
         assert key in capsys.readouterr().err
     assert (made / "captions.json").read_text() == before
+
+
+def test_another_precision_is_another_system(reconstruct, capsys):
+    reconstruct("ours")
+    for words in (["--trainer.precision", "bf16-mixed"], ["--trainer.precision", "16"]):
+        with pytest.raises(SystemExit, match="2"):
+            reconstruct("ours", *words)
+        said = capsys.readouterr().err
+        assert "they differ in precision, see drawn_by.json" in said
+    reconstruct("ours", "--trainer.precision", "32-true")  # what it was
+
+
+def test_other_weights_behind_the_same_name_are_refused_even_if_nothing_is_left_to_do(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UAE_CHECKPOINTS", str(tmp_path / "mirror"))
+    monkeypatch.setattr("sys.argv", ["uae"])
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "mirror/owner/tiny"
+    shutil.copytree(WEIGHTS, folder)
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(sources / "b.png", one)
+    words = ["run", "--config", str(ROOT / "configs/tiny.yaml"), "--image_size", "24", "--sources", str(one)]
+    words += ["--model.init_args.system.init_args.weights", str(folder), "--output", str(tmp_path / "ours")]
+    main(words)
+    file = folder / "decoder/projector.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(file).items()}, file)
+    (folder / "checksums.json").write_text(json.dumps(checksums(folder)))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert f"they differ in weights.{folder}, see drawn_by.json" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    shutil.copytree(WEIGHTS, folder)
+    main(words)
+    assert "1 images: 1 done, 0 to do" in capsys.readouterr().out
+
+
+def test_changed_sources_are_made_again_and_gone_ones_are_set_aside(reconstruct, sources, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(sources, images)
+    made = reconstruct("ours", "--sources", images)
+    rows = {row["name"]: row for row in json.loads((made / "captions.json").read_text())}
+    before = {name: (made / row["reconstruction"]).stat().st_mtime_ns for name, row in rows.items()}
+    lines = (made / "captions.rank0.jsonl").read_text()  # as if two processes had written them: the rows of one hide no newer ones
+    (made / "captions.rank0.jsonl").unlink()
+    (made / "captions.rank1.jsonl").write_text(lines)
+    shutil.copy(sources / "e.png", images / "b.png")  # another picture under the same name
+    os.utime(images / "b.png", ns=((sources / "b.png").stat().st_atime_ns, (sources / "b.png").stat().st_mtime_ns))
+    (images / "deep/d.png").unlink()
+    main(["score", "--sources", str(images), "--reconstructions", str(made), "--output", str(tmp_path / "r.json"), *SCORE])
+    result = read_result(tmp_path / "r.json")
+    assert result["left_out"]["changed"] == ["b.png"]
+    assert result["scores"]["overall"]["n"] == 4
+    capsys.readouterr()
+    reconstruct("ours", "--sources", images)
+    said = capsys.readouterr().out
+    assert "6 images: 4 done, 1 to do, 1 unreadable" in said
+    assert "* the source has changed, what was made of it goes to .gone: b.png" in said
+    assert "* the source is gone, what was made of it goes to .gone: deep/d.png" in said
+    after = {row["name"]: row for row in json.loads((made / "captions.json").read_text())}
+    assert after.keys() == rows.keys() - {"deep/d.png"}
+    assert after["b.png"]["source_sha256"] == rows["e.png"]["source_sha256"]
+    assert after == {**{name: row for name, row in rows.items() if name != "deep/d.png"}, "b.png": after["b.png"]}
+    assert pictures(made).keys() == {row["reconstruction"] for row in after.values()} | {".gone/b.png", ".gone/deep/d.png"}
+    kept = after.keys() - {"b.png"}
+    assert {name: (made / after[name]["reconstruction"]).stat().st_mtime_ns for name in kept} == {name: before[name] for name in kept}
+    (images / "a.jpg").unlink()  # with nothing left to do, what is gone is dropped all the same
+    reconstruct("ours", "--sources", images)
+    assert "a.jpg" not in (made / "captions.json").read_text()
+    assert not (made / "a.jpg.png").exists()
+
+
+def test_every_source_has_a_file_of_its_own_that_is_found_again(reconstruct, sources, tmp_path):
+    images = tmp_path / "images"
+    latin = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"caf\xe8.png")]  # two names that are no UTF-8
+    names = ["a.jpg", "a.jpg.png", "a.jpg.png.png", "b\\c.png", "b/c.png", "A.png", "a.png", *latin]
+    for name, source in zip(names, ["b.png", "a.jpg", "a.png", "deep/c.webp", "deep/d.png", "e.png"] * 2, strict=False):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sources / source, images / name)
+    made = reconstruct("ours", "--sources", images, "--batch_size", 2)
+    rows = {row["name"]: row["reconstruction"] for row in json.loads((made / "captions.json").read_text())}
+    assert rows.keys() == set(names)
+    assert pictures(made).keys() == set(rows.values())
+    assert len(set(rows.values())) == len(names)
+    assert (rows["a.jpg"], rows["A.png"], rows["b/c.png"]) == ("a.jpg.png", "A.png", "b/c.png")
+    assert pair(images, made).matched == rows
+    stamps = {file: file.stat().st_mtime_ns for file in made.rglob("*.png")}
+    reconstruct("ours", "--sources", images)
+    assert {file: file.stat().st_mtime_ns for file in made.rglob("*.png")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda images, ours: (images / "x.png").mkdir() or shutil.copy(images / "b.png", images / "x.png/y.png"), None),
+        (lambda images, ours: shutil.copytree(images / "deep", images / "a.jpg.png"), "to 'a.jpg.png', which must be a folder"),
+        (lambda images, ours: ours.mkdir() or shutil.copy(images / "b.png", ours), "ours/b.png exists, but"),
+        (lambda images, ours: ours.symlink_to(images), "are in each other; correct --output"),
+    ],
+    ids=["a folder like a picture", "a folder where a file goes", "files of somebody else", "the sources themselves"],
+)
+def test_no_file_that_is_there_is_overwritten(reconstruct, sources, tmp_path, capsys, prepare, said):
+    images, ours = tmp_path / "images", tmp_path / "ours"
+    shutil.copytree(sources, images)
+    prepare(images, ours)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    if said is None:
+        reconstruct("ours", "--sources", images)
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            reconstruct("ours", "--sources", images)
+        assert said in capsys.readouterr().err
+    assert all(file.read_bytes() == content for file, content in before.items())
 
 
 @pytest.mark.slow

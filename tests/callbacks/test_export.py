@@ -211,7 +211,7 @@ def test_an_export_holds_the_files_of_one_run(tmp_path, build, trainer, base):
     """A new run refuses a folder with files of something else; a run that goes on replaces its own export as a whole."""
     folder, data = tmp_path / "export", SceneData(batch_size=2, train_size=8)
     trained(build, trainer, base, folder, LoRA(rank=2))
-    with pytest.raises(ValueError, match=r"folder=.*export' of callbacks\.export\.Export holds files of something else; allowed: an empty"):
+    with pytest.raises(ValueError, match=r"folder=.*export' of callbacks\.export\.Export holds files of something else"):
         trained(build, trainer, base, folder, Full("language_model"))
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     module = build(system=FromFolder(base), finetune=LoRA(rank=2))

@@ -1,10 +1,11 @@
 import json
 
+import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from callbacks.predictions import file_name
+from callbacks.predictions import collect, file_name, lines_of
 from tests.callbacks.conftest import ROOT
 from uae.miniature.scenes import render, scene_of
 
@@ -54,3 +55,52 @@ def test_names_of_hostile_archives_are_harmless(tmp_path):
         assert target != tmp_path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(b"x")
+
+
+@pytest.fixture
+def predict(command, tmp_path):
+    """Predict the scenes of some names."""
+
+    def run(*names, words=()):
+        root = tmp_path / f"images{len(names)}"
+        for i, name in enumerate(names):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(render([scene_of(i, "test", 0, (1, 2))])[0]).save(root / name, format="PNG")
+        options = ["--config", ROOT / "configs/data/folder.yaml", "--data.predict_root", root, "--data.num_workers", 0]
+        command("predict", *options, "--run_name", "again", "--data.image_size", 24, "--data.batch_size", 2, *words)
+
+    return run
+
+
+def test_predictions_of_two_runs_are_never_in_one_folder(command, predict, tmp_path, capfd):
+    predict("a.png", "b.png", "c.png")
+    predict("a.png", "d.png")
+    for folder, names in (("predict", ["a.png", "b.png", "c.png"]), ("predict-2", ["a.png", "d.png"])):
+        written = command.folder / "outputs/again" / folder / "predictions"
+        assert sorted(file.name for file in written.rglob("*.png")) == names
+        assert [row["name"] for row in json.loads((written / "captions.json").read_text())] == names
+    given = ["--trainer.callbacks=callbacks.predictions.Predictions", "--trainer.callbacks.folder", str(tmp_path / "given")]
+    predict("a.png", words=given)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "given").iterdir()}
+    with pytest.raises(SystemExit):
+        predict("d.png", words=given)
+    assert "holds predictions of another run; allowed: an empty or new folder" in capfd.readouterr().err
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "given").iterdir()}
+
+
+def test_two_images_of_one_file_are_named(tmp_path):
+    rows = [{"name": name, "reconstruction": file_name(name), "caption": ""} for name in ("a", "a.png")]
+    (tmp_path / "a.png").touch()
+    for rank, row in enumerate(rows):  # two processes that did not know of each other
+        (tmp_path / f"captions.rank{rank}.jsonl").write_bytes(lines_of([row]))
+    with pytest.raises(ValueError, match=r"the images 'a' and 'a.png' would both be written to 'a.png'; rename one"):
+        collect(tmp_path)
+
+
+def test_captions_with_any_line_break_are_kept(tmp_path):
+    rows = [{"name": name, "reconstruction": file_name(name), "caption": "a\u2028b\x85c"} for name in ("a.png", "caf\udce9.png")]
+    for row in rows:
+        (tmp_path / row["reconstruction"]).touch()
+    (tmp_path / "captions.rank0.jsonl").write_bytes(lines_of(rows))
+    assert collect(tmp_path) == rows
+    assert json.loads((tmp_path / "captions.json").read_text()) == rows

@@ -96,3 +96,29 @@ def test_the_rate_rises_and_falls():
 def test_a_schedule_needs_an_end(tmp_path):
     with pytest.raises(ValueError, match="trainer.max_steps=-1"):
         fit(ColdStart(Line(), folder=str(tmp_path)), max_steps=-1, max_epochs=1)
+
+
+class Slope(Line):
+    """A loss whose gradient is always the mean of what the batches say."""
+
+    def forward(self, batch, progress):
+        return {"loss": (self.number.weight * batch["image"].mean()).sum()}
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.parametrize(("accumulate", "gradients"), [(2, [3.0, 7.0]), (4, [13 / 3] * 2)])
+def test_every_batch_of_a_step_counts_the_same_also_at_the_end_of_an_epoch(tmp_path, accumulate, gradients):
+    """Batches of 2, 4 and 7 are an epoch: the window that its end cuts short is a mean as well."""
+    seen = []
+
+    class Gradient(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            seen.append(module.objective.number.weight.grad.item())
+
+    batches = [{"image": torch.full((2, 3, 4, 4), value), "id": torch.arange(2)} for value in (2.0, 4.0, 7.0)]
+    run = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=2, limit_val_batches=0, accumulate_grad_batches=accumulate, callbacks=[Gradient()],
+    )  # fmt: skip
+    run.fit(ColdStart(Slope(), folder=str(tmp_path)), torch.utils.data.DataLoader(batches, batch_size=None))
+    assert seen == pytest.approx(gradients)

@@ -1,9 +1,11 @@
 """One optimizer step is the same however its batch is split: into mini-batches, or over processes."""
 
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from tests.two_processes import run_on_two
 from uae.grpo import GRPOLoss
@@ -103,3 +105,76 @@ def test_two_processes():
         for half in halves:
             for name, found in half[aggregation][0].items():
                 torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=0)
+
+
+class WithoutLength(SceneData):
+    """Scenes of which nobody knows how many there are; at most ``stop`` batches, with repetitions."""
+
+    def __init__(self, stop=None, **arguments):
+        super().__init__(**arguments)
+        self.stop = stop
+
+    def train_dataloader(self):
+        loader, stop = super().train_dataloader(), self.stop
+
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return islice(loader, stop)
+
+        return torch.utils.data.DataLoader(Stream(), batch_size=None)
+
+
+CUT = {  # data and trainer in which an epoch is 2 batches long
+    "end of the data": (SceneData(batch_size=4, train_size=8), {}),
+    "limit_train_batches": (SceneData(batch_size=4, train_size=16), {"limit_train_batches": 2}),
+    "unknown length": (WithoutLength(batch_size=4, train_size=8), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.parametrize("accumulate", [4, 8])
+@pytest.mark.parametrize("cut", CUT)
+def test_a_window_that_the_end_of_an_epoch_cuts_short(build, trainer, cut, accumulate):
+    """The same two rollouts make the same step, whatever the window is that they do not fill."""
+    data, options = CUT[cut]
+    whole, short = build(group=2), build(group=2)
+    trainer(accumulate_grad_batches=2, **options).fit(whole, data)
+    run = trainer(accumulate_grad_batches=accumulate, **options)
+    run.fit(short, data)
+    assert run.global_step == 1
+    expected = weights(whole)
+    for name, found in weights(short).items():
+        torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=0)
+
+
+def test_only_the_last_window_of_an_epoch_is_cut_short(build, trainer):
+    """Three rollouts in windows of two: the last one makes the step that it would make alone."""
+    short = build(group=2)
+    run = trainer(accumulate_grad_batches=2, max_steps=-1, max_epochs=1)
+    before = {}
+
+    class Before(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            before[batch_idx] = weights(module)
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            parameters = dict(module.policy.named_parameters())
+            self.gradient = {name: parameters[name].grad.clone() for name in before[0]}
+
+    run.callbacks.append(step := Before())
+    run.fit(short, SceneData(batch_size=4, train_size=12))
+    assert run.global_step == 2
+    parameters = {name: p for name, p in short.policy.named_parameters() if p.requires_grad}
+    for name, parameter in parameters.items():
+        parameter.data.copy_(before[2][name])
+    segment = short.experience.segments["caption"]  # of the third rollout, whose gradient is taken by hand
+    loss = GRPOLoss()(segment.logprobs(), segment.old_logp_RS, segment.advantage_R, segment.actions.mask_RS).loss
+    for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+        torch.testing.assert_close(step.gradient[name], gradient, atol=1e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_data_of_unknown_length_must_not_end_inside_a_rollout(build, trainer):
+    data = WithoutLength(batch_size=4, train_size=8, stop=3)
+    with pytest.raises(RuntimeError, match=r"the data ended inside a rollout.*a multiple of.*=2"):
+        trainer(max_steps=4).fit(build(mini_batches=2), data)

@@ -94,6 +94,24 @@ def test_a_rollout_gathers_every_weight_once_and_a_window_reduces_as_often_as_ha
         assert reduces == four[1] > 0
 
 
+def cutting_short(rank, folder):
+    """Strategy to the weights after one step from an epoch of two batches, in windows of two and of four."""
+    found = {}
+    for strategy in ("ddp", "fsdp2"):
+        for accumulate in (2, 4):
+            recorder = Recorder()
+            fit = trainer(strategy, folder, max_steps=1, accumulate_grad_batches=accumulate, callbacks=[recorder])
+            fit.fit(module(), SceneData(batch_size=2, train_size=4))
+            found[strategy, accumulate] = recorder.result["weights"]
+    return found
+
+
+def test_a_window_that_an_epoch_cuts_short_makes_the_step_of_a_full_one(tmp_path):
+    for found in run_on_two(cutting_short, str(tmp_path), timeout=300):
+        for strategy in ("ddp", "fsdp2"):
+            torch.testing.assert_close(found[strategy, 4], found[strategy, 2], rtol=0, atol=1e-6)
+
+
 MOMENTUM = partial(torch.optim.SGD, lr=0.05, momentum=0.9)  # a state, but none that magnifies rounding as Adam's does
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from inspect import signature
 from io import BytesIO
 from pathlib import Path
@@ -13,17 +12,19 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from uae.bench.arguments import run
+from uae.bench.output_folder import ASIDE, claim_folder, set_aside
 from uae.bench.system import LoadedSystem, load
 from uae.files.whole import write_whole
 from uae.seeds import seed_of
 
 T = TypeVar("T")
 
-RECORD = "drawn_by.json"  # in a folder of images: the system that drew them, so that no other system's images get mixed in
+PROMPT = "prompt"  # text in a PNG file: what the image was drawn from
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Drawing:
     """One image file to draw.
 
     Args:
-        path: Path of the file; its suffix is the format.
+        path: Path of the file, a PNG, which also holds the prompt.
         prompt: Prompt of the image.
         seeds: Seeds of the noise: one for a picture; four, nine, ... for a square grid of pictures, row by row.
     """
@@ -48,7 +49,8 @@ class DrawingJob:
     Args:
         folder: Folder of the images.
         drawings: All images, also those that exist already.
-        origin: What the images are drawn from (prompts, seed): a folder holds images of one origin and one system.
+        origin: Settings that all images share (seed): a folder holds images of one origin and one system.
+        beside: Content of further files that belong to the prompts.
         batch_size: Number of pictures drawn at once.
         part: "i/n": this process draws the i-th of n shares, 1/n to n/n.
         device: Name of the device; None is the first GPU, or the CPU if there is none.
@@ -60,6 +62,7 @@ class DrawingJob:
     batch_size: int = 8
     part: str = "1/1"
     device: str | None = None
+    beside: Mapping[Path, bytes] = field(default_factory=dict)
 
 
 def seeds_of(seed: int, number: int | str, samples: int, first: int = 0) -> tuple[int, ...]:
@@ -114,16 +117,21 @@ def split_options(words: Sequence[str], options: set[str]) -> tuple[list[str], l
 
 
 def draw_missing(system: LoadedSystem, job: DrawingJob) -> None:
-    """Draw the images that do not exist yet; every file appears whole or not at all.
+    """Draw the images that do not exist yet, or were drawn from another prompt; every file appears whole or not at all.
 
     Raises:
-        ValueError: The folder holds another system's images, two drawings share a path, or ``part`` is not i/n.
+        ValueError: The folder holds another system's images or those of another prompt file, two drawings share a path, or ``part``
+            is not i/n.
     """
     check_job(job)
-    claim_folder(job.folder, {**system.identity, **job.origin})
+    claim_folder(job.folder, {**system.identity, **job.origin}, [drawing.path for drawing in job.drawings])
+    drawn = drawn_prompts(job)
+    for path, content in job.beside.items():
+        write_whole(path, content)
     first, parts = parse_part(job.part)
     mine = list(job.drawings)[first::parts]
-    missing = [drawing for drawing in mine if not drawing.path.is_file()]
+    missing = [drawing for drawing in mine if drawn.get(drawing.path) != drawing.prompt]
+    changed = sum(drawing.path in drawn for drawing in missing)
     done: dict[Path, list[Tensor]] = {drawing.path: [] for drawing in missing}
     rows = [(drawing, seed) for drawing in missing for seed in drawing.seeds]
     with tqdm(total=len(rows), unit="image", desc="drawing", disable=not rows) as bar:
@@ -132,9 +140,42 @@ def draw_missing(system: LoadedSystem, job: DrawingJob) -> None:
             for (drawing, _), image_CHW in zip(batch, images_NCHW, strict=True):
                 done[drawing.path].append(image_CHW)
                 if len(done[drawing.path]) == len(drawing.seeds):
-                    save(done.pop(drawing.path), drawing.path)
+                    save(done.pop(drawing.path), drawing.path, drawing.prompt)
             bar.update(len(batch))
-    print(f"{len(missing)} images drawn, {len(mine) - len(missing)} were there: {job.folder}")
+    again = f" ({changed} again, since their prompts have changed)" if changed else ""
+    print(f"{len(missing)} images drawn{again}, {len(mine) - len(missing)} were there: {job.folder}")
+
+
+def drawn_prompts(job: DrawingJob) -> dict[Path, str | None]:
+    """The prompt that each image of a job was drawn from, for those that exist. Images of prompts that are gone are moved away.
+
+    Raises:
+        ValueError: None of the images was drawn from its prompt, so the prompts are of another file.
+    """
+    asked = {drawing.path: drawing.prompt for drawing in job.drawings}
+    drawn = {path: prompt_of(path) for path in job.folder.rglob("[!.]*.png") if ASIDE not in path.parts}
+    there = {path: prompt for path, prompt in drawn.items() if path in asked}
+    if there and not any(asked[path] == prompt for path, prompt in there.items()):
+        path, prompt = next(iter(there.items()))
+        raise ValueError(
+            f"{job.folder} holds images of other prompts ({path} of {prompt!r}, --prompts has {asked[path]!r} there); draw into "
+            "another folder, or delete this one"
+        )
+    prompts = set(asked.values())
+    gone = [path for path, prompt in drawn.items() if path not in asked and prompt is not None and prompt not in prompts]
+    if gone:
+        set_aside(job.folder, gone)
+        print(f"{len(gone)} images moved to {job.folder / ASIDE}, since their prompts are gone (first: {gone[0].name})")
+    return there
+
+
+def prompt_of(path: Path) -> str | None:
+    """The prompt that `save` wrote into an image; None if there is none, or the file cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(PROMPT)
+    except (OSError, ValueError, SyntaxError):
+        return None
 
 
 def check_job(job: DrawingJob) -> None:
@@ -166,32 +207,14 @@ def parse_part(part: str) -> tuple[int, int]:
     return int(i) - 1, int(n)
 
 
-def claim_folder(folder: Path, identity: dict[str, Any], write: bool = True) -> None:
-    """Record in a folder which system draws into it, or check that the recorded system is the same.
+def save(images: Sequence[Tensor], path: Path, prompt: str = "") -> None:
+    """Write one picture, or a square grid of pictures row by row, as a PNG file that also holds their prompt.
 
     Args:
-        folder: Folder of images.
-        identity: System, settings and inputs that all images of the folder share.
-        write: Whether to record the identity in a folder that has no record yet; False only checks.
-
-    Raises:
-        ValueError: The folder was drawn by another system, or by the same one with other weights or settings.
+        images: Pictures ``[3, H, W]`` in [0, 1].
+        path: Path of the file.
+        prompt: What the pictures were drawn from.
     """
-    record, written = folder / RECORD, json.dumps(identity, indent=2, sort_keys=True, default=str) + "\n"
-    if not record.is_file():
-        if not write:
-            return
-        write_whole(record, written.encode())
-    before, now = (set(_leaves(json.loads(text)).items()) for text in (record.read_text(), written))
-    if before != now:
-        raise ValueError(
-            f"{folder} holds images of another system or of other prompts (they differ in {min(before ^ now)[0]}, see {RECORD}); "
-            "draw into another folder, or delete this one"
-        )
-
-
-def save(images: Sequence[Tensor], path: Path) -> None:
-    """Write one picture, or a square grid of pictures row by row, as a file. Pictures are ``[3, H, W]`` in [0, 1]."""
     from torchvision.transforms.functional import to_pil_image
 
     side = math.isqrt(len(images))
@@ -199,8 +222,9 @@ def save(images: Sequence[Tensor], path: Path) -> None:
         raise ValueError(f"{len(images)} pictures make no square grid; allowed: 1, 4, 9, ...")
     rows = [torch.cat(list(images[row * side : (row + 1) * side]), dim=2) for row in range(side)]
     picture = to_pil_image(torch.cat(rows, dim=1).float().clamp(0, 1).cpu())
-    content = BytesIO()
-    picture.save(content, format=Image.registered_extensions()[path.suffix.lower()])
+    content, about = BytesIO(), PngInfo()
+    about.add_itxt(PROMPT, prompt)
+    picture.save(content, format="PNG", pnginfo=about)
     write_whole(path, content.getvalue())
 
 
@@ -212,10 +236,3 @@ def _render(system: LoadedSystem, prompts: list[str], seeds: list[int]) -> Tenso
 
 def _batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _leaves(node: object, path: str = "") -> dict[str, str]:
-    """Dotted key to value of every entry of a nested configuration."""
-    if isinstance(node, dict):
-        return {key: value for name, inner in node.items() for key, value in _leaves(inner, f"{path}.{name}".strip(".")).items()}
-    return {path: repr(node)}

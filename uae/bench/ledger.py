@@ -59,7 +59,7 @@ class Ledger:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         try:
-            first, *rest = [json.loads(line) for line in whole.decode().splitlines()] or [{}]
+            first, *rest = [json.loads(line) for line in whole.decode().split("\n") if line] or [{}]
             for row in rest:
                 self.rows[row.pop("key")] = row
             return dict(first["made_by"])

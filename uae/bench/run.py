@@ -3,14 +3,16 @@
 python -m uae.bench run --config FILE [--config FILE ...] [--ckpt_path FILE] --sources DIR --output DIR [--key value]
 
 The command works as ``uae.cli predict`` does, on as many processes as ``--trainer.devices`` says. A run that was killed and is
-started again continues after the last finished image.
+started again continues after the last finished image. Images whose source has changed are made again, and those whose source is
+gone are moved aside.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +21,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from tqdm import tqdm
 
-from callbacks.predictions import Predictions, collect, finished
+from callbacks.predictions import ROWS, Predictions, check_apart, collect, file_name, finished, lines_of
 from uae.bench.fingerprints import sha256
-from uae.bench.generate import claim_folder, parse_job
-from uae.bench.system import auto_encoder
-from uae.cli import CLI
+from uae.bench.generate import parse_job
+from uae.bench.output_folder import ASIDE, SOURCE, WEIGHTS, claim_folder, set_aside
+from uae.bench.system import auto_encoder, identity, weights_of
+from uae.cli.command import CLI, RunTrainer
 from uae.data.folder import FolderSource, list_images
 from uae.data.module import ImageData, Stage
 from uae.data.photographs import PhotographData
 from uae.data.sampler import ImageSource
 from uae.files.pictures import Reading, UnreadableImageError, read_picture
+from uae.files.whole import write_whole
 
+NOT_USED = ("unified_score", "metrics")  # settings of a model whose checkpoints change nothing that is written
 ROLE = "predict:"  # the ids of images, and with them the seeds, are those of `uae.cli predict`
 
 
@@ -91,6 +96,42 @@ class Remaining(ImageData):
         return FolderSource(self.root, self.names, self.reading, role=ROLE)
 
 
+class Continued(Predictions):
+    """Keeps what an earlier run has made of sources that are still the same, and moves the rest aside.
+
+    Args:
+        folder: Folder that is written.
+        digests: Name of each source to the sha256 of its file.
+    """
+
+    def __init__(self, folder: str, digests: Mapping[str, str]) -> None:
+        super().__init__(folder)
+        self.digests = digests
+
+    def prepare(self, folder: Path) -> None:
+        """Put the rows that stay into one file, so that no row of another process hides a newer one, and move the others aside."""
+        rows = finished(folder)
+        kept = {name: row for name, row in rows.items() if self.digests.get(name) == row.get(SOURCE)}
+        others = [row for name, row in rows.items() if name not in kept]
+        files = sorted(folder.glob(ROWS))
+        first = folder / ROWS.replace("*", "0")
+        if others:
+            set_aside(folder, [folder / row["reconstruction"] for row in others])
+            with (folder / ASIDE / "captions.jsonl").open("ab") as out:
+                out.write(lines_of(others))
+        if files:
+            write_whole(first, lines_of(kept.values()))
+        for file in files:
+            if file != first:
+                file.unlink()
+        if others:
+            collect(folder)  # until the run is complete, these are all captions
+
+    def about(self, name: str) -> dict[str, Any]:
+        """The digest of the source, by which a later run knows whether it is still the same."""
+        return {SOURCE: self.digests[name]}
+
+
 class Reconstruction(CLI):
     """``predict`` with the images and the output folder of a job in place of the configuration's.
 
@@ -101,29 +142,28 @@ class Reconstruction(CLI):
 
     def __init__(self, job: ReconstructionJob, words: Sequence[str]) -> None:
         self.job, self.left = job, list[str]()
+        self.writer = Continued(job.output, {})
         super().__init__(["predict", *words, "--trainer.logger=false"])
 
     def instantiate_classes(self) -> None:
         """Find the images that are left to do before weights are loaded.
 
         Raises:
-            ValueError: The output folder was written by another system.
+            ValueError: The output folder was written by another system, or two sources have one output.
         """
         super().instantiate_classes()
-        config, output = self.config["predict"], Path(self.job.output)
         auto_encoder(self.model)
         data = self.datamodule
         reading = _reading(self.job, data)
-        names = list_images(self.job.sources, "sources")
-        identity = {
-            "model": config.model.as_dict(), "checkpoint": _checkpoint(config.ckpt_path),
-            "sources": str(Path(self.job.sources).expanduser().resolve()), "reading": asdict(reading),
-        }  # fmt: skip
-        claim_folder(output, identity, write=False)
-        # The folder is claimed once weights and checkpoint are loaded: a run that fails before leaves it to the next one.
-        _callbacks(self.trainer).append(LambdaCallback(on_predict_start=lambda *_: claim_folder(output, identity)))
-        done = finished(output)
-        self.left, broken = readable(Path(self.job.sources).expanduser(), [n for n in names if n not in done], reading)
+        root = Path(self.job.sources).expanduser()
+        names = [name for name in list_images(self.job.sources, "sources") if not (root / name).is_dir()]
+        self._claim(names, reading)
+        rows = finished(Path(self.job.output))
+        digests, broken = survey(root, names, rows, reading)
+        done = {name for name, row in rows.items() if digests.get(name) == row.get(SOURCE)}
+        self.left = [name for name in names if name not in done and name not in broken]
+        self.writer.digests = digests
+        _callbacks(self.trainer).append(self.writer)
         self.datamodule = Remaining(
             self.job.sources,
             self.left,
@@ -135,19 +175,48 @@ class Reconstruction(CLI):
             print(f"{len(names)} images: {len(done)} done, {len(self.left)} to do, {len(broken)} unreadable")
             for name, reason in broken.items():
                 print(f"* unreadable: {name} ({reason})")
+            for name in sorted(rows.keys() - done):
+                print(f"* the source {'has changed' if name in digests else 'is gone'}, what was made of it goes to {ASIDE}: {name}")
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The configured trainer, which writes into the job's folder."""
+    def _claim(self, names: Sequence[str], reading: Reading) -> None:
+        """Check that the output folder is of this system, and claim it as soon as weights and checkpoint are loaded.
+
+        A run that fails before leaves the folder to the next one.
+        """
+        config, output = self.config["predict"], Path(self.job.output)
+        sources, target = Path(self.job.sources).expanduser().resolve(), output.resolve()
+        if sources == target or sources in target.parents or target in sources.parents:
+            raise ValueError(f"--output {self.job.output!r} and --sources {self.job.sources!r} are in each other; correct --output")
+        files = {name: file_name(name) for name in names}
+        check_apart((file, name) for name, file in files.items())
+        outputs = [output / file for file in files.values()]
+        claimed = {**identity(config, NOT_USED), "sources": str(sources), "reading": asdict(reading)}
+        claim_folder(output, claimed, outputs, write=False)
+
+        def claim(*_: object) -> None:
+            claimed[WEIGHTS] = weights_of(config, NOT_USED, claimed[WEIGHTS])  # with those that were downloaded meanwhile
+            claim_folder(output, claimed, outputs)
+
+        _callbacks(self.trainer).append(LambdaCallback(on_predict_start=claim))
+
+    def instantiate_trainer(self, **kwargs: Any) -> RunTrainer:
+        """The configured trainer without what it would write itself."""
         trainer = super().instantiate_trainer(**kwargs)
         callbacks = _callbacks(trainer)
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, Predictions)]
-        callbacks.append(Predictions(self.job.output, resume=True))
         return trainer
+
+    @contextmanager
+    def _own_folder(self, subcommand: str) -> Iterator[None]:
+        """The output folder of the job, which may be continued; `_claim` has checked it."""
+        self.trainer.results = Path(self.job.output)
+        yield
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.left:
             super()._run_subcommand(subcommand)
         elif self.trainer.is_global_zero:
+            self.writer.prepare(Path(self.job.output))
             print(f"{len(collect(Path(self.job.output)))} captions and reconstructions in {self.job.output}")
 
 
@@ -168,27 +237,37 @@ def _reading(job: ReconstructionJob, data: object) -> Reading:
     return Reading(size, job.fit or (reading.fit if reading else "crop"))
 
 
-def _checkpoint(path: str | None) -> str | None:
-    """The sha256 of a checkpoint's content, since the file behind a name such as ``last.ckpt`` changes."""
-    if path is not None and not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint at {path!r}; correct --ckpt_path (a file, or the folder of a sharded run)")
-    return None if path is None else sha256(path)
+def survey(
+    root: Path, names: Sequence[str], rows: Mapping[str, Mapping[str, Any]], reading: Reading, workers: int = 4
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What the sources hold now, and which cannot be read. Batches must be full on every process, so this is known beforehand.
 
+    Args:
+        root: Folder of the sources.
+        names: Sources, relative to the folder.
+        rows: Rows of earlier runs; a source that has its row is not decoded again.
+        reading: Limits of what is read.
+        workers: Number of threads.
 
-def readable(root: Path, names: Sequence[str], reading: Reading, workers: int = 4) -> tuple[list[str], dict[str, str]]:
-    """The files that can be read, and why the others cannot. Batches must be full on every process, so this is known beforehand."""
+    Returns:
+        Name to sha256 of every file, and name to reason of those that cannot be read.
+    """
 
-    def check(name: str) -> str:
+    def check(name: str) -> tuple[str, str]:
+        file, digest = root / name, ""
         try:
-            read_picture(root / name, reading.max_pixels, reading.max_file_bytes)
-        except UnreadableImageError as error:
-            return str(error)
-        return ""
+            if file.is_file():  # to open a pipe would block
+                digest = sha256(file)
+            if not digest or rows.get(name, {}).get(SOURCE) != digest:
+                read_picture(file, reading.max_pixels, reading.max_file_bytes)
+        except (UnreadableImageError, OSError) as error:
+            return digest, str(error)
+        return digest, ""
 
     with ThreadPoolExecutor(workers) as pool:
-        reasons = list(tqdm(pool.map(check, names), total=len(names), unit="image", desc="checking", disable=len(names) < 100))
-    by_name = dict(zip(names, reasons, strict=True))
-    return [name for name in names if not by_name[name]], {name: reason for name, reason in by_name.items() if reason}
+        found = list(tqdm(pool.map(check, names), total=len(names), unit="image", desc="checking", disable=len(names) < 100))
+    by_name = dict(zip(names, found, strict=True))
+    return {name: digest for name, (digest, _) in by_name.items()}, {name: reason for name, (_, reason) in by_name.items() if reason}
 
 
 def main(args: Sequence[str]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from jsonargparse import Namespace
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from uae.bench.fingerprints import sha256
+from uae.bench.fingerprints import checkpoints, sha256
+from uae.bench.output_folder import WEIGHTS
 from uae.checkpoints.files import read, read_metadata
 from uae.checkpoints.shards import PlainPlanner, ShardReader
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
@@ -24,6 +25,8 @@ from uae.evaluation import AutoEncoder
 from uae.types import UMM
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
+NOT_DRAWING = ("reward", "unified_score", "metrics")  # settings of a model whose checkpoints change no image
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,19 @@ class LoadedSystem:
     Args:
         module: The configured module with the checkpoint's weights; its reward and metrics are not loaded.
         device: Device of all weights.
-        identity: Resolved configuration of the model (``model``) and sha256 of the checkpoint (``checkpoint``). Images of systems
-            with equal identities may lie in one folder.
+        config: Resolved configuration of ``predict``.
         precision: Makes the autocast context in which the system captions and draws.
     """
 
     module: AutoEncoder
     device: torch.device
-    identity: dict[str, Any]
+    config: Namespace
     precision: Callable[[], AbstractContextManager[object]]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What `identity` says of the system. Images of systems with equal identities may lie in one folder."""
+        return identity(self.config)
 
     @property
     def umm(self) -> UMM:
@@ -89,12 +96,42 @@ def load(words: Sequence[str], device: str | None = None) -> LoadedSystem:
     if config.ckpt_path is not None:
         read_checkpoint(module, config.ckpt_path)
     module.eval().requires_grad_(False).to(place)
-    identity = {"model": _plain(config.model), "checkpoint": None if config.ckpt_path is None else sha256(config.ckpt_path)}
-    system = LoadedSystem(module, place, identity, _precision(config.trainer.precision, place))
+    system = LoadedSystem(module, place, config, _precision(config.trainer.precision, place))
     roles: tuple[Any, ...] = (system.umm.captioner, system.umm.conditioner, system.umm.renderer)  # protocols without ``to``
     for role in roles:
         role.to(place)
     return system
+
+
+def identity(config: Namespace, leave_out: tuple[str, ...] = NOT_DRAWING) -> dict[str, Any]:
+    """Everything that an image of a prompt follows from, but for the prompt and its seed.
+
+    Args:
+        config: Resolved configuration of ``predict``.
+        leave_out: Settings of the model whose checkpoints do not count.
+
+    Returns:
+        The configuration of the model (``model``), the content of the checkpoints that its system names (``weights``), that of
+        the run's checkpoint (``checkpoint``), and the numbers that it computes with (``precision``).
+
+    Raises:
+        FileNotFoundError: The run's checkpoint does not exist.
+    """
+    if config.ckpt_path is not None and not Path(config.ckpt_path).exists():
+        raise FileNotFoundError(f"no checkpoint at {config.ckpt_path!r}; correct --ckpt_path (a file, or the folder of a sharded run)")
+    model: Any = _plain(config.model)
+    return {
+        "model": model,
+        WEIGHTS: weights_of(config, leave_out),
+        "checkpoint": None if config.ckpt_path is None else sha256(config.ckpt_path),
+        "precision": _precision_name(config.trainer.precision),
+    }
+
+
+def weights_of(config: Namespace, leave_out: tuple[str, ...], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The checkpoints that a model's configuration names, see `uae.bench.fingerprints.checkpoints`."""
+    model: Any = _plain(config.model)
+    return checkpoints({key: value for key, value in model.get("init_args", {}).items() if key not in leave_out}, known)
 
 
 def auto_encoder(module: object) -> AutoEncoder:
@@ -144,8 +181,18 @@ def read_checkpoint(module: AutoEncoder, path: str | Path) -> None:
 
 
 def _precision(setting: str | int | None, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    dtype = AUTOCAST.get(str(setting))
+    name = _precision_name(setting)
+    if name not in AUTOCAST and name != "32-true":
+        raise ValueError(
+            f"trainer.precision={setting}; allowed where no trainer runs: 32-true, {', '.join(AUTOCAST)}; correct --trainer.precision "
+            "(the type of the weights is a setting of model.init_args.system)"
+        )
+    dtype = AUTOCAST.get(name)
     return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
+
+
+def _precision_name(setting: str | int | None) -> str:
+    return PRECISIONS.get(str(setting), str(setting))
 
 
 def _plain(node: object) -> object:

@@ -17,7 +17,7 @@ from uae.coldstart.system_objective import SystemObjective
 from uae.data.module import ChecksCaptions
 from uae.models.finetune import Finetune
 from uae.rewards import WeightedReward
-from uae.trainer import data_module, is_dry_run
+from uae.trainer import close_window, data_module, is_dry_run
 from uae.types import ImageBatch, System
 from uae.weights.checksums import checksums
 
@@ -113,6 +113,10 @@ class ColdStart(L.LightningModule):
         losses = self.objective(batch, self.global_step / self.trainer.max_steps)
         self.log_dict({f"{self.name}/{name}": value for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
+
+    def on_after_backward(self) -> None:
+        """Let every batch of an optimizer step count the same, also where an epoch ends inside an accumulation window."""
+        close_window(self)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Log the objective's score on held-out images."""

@@ -41,7 +41,7 @@ def split_of(name: str, val_share: float, test_share: float) -> str:
         val_share: Share of all images that "val" gets, in [0, 1].
         test_share: Share of all images that "test" gets, in [0, 1].
     """
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[8:16], "big") / 2**64
+    place = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[8:16], "big") / 2**64
     return "test" if place < test_share else "val" if place < test_share + val_share else "train"
 
 
@@ -52,7 +52,7 @@ def id_of(name: str, role: str = "") -> int:
         name: The name of the image in its data set.
         role: A prefix that tells data sets apart which may have the same names in them.
     """
-    return int.from_bytes(hashlib.sha256(f"{role}{name}".encode()).digest()[:6], "big")
+    return int.from_bytes(hashlib.sha256(f"{role}{name}".encode("utf-8", "surrogatepass")).digest()[:6], "big")
 
 
 def decoded(item: Item, reading: Reading) -> Picture:

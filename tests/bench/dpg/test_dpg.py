@@ -1,11 +1,13 @@
 import csv
 import json
 import random
+import shutil
 from functools import partial
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.bench.geneval.test_detection import picture
 from tests.bench.understanding import seeing
@@ -207,6 +209,37 @@ def test_a_folder_is_scored_and_nothing_is_asked_twice(bench, tmp_path, monkeypa
         dpg.main(apart)
 
 
+def test_names_with_dots_are_items(tmp_path):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    texts = {"v1.0.txt": "a cat", "v1.1.txt": "\ufeffa dog", "old.TXT": "a cow", "._v1.0.txt": "\0", "README.md": "no prompt"}
+    for name, text in texts.items():
+        (prompts / name).write_text(text)
+    job = dpg.generate(str(prompts), str(tmp_path / "g"), tiles=1)
+    assert {drawing.path.name: drawing.prompt for drawing in job.drawings} == {
+        "old.png": "a cow", "v1.0.png": "a cat", "v1.1.png": "a dog",
+    }  # fmt: skip
+    for drawing in job.drawings:
+        drawing.path.parent.mkdir(exist_ok=True)
+        picture(20, 20).save(drawing.path)
+    assert list(dpg.find_grids(tmp_path / "g", 20, 1)) == ["old", "v1.0", "v1.1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("b.txt", b" \n", "b.txt is empty"),
+        ("b.txt", "caf\u00e9".encode("latin-1"), "b.txt is no text in UTF-8"),
+        ("a.TXT", b"a dog", "both of item 'a'"),
+    ],
+)
+def test_prompts_that_nobody_can_draw_are_named(tmp_path, name, content, said):
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        dpg.generate(str(tmp_path), str(tmp_path / "g"))
+
+
 def test_tiles_are_cut_row_by_row():
     image = Image.new("RGB", (4, 4))
     for i, (x, y) in enumerate([(0, 0), (2, 0), (0, 2), (2, 2)]):
@@ -262,3 +295,16 @@ def test_a_chat_model_answers(mirrored):
 def test_a_model_that_cannot_be_asked(mirrored):
     with pytest.raises(ValueError, match="neither BLIP nor has it a chat template"):
         TransformersAnswerer("openai/clip-vit-large-patch14")
+
+
+def test_answers_of_other_weights_behind_the_same_name_are_not_taken(bench, mirror, tmp_path, monkeypatch):
+    dpg.main(bench)
+    before = (tmp_path / "r.answers.jsonl").read_bytes()
+    shutil.copytree(mirror, tmp_path / "mirror")
+    file = next((tmp_path / "mirror").rglob("*.safetensors"))
+    weights = {name: value + 0.01 if value.is_floating_point() else value for name, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    monkeypatch.setenv("UAE_CHECKPOINTS", str(tmp_path / "mirror"))
+    with pytest.raises(ValueError, match="was made by vqa_sha256=.* now it is vqa_sha256="):
+        dpg.main(bench)
+    assert (tmp_path / "r.answers.jsonl").read_bytes() == before

@@ -139,3 +139,12 @@ def test_mistakes_are_one_line(case, tmp_path, capsys):
     assert "give --config FILE" in fails("generate", "--prompts", str(tmp_path / "prompts.jsonl"), "--images", "x")
     folders[1] = str(tmp_path)
     assert "no image of 12 prompts" in fails("run", "--prompts", str(tmp_path / "prompts.jsonl"), *folders, *words)
+
+
+def test_suffixes_in_other_cases_and_marks_at_the_start_of_a_file_are_read(tmp_path):
+    lines = [json.dumps({**row, "prompt": "before\u2028after"}, ensure_ascii=False) for row in rows(2)]
+    (tmp_path / "p.jsonl").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    assert [row["prompt"] for row in geneval_plus.read_lines(tmp_path / "p.jsonl")] == ["before\u2028after"] * 2
+    for name in ("1.PNG", "2.Jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert geneval_plus.image_files(tmp_path, 2) == {1: tmp_path / "1.PNG", 2: tmp_path / "2.Jpg"}

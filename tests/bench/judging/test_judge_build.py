@@ -1,10 +1,12 @@
 """What is asked, of whom, and what is refused before it is."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.bench.judging.fake_judges import judge_entry, write_captions, write_judges
 from uae.bench.__main__ import main
@@ -218,3 +220,26 @@ def test_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["judge", "build", *pairs, *words[2:], "--images", str(tmp_path / "empty")])
     assert "holds none of the images" in capsys.readouterr().err
+
+
+def test_two_files_under_one_name_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["judge", "build", "--captions", "a=x.json", "--captions=a=y.json", "--images", "i", "--folder", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "--captions a=... is given twice (x.json and y.json)" in said
+    assert said.count("\n") == 1
+
+
+def test_captions_of_other_pictures_are_refused(build, tmp_path):
+    build({"a": {"1.png": "x"}, "b": {"1.png": "y"}})  # writes the image
+    image = tmp_path / "images/1.png"
+    rows = [{"name": "1.png", "caption": "x", "source_sha256": hashlib.sha256(image.read_bytes()).hexdigest()}]
+    files = {"a": str(tmp_path / "recorded.json"), "b": str(tmp_path / "b.json")}
+    (tmp_path / "recorded.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps({"1.png": "y"}))
+    words = [str(tmp_path / "images"), str(tmp_path / "again")]
+    judges = {"judges": str(tmp_path / "judges.yaml"), "prompt": PROMPT}
+    assert len(judge.build(files, *words, **judges).requests) == 2
+    Image.new("RGB", (9, 9)).save(image)
+    with pytest.raises(ValueError, match=r"recorded.json' has captions of other pictures than --images holds now \(1, e.g. 1.png\)"):
+        judge.build(files, *words, **judges)

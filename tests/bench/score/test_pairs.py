@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from uae.bench.score.pairs import pair
@@ -61,3 +63,19 @@ def test_nothing_is_guessed(paired):
 def test_names_do_not_wander_between_folders(paired):
     pairs = paired(["one/x.png", "two/x.png"], ["one/x.jpg", "two/x.png"])
     assert pairs.matched == {"one/x.png": "one/x.jpg", "two/x.png": "two/x.png"}
+
+
+def test_what_is_recorded_goes_before_names(tmp_path, paired):
+    """Equal names would pair the source a.jpg.png with the reconstruction of a.jpg."""
+    rows = [{"name": "a.jpg", "reconstruction": "a.jpg.png"}, {"name": "a.jpg.png", "reconstruction": "a.jpg.png.png"}]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/captions.json").write_text(json.dumps([*rows, {"name": "gone.png", "reconstruction": "gone.png"}]))
+    pairs = paired(["a.jpg", "a.jpg.png", "c.png"], ["a.jpg.png", "a.jpg.png.png", "c.png"])
+    assert pairs.matched == {"a.jpg": "a.jpg.png", "a.jpg.png": "a.jpg.png.png", "c.png": "c.png"}
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[3]", '{"a.jpg": "a caption"}', '[{"name": "a.jpg", "reconstruction": 3}]'])
+def test_captions_of_other_programs_do_not_matter(tmp_path, paired, content):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/captions.json").write_text(content)
+    assert paired(["a.jpg"], ["a.jpg.png"]).matched == {"a.jpg": "a.jpg.png"}

@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +13,16 @@ from transformers import AutoImageProcessor, AutoModel
 from tests.bench.pictures import shapes, upright, write_all
 from uae.bench.__main__ import main
 from uae.bench.result import cases_of, read_result
+from uae.bench.score import feature_cache
 from uae.bench.score.comparison import check_comparable, paired_difference
 from uae.bench.score.contact_sheet import worst_median_best
+from uae.bench.score.feature_cache import default_folder
 from uae.encoders.tower import Tower
 from uae.metrics.intervals import bootstrap
 from uae.rehearsal.encoders import ENCODERS
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[3]
 OFFICIAL = {
     "clip": "openai/clip-vit-large-patch14",
     "longclip": "zer0int/LongCLIP-L-Diffusers",
@@ -301,3 +307,41 @@ def test_a_contact_sheet_shows_no_pair_twice(count, expected):
     assert [len(positions) for positions in chosen.values()] == expected
     shown = [n for positions in chosen.values() for n in positions]
     assert len(shown) == len(set(shown))
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "no home", "a full disk"])
+def test_a_cache_that_cannot_be_written_costs_time_and_no_score(score, tmp_path, monkeypatch, capsys, obstacle):
+    words = ["--encoders", ROOT / "configs/bench/tiny.yaml"]
+    expected = score("ours", *words)
+    options = {"cache": "new"}
+    if obstacle == "a file":
+        (tmp_path / "new").write_text("")
+    elif obstacle == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user whom the machine does not know
+        words += ["--cache_folder", default_folder()]
+    else:
+        monkeypatch.setattr(feature_cache, "write_whole", full)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert score("ours", *words, **options)["scores"] == expected["scores"]
+    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("warning:")]
+    assert len(said) == 1
+    assert "--cache_folder" in said[0]
+    assert "--cache false" in said[0]
+    assert not (tmp_path / "~").exists()
+
+
+def full(path, content):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_no_image_is_overwritten_by_the_contact_sheet(folders, tmp_path, capsys):
+    shutil.copytree(folders / "ours", tmp_path / "ours")
+    before = (tmp_path / "ours/stray.png").read_bytes()
+    words = ["--sources", str(folders / "sources"), "--reconstructions", str(tmp_path / "ours"), "--cache", "false"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["score", *words, "--output", str(tmp_path / "ours/stray.json"), "--encoders", str(ROOT / "configs/bench/tiny.yaml")])
+    assert "is one of the images; give a file in another folder" in capsys.readouterr().err
+    assert (tmp_path / "ours/stray.png").read_bytes() == before

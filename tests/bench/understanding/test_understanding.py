@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -146,3 +147,14 @@ def test_bad_files_and_patterns_are_named(tmp_path, mmt_files, score, capsys):
         with pytest.raises(SystemExit):
             score("--benchmark", "mmt", *words)
         assert said in capsys.readouterr().err
+
+
+def test_files_of_one_name_in_two_folders_are_both_recorded(tmp_path, mmt_files, score):
+    samples, questions = mmt_files()
+    lines = Path(samples).read_text().split("\n")
+    files = [tmp_path / name / "samples.jsonl" for name in ("a", "b")]
+    for file, some in zip(files, (lines[:20], lines[20:]), strict=True):
+        file.parent.mkdir()
+        file.write_text("\n".join(some))
+    result = score("--benchmark", "mmt", "--predictions", *map(str, files), "--questions", questions)
+    assert {str(file) for file in files} < result["inputs"].keys()

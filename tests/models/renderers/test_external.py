@@ -288,3 +288,11 @@ def test_only_captions_and_no_gradient(folder):
             drawn.render(EmbeddingCondition(torch.zeros(1, 2, 4), torch.ones(1, 2)), [0])
         with pytest.raises(ValueError, match="1 conditions but 2 seeds"):
             drawn.render(TextCondition(["a cat"]), [0, 1])
+
+
+def test_nothing_is_asked_for_that_could_not_be_kept(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    condition = TextCondition(["a cat"])
+    with pytest.raises(ValueError, match=r"cache=.* cannot be written .*; set model\.init_args\.system.*\.cache"):
+        renderer(tmp_path).render(condition, [0])
+    assert CALLS == []

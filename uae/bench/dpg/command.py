@@ -16,7 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from uae.bench.arguments import run
-from uae.bench.dpg.rules import FETCH, DPGScores, Item, Mode, read_questions, score_items
+from uae.bench.dpg.prompts import read_prompts
+from uae.bench.dpg.rules import DPGScores, Item, Mode, read_questions, score_items
 from uae.bench.dpg.visual_questions import MODEL, Answerer, TransformersAnswerer
 from uae.bench.fingerprints import git_blob, sha256
 from uae.bench.generate import Drawing, DrawingJob, generate_command, seeds_of
@@ -56,15 +57,11 @@ def generate(
         part: i/n draws only the i-th of n shares, for n processes at once.
         device: Name of the device; the default is the first GPU, or the CPU if there is none.
     """
-    files = sorted(Path(prompts).glob("*.txt"))
-    if not files:
-        raise FileNotFoundError(f"--prompts {prompts!r} is no folder of .txt files; get them by: {FETCH}")
     _side(tiles)
     drawings = [
-        Drawing(Path(images) / f"{file.stem}.png", file.read_text(encoding="utf-8").strip(), seeds_of(seed, file.stem, tiles))
-        for file in files
+        Drawing(Path(images) / f"{name}.png", prompt, seeds_of(seed, name, tiles)) for name, prompt in read_prompts(prompts).items()
     ]
-    return DrawingJob(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed, "tiles": tiles}, batch_size, part, device)
+    return DrawingJob(Path(images), drawings, {"seed": seed, "tiles": tiles}, batch_size, part, device)
 
 
 def score_images(
@@ -140,7 +137,7 @@ def find_grids(folder: Path, resolution: int, tiles: int) -> dict[str, Path]:
     grids: dict[str, Path] = {}
     size = (_side(tiles) * resolution,) * 2
     for file in files:
-        name = file.name.split(".")[0]
+        name = file.stem  # what `generate` called it
         if name in grids:
             raise ValueError(f"{file.name} and {grids[name].name} are both of item {name}: delete one")
         try:

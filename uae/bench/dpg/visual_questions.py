@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from uae.bench.fingerprints import weights_digest
 from uae.files.locations import locate
 
 MODEL = "Salesforce/blip-vqa-base"
@@ -66,7 +67,12 @@ class TransformersAnswerer:
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         if self.chats:
             self.processor.tokenizer.padding_side = "left"
-        self.backend: dict[str, str | None] = {"name": "hf", "vqa": path, "instruction": INSTRUCTION if self.chats else None}
+        self.backend: dict[str, str | None] = {
+            "name": "hf",
+            "vqa": path,
+            "vqa_sha256": weights_digest(self.model),
+            "instruction": INSTRUCTION if self.chats else None,
+        }
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:

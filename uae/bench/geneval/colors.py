@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uae.bench.fingerprints import weights_digest
 from uae.bench.geneval.rules import COLORS
 from uae.files.locations import here
 
@@ -55,7 +56,7 @@ class ColorReader:
         check_activation(model)
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = open_clip.get_tokenizer(name)
-        self.backend = {"color_model": name, "color_weights": weights}
+        self.backend = {"color_model": name, "color_weights": weights, "color_sha256": weights_digest(self.model)}
         self._classifiers: dict[str, Tensor] = {}
 
     @torch.inference_mode()

@@ -26,7 +26,6 @@ from uae.bench.ledger import Ledger
 from uae.bench.result import Case, check_output, summarize, write_result
 from uae.bench.score_table import score_table
 from uae.bench.system import working_device
-from uae.files.whole import write_whole
 
 METADATA = "metadata.jsonl"
 
@@ -71,15 +70,12 @@ def generate(
         device: Name of the device; the default is the first GPU, or the CPU if there is none.
     """
     folder, listed = Path(images), read_prompts(prompts)
-    for image in sample_images(listed, 1):
-        file = folder / f"{image.number:05d}" / METADATA
-        _check_metadata(file, image.metadata)
-        write_whole(file, f"{json.dumps(image.metadata)}\n".encode())
     drawings = [
         Drawing(folder / image.name, image.metadata["prompt"], seeds_of(seed, image.number, 1, first=image.sample))
         for image in sample_images(listed, samples)
     ]
-    return DrawingJob(folder, drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
+    beside = {folder / f"{number:05d}" / METADATA: f"{json.dumps(row)}\n".encode() for number, row in enumerate(listed)}
+    return DrawingJob(folder, drawings, {"seed": seed}, batch_size, part, device, beside)
 
 
 def score_images(

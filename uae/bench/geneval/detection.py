@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from uae.bench.fingerprints import weights_digest
 from uae.bench.geneval.prompts import CLASSES
 from uae.bench.geneval.rules import THRESHOLD
 from uae.files.locations import locate
@@ -75,7 +76,8 @@ class Mask2Former:
             )
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.mean, self.std = processor.image_mean, processor.image_std
-        self.backend = {"detector": path, "post_processing": "mmdet's", "size": [SHORT, LONG, DIVISOR]}
+        digest = weights_digest(model)
+        self.backend = {"detector": path, "detector_sha256": digest, "post_processing": "mmdet's", "size": [SHORT, LONG, DIVISOR]}
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Instances:

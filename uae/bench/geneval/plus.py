@@ -52,7 +52,7 @@ def generate(
     """
     rows = enumerate(read_lines(prompts), start=1)
     drawings = [Drawing(Path(images, f"{line}.png"), row["prompt"], seeds_of(seed, line, 1)) for line, row in rows]
-    return DrawingJob(Path(images), drawings, {"prompts": sha256(prompts), "seed": seed}, batch_size, part, device)
+    return DrawingJob(Path(images), drawings, {"seed": seed}, batch_size, part, device)
 
 
 def run(
@@ -189,8 +189,8 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompts at {str(path)!r}; get {FETCH}")
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    rows, text = list[dict[str, Any]](), Path(path).read_text(encoding="utf-8-sig").rstrip()
+    for number, line in enumerate(text.split("\n") if text else (), start=1):
         try:
             rows.append(json.loads(line))
             fine = isinstance(rows[-1]["tag"], str) and isinstance(rows[-1]["prompt"], str) and bool(checklist(rows[-1]))
@@ -211,8 +211,12 @@ def image_files(folder: str | Path, lines: int) -> dict[int, Path]:
         ValueError: A prompt has several images.
     """
     found: dict[int, Path] = {}
+    named: dict[str, list[Path]] = {}
+    for file in sorted(Path(folder).glob("*")):
+        if file.suffix.lower() in SUFFIXES:
+            named.setdefault(file.stem, []).append(file)
     for line in range(1, lines + 1):
-        files = [path for suffix in SUFFIXES if (path := Path(folder, f"{line}{suffix}")).is_file()]
+        files = named.get(str(line), [])
         if len(files) > 1:
             raise ValueError(f"line {line} has several images in {str(folder)!r}: {files[0].name}, {files[1].name}; keep one")
         if files:

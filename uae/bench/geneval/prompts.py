@@ -42,7 +42,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompts at {str(path)!r}; get them by: {FETCH}")
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -10,9 +10,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from uae.bench.fingerprints import sha256
 from uae.bench.judging.judges import Judge
 from uae.bench.judging.prompt import Prompt
 from uae.bench.judging.requests import JudgeRequest, image_digest, judge_request
+from uae.bench.output_folder import SOURCE
 
 _FENCE = re.compile(r"^```.*$", re.MULTILINE)
 _LINE_MARKS = re.compile(r"^\s*(?:#{1,6}\s+|>\s?|[-*+]\s+)", re.MULTILINE)
@@ -38,7 +40,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no captions at {str(path)!r}; correct --captions NAME=FILE")
     try:
-        rows = _rows(Path(path).read_text(encoding="utf-8"))
+        rows = _rows(Path(path).read_text(encoding="utf-8-sig"))
         pairs = [(row["name"], row["caption"]) for row in rows]
     except (ValueError, KeyError, TypeError):
         pairs = [(None, None)]
@@ -50,11 +52,30 @@ def read_captions(path: str | Path) -> dict[str, str]:
     return captions
 
 
+def check_sources(path: str | Path, images: Mapping[str, Path]) -> None:
+    """Refuse captions of other pictures than those that judges would see. Only ``bench run`` records what its captions are of.
+
+    Args:
+        path: A file that `read_captions` reads.
+        images: Name of an image to its file.
+
+    Raises:
+        ValueError: An image is another file by now than the one that was captioned.
+    """
+    recorded = {row["name"]: row[SOURCE] for row in _rows(Path(path).read_text(encoding="utf-8-sig")) if SOURCE in row}
+    changed = [name for name, file in images.items() if name in recorded and recorded[name] != sha256(file)]
+    if changed:
+        raise ValueError(
+            f"{str(path)!r} has captions of other pictures than --images holds now ({len(changed)}, e.g. {changed[0]}); caption them "
+            "again (bench run continues its folder), or give the folder that was captioned by --images"
+        )
+
+
 def _rows(text: str) -> list[dict[str, Any]]:
     try:
         content = json.loads(text)
     except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     if isinstance(content, dict) and not {"name", "caption"} <= content.keys():
         return [{"name": name, "caption": caption} for name, caption in content.items()]
     return content if isinstance(content, list) else [content]

@@ -15,7 +15,7 @@ import yaml
 from uae.bench.arguments import run as run_command
 from uae.bench.fingerprints import sha256
 from uae.bench.judging.cache import AnswerCache
-from uae.bench.judging.captions import caption_requests, compared, find_images, plain, read_captions
+from uae.bench.judging.captions import caption_requests, check_sources, compared, find_images, plain, read_captions
 from uae.bench.judging.judges import read_judges
 from uae.bench.judging.prompt import read_prompt
 from uae.bench.judging.requests import JudgingPlan, read_plan, write_plan
@@ -61,6 +61,8 @@ def build(
     raw = {name: read_captions(path) for name, path in captions.items()}
     texts = {name: {image: plain(caption) for image, caption in rows.items()} for name, rows in raw.items()}
     found = find_images(images, sorted({name for rows in texts.values() for name in rows}))
+    for file in captions.values():
+        check_sources(file, found)
     pairs = compared(list(captions), ours, all_pairs)
     requests = tuple(caption_requests(panel, asked, texts, found, pairs))
     if not found:
@@ -241,6 +243,8 @@ def gathered(args: Sequence[str], options: Sequence[str]) -> list[str]:
         if value.startswith("{") or not equals:
             rest += [option, value]
         else:
+            if name in found[option]:
+                raise ValueError(f"{option} {name}=... is given twice ({found[option][name]} and {file}); give every system one name")
             found[option][name] = file
     for option, mapping in found.items():
         rest += [option, yaml.safe_dump(mapping, default_flow_style=True, width=10**6, sort_keys=False).strip()] if mapping else []

@@ -104,7 +104,7 @@ def read_plan(folder: str | Path) -> JudgingPlan:
     """
     try:
         content = json.loads(Path(folder, "plan.json").read_text())
-        lines = Path(folder, "requests.jsonl").read_text().splitlines()
+        lines = Path(folder, "requests.jsonl").read_text().rstrip("\n").split("\n")
         requests = tuple(JudgeRequest(**json.loads(line)) for line in lines)
     except FileNotFoundError:
         raise FileNotFoundError(f"nothing is built in {str(folder)!r} (plan.json, requests.jsonl); build first") from None

@@ -28,6 +28,7 @@ from uae.bench.score.features import ImageFeatures
 from uae.bench.score.pairs import Pairs, pair
 from uae.bench.score.similarities import Similarities, measure, summarize
 from uae.bench.system import working_device
+from uae.data.folder import list_images
 
 NAME = "unified_bench_1"
 IMAGE_READING = "upright (EXIF), on white where transparent, 16 bit scaled to 8, first frame, RGB"
@@ -72,6 +73,7 @@ def score_folders(
     other = read_result(compare) if compare else None
     chosen, pairs = read_encoders(encoders), pair(sources, reconstructions)
     roots = Path(sources).expanduser(), Path(reconstructions).expanduser()
+    _check_sheet(Path(output).with_suffix(".png"), [root / name for root in roots for name in list_images(root, "images")])
     features, backend = _load(chosen, device, FeatureCache((cache_folder or default_folder()) if cache else None),
                               batch_size=batch_size, workers=workers, max_pixels=max_pixels)  # fmt: skip
     kind, name = benchmark(chosen), system or roots[1].resolve().name
@@ -92,6 +94,12 @@ def score_folders(
     write_contact_sheet(target.with_suffix(".png"), files, found.names, found.cosine_NE.mean(1), max_pixels)
     print(f"{table}\nresult, table and contact sheet: {target.with_suffix('')}.{{json,md,png}}")
     return result
+
+
+def _check_sheet(sheet: Path, images: Sequence[Path]) -> None:
+    """Raise if the contact sheet would be written over an image, or be taken for one by the next call."""
+    if sheet.resolve() in {image.resolve() for image in images}:
+        raise ValueError(f"--output: its contact sheet {str(sheet)!r} is one of the images; give a file in another folder")
 
 
 def _load(chosen: EncoderSet, device: str | None, cache: FeatureCache, **sizes: int) -> tuple[ImageFeatures, dict[str, Any]]:
@@ -134,6 +142,7 @@ def _content(found: Similarities, pairs: Pairs, chosen: EncoderSet, resamples: i
             "unmatched_sources": pairs.unmatched_sources,
             "unmatched_reconstructions": pairs.unmatched_reconstructions,
             "ambiguous": pairs.ambiguous,
+            **({"changed": pairs.changed} if pairs.changed else {}),
             "unreadable": found.unreadable,
         },
         "invalid": found.invalid,
@@ -150,7 +159,7 @@ def official_layout(found: Similarities, pairs: Pairs) -> dict[str, Any]:
     """The keys of the official results, for scripts that read those; null where there is no score."""
     names = list(found.encoders)
     left_out = {file.removeprefix("sources/") for file in pairs.ambiguous if file.startswith("sources/")}
-    everything = sorted({*pairs.matched, *pairs.unmatched_sources, *left_out})
+    everything = sorted({*pairs.matched, *pairs.unmatched_sources, *pairs.changed, *left_out})
     similarities: dict[str, dict[str, float | None]] = {}
     statistics = {}
     for column, name in enumerate(names):
@@ -210,6 +219,7 @@ def _left_out(result: dict[str, Any]) -> list[str]:
     lines = [f"* source without reconstruction: {name}" for name in left_out["unmatched_sources"]]
     lines += [f"* reconstruction without source: {name}" for name in left_out["unmatched_reconstructions"]]
     lines += [f"* ambiguous: {name} (could be {', '.join(others)})" for name, others in left_out["ambiguous"].items()]
+    lines += [f"* made of another file than the source is now, continue bench run: {name}" for name in left_out.get("changed", ())]
     lines += [f"* unreadable: {name} ({reason})" for name, reason in left_out["unreadable"].items()]
     lines += [f"* counted as 0, an embedding has no direction: {name}" for name in result["invalid"]]
     return ["", "Not in the means, except where it says so:", "", *lines] if lines else []
@@ -220,7 +230,7 @@ def _nothing(sources: str, reconstructions: str, pairs: Pairs, found: Similariti
     return (
         f"no pair of {sources!r} and {reconstructions!r} can be scored: {len(pairs.unmatched_sources)} sources and "
         f"{len(pairs.unmatched_reconstructions)} reconstructions without a partner, {len(pairs.ambiguous)} ambiguous, "
-        f"{len(reasons)} unreadable {reasons[:1]}; name reconstructions like their sources"
+        f"{len(pairs.changed)} of another source, {len(reasons)} unreadable {reasons[:1]}; name reconstructions like their sources"
     )
 
 

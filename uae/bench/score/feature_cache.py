@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from uae.files.whole import write_whole
 
 _DIGEST = hashlib.sha256().digest_size
 
 
-def default_folder() -> Path:
-    """``uae/features`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uae" / "features"
+def default_folder() -> str:
+    """``uae/features`` in the user's cache folder; its ``~`` stays as it is where nobody knows the user's home."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "uae", "features")
 
 
 class FeatureCache:
     """One file per embedding, which starts with its own checksum. Several processes may share the cache.
+
+    A cache only saves time. So where it cannot be written, one line on stderr says so, and nothing more is stored.
 
     Args:
         folder: Folder of the cache; None stores nothing.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
-        self.folder = None if folder is None else Path(folder).expanduser()
+        self.folder = None if folder is None else Path(os.path.expanduser(folder))
+        if self.folder is not None and self.folder.parts[:1] == ("~",):
+            self._give_up("this user has no home")
 
     def read(self, encoder: str | None, image: str) -> np.ndarray | None:
         """The embedding, float32 ``[D]``; None if it is not stored, or its file is damaged.
@@ -51,7 +57,18 @@ class FeatureCache:
         if path is None:
             return
         numbers = np.ascontiguousarray(feature_D, dtype=np.float32).tobytes()
-        write_whole(path, hashlib.sha256(numbers).digest() + numbers)
+        try:
+            write_whole(path, hashlib.sha256(numbers).digest() + numbers)
+        except OSError as error:
+            self._give_up(error.strerror or str(error))
+
+    def _give_up(self, reason: str) -> None:
+        tqdm.write(  # a line of its own, above a bar
+            f"warning: embeddings are not kept, since {self.folder} cannot be written ({reason}); scores stay the same, but the next "
+            "run takes as long again: give a folder that can by --cache_folder, or --cache false",
+            file=sys.stderr,
+        )
+        self.folder = None
 
     def _path(self, encoder: str | None, image: str) -> Path | None:
         if self.folder is None or encoder is None:

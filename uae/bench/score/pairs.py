@@ -1,12 +1,17 @@
-"""Pairs sources and reconstructions by name, as the official scripts do; names that fit several files are not paired."""
+"""Pairs sources and reconstructions: as recorded, or else by name, as the official scripts do, if one file alone fits."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from callbacks.predictions import CAPTIONS, finished
+from uae.bench.fingerprints import sha256
+from uae.bench.output_folder import SOURCE
 from uae.data.folder import list_images
 
 PREFIX = "recon_"
@@ -22,12 +27,14 @@ class Pairs:
         unmatched_sources: Sources without a reconstruction.
         unmatched_reconstructions: Reconstructions without a source.
         ambiguous: Files of either folder that could be paired in several ways, with their candidates.
+        changed: Sources that are other files now than when their reconstructions were made.
     """
 
     matched: dict[str, str] = field(default_factory=dict)
     unmatched_sources: list[str] = field(default_factory=list)
     unmatched_reconstructions: list[str] = field(default_factory=list)
     ambiguous: dict[str, list[str]] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
 
 
 def _whole(name: PurePosixPath) -> str:
@@ -64,9 +71,10 @@ RULES: tuple[tuple[Key, Key], ...] = (
 def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
     """Pair the images of two folders.
 
-    Rules, most certain first: equal relative names; the source's name with another suffix appended (``a.jpg.png``); equal
-    stems (``a.png`` for ``a.jpg``); ``recon_`` before the stem; the last two in any subfolder. Each rule applies to the files
-    that the rules before it left over. Files that one rule would pair in several ways are reported as ambiguous.
+    What is recorded beside the reconstructions is taken as it is. Rules for all others, most certain first: equal relative
+    names; the source's name with another suffix appended (``a.jpg.png``); equal stems (``a.png`` for ``a.jpg``); ``recon_``
+    before the stem; the last two in any subfolder. Each rule applies to the files that the rules before it left over. Files that
+    one rule would pair in several ways are reported as ambiguous.
 
     Raises:
         FileNotFoundError: A folder does not exist or holds no image.
@@ -74,6 +82,15 @@ def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
     left = [PurePosixPath(name) for name in list_images(sources, "sources")]
     right = [PurePosixPath(name) for name in list_images(reconstructions, "reconstructions")]
     pairs = Pairs()
+    recorded, there = _recorded(Path(reconstructions).expanduser()), (set(map(str, left)), set(map(str, right)))
+    for source, row in recorded.items():
+        if source in there[0] and row["reconstruction"] in there[1]:
+            pairs.matched[source] = row["reconstruction"]
+            if SOURCE in row and row[SOURCE] != sha256(Path(sources).expanduser() / source):
+                pairs.changed.append(source)
+    left = [name for name in left if str(name) not in pairs.matched]
+    taken = set(pairs.matched.values())
+    right = [name for name in right if str(name) not in taken]
     for source_key, reconstruction_key in RULES:
         met: tuple[set[PurePosixPath], set[PurePosixPath]] = (set(), set())
         for ours, theirs in _alike((left, source_key), (right, reconstruction_key)):
@@ -86,10 +103,20 @@ def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
                 pairs.ambiguous |= {f"reconstructions/{name}": [str(other) for other in ours] for name in theirs}
         left = [name for name in left if name not in met[0]]
         right = [name for name in right if name not in met[1]]
-    pairs.matched = dict(sorted(pairs.matched.items()))
+    pairs.matched = {source: file for source, file in sorted(pairs.matched.items()) if source not in pairs.changed}
     pairs.unmatched_sources = [str(name) for name in left]
     pairs.unmatched_reconstructions = [str(name) for name in right]
     return pairs
+
+
+def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """Source to its row of captions, as ``bench run`` and ``predict`` write them; nothing in a folder of another program."""
+    try:
+        rows = json.loads((folder / CAPTIONS).read_text(encoding="utf-8"))
+        found = {str(row["name"]): dict(row) for row in rows if isinstance(row["reconstruction"], str)}
+    except (OSError, ValueError, KeyError, TypeError):
+        found = {}
+    return found | finished(folder)  # the rows of a run that is not complete yet
 
 
 def _alike(*sides: tuple[list[PurePosixPath], Key]) -> list[tuple[list[PurePosixPath], list[PurePosixPath]]]:

@@ -45,6 +45,8 @@ def score_samples(
     check_output(output)
     asked = read_samples(benchmark, predictions, questions)
     selected = select(asked, subtasks) if subtasks else {}
+    names = [Path(file).name for file in predictions]
+    files = predictions if len(set(names)) < len(names) else names  # files of one name in several folders are told apart
     cases = scored_cases(asked, selected)
     result = write_result(
         output,
@@ -52,7 +54,7 @@ def score_samples(
         system or Path(predictions[0]).stem,
         summarize(cases),
         {"harness": "lmms-eval"},
-        {"questions": fingerprint(asked), **{Path(file).name: sha256(file) for file in predictions}},
+        {"questions": fingerprint(asked), **dict(zip(files, map(sha256, predictions), strict=True))},
         cases,
         subtasks={"pattern": subtasks, "matched": selected} if selected else None,
     )

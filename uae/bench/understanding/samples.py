@@ -105,7 +105,7 @@ def _lines(file: str | Path, option: str) -> Iterator[tuple[str, dict[str, Any]]
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"{option} {str(file)!r} does not exist; give a .jsonl file")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             place = f"{path.name} line {number}"
             try:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from uae.files.pictures import UnreadableImageError, as_rgb, read_picture
+from uae.models.renderers.clients import KEY
 
 
 def picture_of(answer: Any) -> Image.Image:
@@ -58,6 +59,21 @@ class PictureCache:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder).expanduser()
+
+    def check_writable(self) -> None:
+        """Raise before requests are paid for whose images could not be kept.
+
+        Raises:
+            ValueError: No file can be written to the folder.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"cache={str(self.folder)!r} cannot be written ({error.strerror}), so that images would be lost; set {KEY}.cache"
+            ) from error
 
     def file(self, *key: str | int) -> Path:
         """Path of the image of a key, whether or not the file exists."""

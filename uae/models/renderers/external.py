@@ -223,11 +223,15 @@ class CallableRenderer(ExternalRenderer):
 
         Raises:
             RuntimeError: The client failed for some rows. The images of all other rows are in the cache.
+            ValueError: The cache cannot be written.
         """
         rows = list(zip(texts, seeds, strict=True))
         unique = list(dict.fromkeys(rows))
         found = {row: kept for row in unique if (kept := self.cache.read(*self._key(*row))) is not None}
-        errors = self._fetch([row for row in unique if row not in found], found)
+        missing = [row for row in unique if row not in found]
+        if missing:
+            self.cache.check_writable()
+        errors = self._fetch(missing, found)
         if errors:
             raise RuntimeError(
                 f"{len(errors)} of {len(unique)} pictures could not be had from the client {self.name!r} in "
