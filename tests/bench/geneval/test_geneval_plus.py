@@ -10,6 +10,7 @@ from PIL import Image
 from tests.bench.judging.fake_judges import judge_entry, serving, write_judges
 from uae.bench.__main__ import main
 from uae.bench.geneval import plus as geneval_plus
+from uae.bench.geneval.prompts import read_prompts
 from uae.bench.result import summarize
 
 PROMPT = str(Path(__file__).parents[3] / "configs/bench/judges/prompts/geneval_plus.yaml")
@@ -148,3 +149,11 @@ def test_suffixes_in_other_cases_and_marks_at_the_start_of_a_file_are_read(tmp_p
     for name in ("1.PNG", "2.Jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert geneval_plus.image_files(tmp_path, 2) == {1: tmp_path / "1.PNG", 2: tmp_path / "2.Jpg"}
+
+
+@pytest.mark.parametrize("read", [geneval_plus.read_lines, read_prompts])
+def test_an_empty_prompt_is_named_and_not_drawn(tmp_path, read):
+    prompts = [{"tag": "counting", "include": [{"class": "cow", "count": 2}], "prompt": text} for text in ("two cows", " ")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    with pytest.raises(ValueError, match=r"line 2 of .*; correct --prompts"):
+        read(tmp_path / "p.jsonl")

@@ -193,7 +193,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n") if text else (), start=1):
         try:
             rows.append(json.loads(line))
-            fine = isinstance(rows[-1]["tag"], str) and isinstance(rows[-1]["prompt"], str) and bool(checklist(rows[-1]))
+            fine = isinstance(rows[-1]["tag"], str) and bool(rows[-1]["prompt"].strip()) and bool(checklist(rows[-1]))
         except (ValueError, KeyError, TypeError, AttributeError):
             fine = False
         if not fine:

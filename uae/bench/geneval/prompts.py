@@ -68,8 +68,8 @@ def _problem(prompt: dict[str, Any]) -> str | None:
     """What is wrong with a prompt; None if nothing is."""
     if prompt["tag"] not in TAGS:
         return f"tag {prompt['tag']!r}; known: {', '.join(TAGS)}"
-    if not isinstance(prompt["prompt"], str):
-        return "prompt is no text"
+    if not (isinstance(prompt["prompt"], str) and prompt["prompt"].strip()):
+        return "prompt is no text, or empty"
     for place, clause in enumerate([*prompt["include"], *prompt.get("exclude", ())]):
         if clause["class"] not in CLASSES:
             return f"class {clause['class']!r} is none of the detector's 80"
