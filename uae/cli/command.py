@@ -25,9 +25,11 @@ from uae.checkpoints.files import CheckpointFiles
 from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, one_line_errors
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
+from uae.files.settings import make_parser_strict
 from uae.types import PlannedSystem
 
 GIB = 2**30
+make_parser_strict("omegaconf+")
 
 
 class Parser(LightningArgumentParser):

@@ -62,7 +62,9 @@ class ColdStart(L.LightningModule):
         self.of_system = isinstance(objective, SystemObjective)
         if isinstance(objective, SystemObjective):
             objective.use(system, finetune, reward, instruction, seed)
-        self.folder = Path(folder) if folder else None
+        if folder == "":
+            raise ValueError("model.init_args.folder='' is no folder; allowed: a folder, or null for one in the log directory")
+        self.folder = None if folder is None else Path(folder)
         self.batches_per_rollout = 1
         self.strict_loading = not self.of_system  # a checkpoint holds trained weights only; on_load_checkpoint checks them
         self._built = False
