@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from uae import measure
+from uae.checkpoints.resuming import begin_resumed, note_settings, resumable
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
@@ -234,9 +235,7 @@ class UnifiedGRPO(AutoEncoder):
             rate = {} if rates[name] is None else {"lr": rates[name]}
             groups.append({"params": [p for p in learner.network.parameters() if p.requires_grad], **rate})
         optimizer = self.optimizer([group for group in groups if group["params"]])
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return resumable(optimizer, None if self.scheduler is None else self.scheduler(optimizer))
 
     def _gathered(self, values: Tensor) -> Tensor:
         """The values of all ranks, stacked where there are several."""
@@ -320,7 +319,8 @@ class UnifiedGRPO(AutoEncoder):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains."""
+        """Keep what trains, and the settings."""
+        note_settings(self.trainer, checkpoint)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
 
@@ -328,3 +328,5 @@ class UnifiedGRPO(AutoEncoder):
         """Refuse a checkpoint of something else."""
         if "state_dict" in checkpoint:
             check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))
+        if self._trainer is not None:
+            begin_resumed(self._trainer, checkpoint)

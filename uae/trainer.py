@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 
 
 def is_dry_run(trainer: Trainer) -> bool:
@@ -27,6 +28,12 @@ def batch_size(trainer: Trainer) -> int | None:
     """Images per training batch and process, or None where the data module, which may be anybody's, does not tell."""
     found: int | None = getattr(data_module(trainer), "batch_size", None)
     return found
+
+
+def configuration(trainer: Trainer) -> dict[str, str]:
+    """The configuration by dotted key, as the command line understood it; empty for a trainer that was made in Python."""
+    made = (one for one in _of(trainer).callbacks if isinstance(one, SaveConfigCallback))
+    return {key: str(value) for one in made for key, value in one.config.items()}
 
 
 def _of(trainer: Any) -> Any:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from uae.checkpoints.resuming import begin_resumed, note_settings, resumable
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
@@ -149,8 +150,7 @@ class ColdStart(L.LightningModule):
                 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.trainer.max_steps))
             )
 
-        scheduler = {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return resumable(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale))
 
     def on_fit_end(self) -> None:
         """Write the weights and their checksums, unless the run was interrupted.
@@ -167,7 +167,8 @@ class ColdStart(L.LightningModule):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only the trained weights of a system in the checkpoint."""
+        """Keep only the trained weights of a system in the checkpoint, and the settings."""
+        note_settings(self.trainer, checkpoint)
         if self.of_system and "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
 
@@ -175,3 +176,5 @@ class ColdStart(L.LightningModule):
         """Refuse a checkpoint whose weights are not those that train here."""
         if self.of_system and "state_dict" in checkpoint:
             check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))
+        if self._trainer is not None:
+            begin_resumed(self._trainer, checkpoint)
