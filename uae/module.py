@@ -23,14 +23,14 @@ from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
-from uae.models.finetune import Finetune
+from uae.models.finetune import Finetune, check_resolution
 from uae.models.flow.policy import Exploration
 from uae.policies import learners, prepare, roots
 from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out
 from uae.stopwatch import now
 from uae.strategy import FSDP2Strategy, refuse_other_sharding
-from uae.trainer import batch_size, is_dry_run, overfit_batches
+from uae.trainer import batch_size, check_precision, is_dry_run, overfit_batches
 from uae.types import ImageBatch, Sampling, System
 
 
@@ -255,6 +255,7 @@ class UnifiedGRPO(AutoEncoder):
     def setup(self, stage: str) -> None:
         """Refuse what could only fail, or silently be wrong, later."""
         refuse_other_sharding(self.trainer.strategy)
+        check_precision(self.trainer)
         if stage != "fit":
             return
         self._first_rollout, self.experience = True, None
@@ -297,6 +298,11 @@ class UnifiedGRPO(AutoEncoder):
         for name, learner in learners(umm, train).items():
             setattr(self, name, learner.network)
 
+    def on_fit_start(self) -> None:
+        """Refuse weights that would not keep small updates."""
+        check_resolution({"reading.dtype": self.policy, "rendering.placement.dtype": self.image_policy})
+        super().on_fit_start()
+
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""
         batches, rollout = self.trainer.num_training_batches, self.batches_per_rollout
@@ -320,7 +326,8 @@ class UnifiedGRPO(AutoEncoder):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, and the settings."""
-        note_settings(self.trainer, checkpoint)
+        if self._trainer is not None:
+            note_settings(self._trainer, checkpoint)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
 

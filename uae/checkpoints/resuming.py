@@ -65,9 +65,9 @@ def check_memory(optimizer: Optimizer, needed: Collection[str], found: Collectio
     """
     if found and set(needed) != set(found):
         raise ValueError(
-            f"model.init_args.optimizer is {type(optimizer).__name__}, which remembers {_listed(needed)} of every weight, but the "
-            f"optimizer of the checkpoint remembered {_listed(found)}: give model.init_args.optimizer as in the run that wrote it, "
-            "or start a new run from its exported weights, without ckpt_path"
+            f"model.init_args.optimizer is {type(optimizer).__name__} (its state of a weight: {_listed(needed)}), but the checkpoint "
+            f"is that of another optimizer ({_listed(found)}); allowed: model.init_args.optimizer as in the run that wrote it, or a "
+            "new run from its exported weights, without ckpt_path"
         )
 
 
@@ -130,16 +130,24 @@ def begin_resumed(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             "give another ckpt_path"
         )
     checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"] or [{"last_epoch": step}]  # a schedule may be new
-    before, now = checkpoint.get(SETTINGS) or {}, configuration(trainer)
-    changes = [
-        f"{key}: {before.get(key, 'not given')} -> {now.get(key, 'not given')}"
-        for key in sorted(before.keys() | now.keys() if before else ())
-        if before.get(key) != now.get(key) and not key.startswith(UNTOLD)
-    ]
+    changes = differences(checkpoint.get(SETTINGS, {}), configuration(trainer))
     if changes:
-        rank_zero_info(f"resumed at step {step} with other settings, which are now in force: {', '.join(changes)}")
+        rank_zero_info(f"resumed at step {step} with other settings, which are in force from here: {', '.join(changes)}")
     if 0 <= trainer.max_steps <= step:
         rank_zero_info(
             f"nothing is left to train: the checkpoint is at step {step}, and trainer.max_steps={trainer.max_steps}; to go on, "
             "raise trainer.max_steps"
         )
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Settings of a run that differ from those of another one, as ``key: before -> now``.
+
+    Where a class differs, its arguments are not listed. Where one of the two configurations is unknown, nothing is.
+    """
+    if not before or not now:
+        return []
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(UNTOLD))
+    classes = tuple(key.removesuffix("class_path") for key in keys if key.endswith(".class_path"))
+    told = [key for key in keys if key.endswith(".class_path") or not f"{key}.".startswith(classes)]
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in told]

@@ -16,9 +16,9 @@ from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
 from uae.data.module import ChecksCaptions
-from uae.models.finetune import Finetune
+from uae.models.finetune import Finetune, check_resolution
 from uae.rewards import WeightedReward
-from uae.trainer import data_module, is_dry_run
+from uae.trainer import check_precision, data_module, is_dry_run
 from uae.types import ImageBatch, System
 from uae.weights.checksums import checksums
 
@@ -70,6 +70,10 @@ class ColdStart(L.LightningModule):
         self.strict_loading = not self.of_system  # a checkpoint holds trained weights only; on_load_checkpoint checks them
         self._built = False
 
+    def setup(self, stage: str) -> None:
+        """Refuse precisions in which small updates are lost."""
+        check_precision(self.trainer)
+
     def configure_model(self) -> None:
         """Build the objective's modules at the first call.
 
@@ -96,6 +100,7 @@ class ColdStart(L.LightningModule):
                 f"trainer.max_steps={self.trainer.max_steps}; allowed: 1 or more, as the learning rate ends there; change "
                 "trainer.max_steps"
             )
+        check_resolution({"reading.dtype": self.objective})
         if isinstance(self.objective, SystemObjective):
             if isinstance(data := data_module(self.trainer), ChecksCaptions):
                 data.check_captions()
@@ -168,7 +173,8 @@ class ColdStart(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only the trained weights of a system in the checkpoint, and the settings."""
-        note_settings(self.trainer, checkpoint)
+        if self._trainer is not None:
+            note_settings(self._trainer, checkpoint)
         if self.of_system and "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import nn
 
 from uae.learner import FrozenAdapter, FrozenCopy, Learner, WithoutAdapter
 
@@ -104,3 +108,23 @@ class Full(Finetune):
             )
         for name, parameter in network.model.named_parameters():
             parameter.requires_grad_(name in names)
+
+
+def check_resolution(networks: Mapping[str, nn.Module | None]) -> None:
+    """Check that no weight trains in 16 bits, which would round small updates away.
+
+    Args:
+        networks: What trains, by the key below ``model.init_args.system.init_args`` that sets its dtype.
+
+    Raises:
+        ValueError: A weight does.
+    """
+    for key, network in networks.items():
+        for name, parameter in network.named_parameters() if network is not None else ():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"model.init_args.system.init_args.{key}={dtype}, but these weights train ({name}), and {dtype} rounds updates of "
+                    f"1e-5 away; allowed: model.init_args.system.init_args.{key}=float32 with trainer.precision=bf16-mixed, or an "
+                    "adapter (uae.models.finetune.LoRA)"
+                )
