@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from uae import measure
+from uae.checkpoints.adapters import ADAPTERS, adapters_of, check_adapters
 from uae.checkpoints.resuming import begin_resumed, note_settings, resumable
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.evaluation import AutoEncoder
@@ -114,6 +115,8 @@ class UnifiedGRPO(AutoEncoder):
                 "model.init_args.sampling.temperature=0 makes all captions of an image equal; allowed: above 0"
             )
         self.system, self.finetune = system, finetune
+        if image_finetune is not None:
+            image_finetune.key = "model.init_args.image_finetune.init_args"
         self.image_finetune, self.image_lr, self.exploration = image_finetune, image_lr, exploration
         self.losses = {"caption": loss, "image": image_loss or loss}
         self.weights = {"caption": 1.0, "image": image_weight}
@@ -328,12 +331,15 @@ class UnifiedGRPO(AutoEncoder):
         """Keep what trains, and the settings."""
         if self._trainer is not None:
             note_settings(self._trainer, checkpoint)
+        checkpoint[ADAPTERS] = adapters_of(self)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else."""
+        path = None if self._trainer is None else self._trainer.ckpt_path
+        check_adapters(self, checkpoint, path)
         if "state_dict" in checkpoint:
-            check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))
+            check_trainable_state(self, checkpoint["state_dict"], path)
         if self._trainer is not None:
             begin_resumed(self._trainer, checkpoint)

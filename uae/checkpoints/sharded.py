@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from uae.checkpoints.adapters import check_adapters
 from uae.checkpoints.files import METADATA, partial_of, publish, read, read_metadata, remove, write
 from uae.checkpoints.resuming import check_memory
 from uae.checkpoints.shards import PlainPlanner, ShardReader
@@ -105,6 +106,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
             for key, entry in stored.items()
             if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
+        check_adapters(self._network, content, path)
         check_trainable_state(self._network, shapes, path)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         weights = trainable_state(self._network, get_model_state_dict(self._network, options=options))
@@ -123,6 +125,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
     def _load_file(self, path: Path) -> dict[str, Any]:
         checkpoint = read(path, mmap=True)
         weights = checkpoint.pop("state_dict")
+        check_adapters(self._network, checkpoint, path)
         check_trainable_state(self._network, weights, path)
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(self._network, weights, options=options)

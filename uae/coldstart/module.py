@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from uae.checkpoints.adapters import ADAPTERS, adapters_of, check_adapters
 from uae.checkpoints.resuming import begin_resumed, note_settings, resumable
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
@@ -177,10 +178,13 @@ class ColdStart(L.LightningModule):
             note_settings(self._trainer, checkpoint)
         if self.of_system and "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+            checkpoint[ADAPTERS] = adapters_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not those that train here."""
         if self.of_system and "state_dict" in checkpoint:
-            check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))
+            path = None if self._trainer is None else self._trainer.ckpt_path
+            check_adapters(self, checkpoint, path)
+            check_trainable_state(self, checkpoint["state_dict"], path)
         if self._trainer is not None:
             begin_resumed(self._trainer, checkpoint)
