@@ -77,9 +77,10 @@ def _listed(names: Collection[str]) -> str:
 
 def _check_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Check one weight: a copy of the optimizer takes a step on a weight of the same number of dimensions."""
-    number, found = next(iter(state["state"].items()), (0, {}))
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    weight = nn.Parameter(torch.zeros([2] * weights[number].ndim, device=weights[number].device))
+    found = next(iter(state["state"].values()), {})
+    dimensions = max((value.ndim for value in found.values() if isinstance(value, torch.Tensor)), default=2)
+    device = optimizer.param_groups[0]["params"][0].device
+    weight = nn.Parameter(torch.zeros([2] * dimensions, device=device))
     weight.grad = torch.zeros_like(weight)
     twin = copy.copy(optimizer)
     twin.state, twin.param_groups = defaultdict(dict), [{**optimizer.param_groups[0], "params": [weight]}]
