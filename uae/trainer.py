@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
 
 
 def is_dry_run(trainer: Trainer) -> bool:
@@ -42,12 +41,6 @@ def check_precision(trainer: Trainer) -> None:
             "updates of 1e-5 away); allowed: 32-true, bf16-mixed, 16-mixed. Frozen weights are in bfloat16 with "
             "model.init_args.system.init_args.reading.dtype=bfloat16, whatever trainer.precision is"
         )
-
-
-def configuration(trainer: Trainer) -> dict[str, str]:
-    """The configuration by dotted key, as the command line understood it; empty for a trainer that was made in Python."""
-    made = (one for one in _of(trainer).callbacks if isinstance(one, SaveConfigCallback))
-    return {key: str(value) for one in made for key, value in one.config.items()}
 
 
 def _of(trainer: Any) -> Any:

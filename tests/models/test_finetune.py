@@ -249,7 +249,7 @@ def test_what_is_said_of_an_adapter_must_be_as_in_its_file(fresh, adapter, rollo
     for key, wrong, written in (("rank", 16, 2), ("alpha", 2, 32), ("target_modules", ".*q_proj", "")):
         finetune = LoRA(adapter=folder, **{key: wrong})
         finetune.key = "model.init_args.image_finetune.init_args"
-        said = rf"image_finetune\.init_args\.{key}=.*, but .* has {written}.*; allowed: null, or {written}"
+        said = rf"image_finetune\.init_args\.{key}=.*, but .* has {written}.*; allowed: {written}.*, or null in a file"
         with pytest.raises(ValueError, match=said):
             finetune.attach(copy.deepcopy(fresh).learner, keep_reference=False)
     LoRA(rank=2, alpha=32, adapter=folder).attach(fresh.learner, keep_reference=True)

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-
-from uae.trainer import configuration
 
 SETTINGS = "settings"  # key of a checkpoint: the configuration of the run that wrote it
 UNTOLD = ("config", "ckpt_path", "run_name", "verbose", "weights_only", "print_plan", "memory_gib", "trainer.callbacks",
@@ -77,7 +76,7 @@ def _listed(names: Collection[str]) -> str:
 
 def _check_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Check one weight: a copy of the optimizer takes a step on a weight of the same number of dimensions."""
-    found = next(iter(state["state"].values()), {})
+    found: dict[str, Any] = next(iter(state["state"].values()), {})
     dimensions = max((value.ndim for value in found.values() if isinstance(value, torch.Tensor)), default=2)
     device = optimizer.param_groups[0]["params"][0].device
     weight = nn.Parameter(torch.zeros([2] * dimensions, device=device))
@@ -107,6 +106,12 @@ def _advance(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
+
+
+def configuration(trainer: Any) -> dict[str, str]:
+    """The configuration by dotted key, as the command line understood it; empty for a trainer that was made in Python."""
+    made = (one for one in trainer.callbacks if isinstance(one, SaveConfigCallback))
+    return {key: str(value) for one in made for key, value in one.config.items()}
 
 
 def note_settings(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ class LoRA(Finetune):
             resolved = asked == "all-linear" and not isinstance(value, str)  # PEFT writes the names that it stood for
             if asked not in (None, value) and not resolved:
                 shown = value if isinstance(value, int | str) else sorted(value)
-                raise ValueError(f"{self.key}.{name}={asked}, but {at} has {shown}; allowed: null, or {shown}")
+                raise ValueError(f"{self.key}.{name}={asked}, but {at} has {shown}; allowed: {shown}, or null in a file")
 
 
 @contextmanager
