@@ -16,7 +16,17 @@ import torch
 from torch import nn
 
 Half = Literal["captions", "images"]
+M = TypeVar("M", bound=nn.Module)
 DROPOUTS = ("p", "dropout", "attention_dropout")  # nn.Dropout's name for its probability, and those of attention layers
+
+
+def switch_dropout_off(model: M) -> M:
+    """Set every probability of dropout in a model to 0, in place."""
+    for module in model.modules():
+        for name in DROPOUTS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
 
 
 class Network(nn.Module):
@@ -37,11 +47,7 @@ class Network(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
-        for module in model.modules():
-            for name in DROPOUTS:
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        self.model = switch_dropout_off(model)
 
     @property
     def base(self) -> Any:

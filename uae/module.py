@@ -19,18 +19,20 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from uae import measure
+from uae.checkpoints.adapters import ADAPTERS, adapters_of, check_adapters
+from uae.checkpoints.resuming import begin_resumed, note_settings, resumable
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.evaluation import AutoEncoder
 from uae.grpo import GRPOLoss
 from uae.metrics import UnifiedScore
-from uae.models.finetune import Finetune
+from uae.models.finetune import Finetune, check_resolution
 from uae.models.flow.policy import Exploration
 from uae.policies import learners, prepare, roots
 from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out
 from uae.stopwatch import now
 from uae.strategy import FSDP2Strategy, refuse_other_sharding
-from uae.trainer import batch_size, close_window, ends_epoch, is_dry_run, overfit_batches
+from uae.trainer import batch_size, check_precision, close_window, ends_epoch, is_dry_run, overfit_batches
 from uae.types import ImageBatch, Sampling, System
 
 
@@ -114,6 +116,8 @@ class UnifiedGRPO(AutoEncoder):
                 "model.init_args.sampling.temperature=0 makes all captions of an image equal; allowed: above 0"
             )
         self.system, self.finetune = system, finetune
+        if image_finetune is not None:
+            image_finetune.key = "model.init_args.image_finetune.init_args"
         self.image_finetune, self.image_lr, self.exploration = image_finetune, image_lr, exploration
         self.losses = {"caption": loss, "image": image_loss or loss}
         self.weights = {"caption": 1.0, "image": image_weight}
@@ -254,9 +258,7 @@ class UnifiedGRPO(AutoEncoder):
             rate = {} if rates[name] is None else {"lr": rates[name]}
             groups.append({"params": [p for p in learner.network.parameters() if p.requires_grad], **rate})
         optimizer = self.optimizer([group for group in groups if group["params"]])
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return resumable(optimizer, None if self.scheduler is None else self.scheduler(optimizer))
 
     def _gathered(self, values: Tensor) -> Tensor:
         """The values of all ranks, stacked where there are several."""
@@ -276,6 +278,7 @@ class UnifiedGRPO(AutoEncoder):
     def setup(self, stage: str) -> None:
         """Refuse what could only fail, or silently be wrong, later."""
         refuse_other_sharding(self.trainer.strategy)
+        check_precision(self.trainer)
         if stage != "fit":
             return
         self._first_rollout, self.experience = True, None
@@ -318,6 +321,11 @@ class UnifiedGRPO(AutoEncoder):
         for name, learner in learners(umm, train).items():
             setattr(self, name, learner.network)
 
+    def on_fit_start(self) -> None:
+        """Refuse weights that would not keep small updates."""
+        check_resolution({"reading.dtype": self.policy, "rendering.placement.dtype": self.image_policy})
+        super().on_fit_start()
+
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""
         batches, rollout = self.trainer.num_training_batches, self.batches_per_rollout
@@ -340,11 +348,18 @@ class UnifiedGRPO(AutoEncoder):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains."""
+        """Keep what trains, and the settings."""
+        if self._trainer is not None:
+            note_settings(self._trainer, checkpoint)
+        checkpoint[ADAPTERS] = adapters_of(self)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of something else."""
+        path = None if self._trainer is None else self._trainer.ckpt_path
+        check_adapters(self, checkpoint, path)
         if "state_dict" in checkpoint:
-            check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))
+            check_trainable_state(self, checkpoint["state_dict"], path)
+        if self._trainer is not None:
+            begin_resumed(self._trainer, checkpoint)

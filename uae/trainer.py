@@ -57,5 +57,19 @@ def close_window(module: LightningModule) -> None:
             parameter.grad.mul_(trainer.accumulate_grad_batches / batches)
 
 
+def check_precision(trainer: Trainer) -> None:
+    """Refuse precisions that convert what must stay in float32: the weights that train, and the images.
+
+    Raises:
+        ValueError: ``trainer.precision`` is one of these.
+    """
+    if trainer.precision in ("16-true", "bf16-true", "64-true"):
+        raise ValueError(
+            f"trainer.precision={trainer.precision} converts images and weights that train, which must stay in float32 (16 bits round "
+            "updates of 1e-5 away); allowed: 32-true, bf16-mixed, 16-mixed. Frozen weights are in bfloat16 with "
+            "model.init_args.system.init_args.reading.dtype=bfloat16, whatever trainer.precision is"
+        )
+
+
 def _of(trainer: Any) -> Any:
     return trainer

@@ -36,6 +36,13 @@ def test_mistakes_are_one_line(args, said, capsys):
     assert said in error
 
 
+def test_a_configuration_that_says_something_twice_is_one_line(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("folder: a\nlimit: 5\nfolder: b\n")
+    with pytest.raises(SystemExit, match="2"):
+        run("count", count, ["--config", str(tmp_path / "c.yaml")])
+    assert "c.yaml' has the key 'folder' twice, in line 1 and in line 3; remove one of them\n" in capsys.readouterr().err
+
+
 def test_usage_and_unknown_commands(capsys):
     main([])
     said = capsys.readouterr().out

@@ -54,6 +54,8 @@ def test_a_fit_lowers_the_loss_and_leaves_verified_weights(tmp_path):
 
 
 def test_a_dry_run_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.init_args\.folder='' is no folder"):
+        ColdStart(Line(), folder="")
     fit(ColdStart(Line(), folder=str(tmp_path / "weights")), fast_dev_run=2)
     assert not (tmp_path / "weights").exists()
 

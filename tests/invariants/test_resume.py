@@ -114,7 +114,41 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else_fits_it(build, trainer,
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     assert set(content["state_dict"]) == trained
     assert all("lora_" in name for name in trained)
-    for finetune, fault in ((LoRA(rank=3), "of another shape"), (Full(), "missing")):
+    faults = [
+        (LoRA(rank=3), r"holds an adapter of rank 2, but model\.init_args\.finetune\.init_args\.rank=3; allowed: .*rank=2"),
+        (LoRA(rank=2, alpha=4), r"adapter of alpha 32, but model\.init_args\.finetune\.init_args\.alpha=4; allowed: .*alpha=32"),
+        (LoRA(rank=2, target_modules="all-linear"), r"missing \(policy.*model\.init_args\.finetune"),
+        (Full(), r"missing \(policy.*model\.init_args\.finetune"),
+    ]
+    for finetune, fault in faults:
         other = module_of(build, finetune=finetune)
-        with pytest.raises(ValueError, match=rf"{fault} \(policy.*model\.init_args\.finetune"):
+        with pytest.raises(ValueError, match=fault):
             fit(other, trainer, Save(saved.folder), resume=saved.folder / "8.ckpt")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_with_another_alpha_is_refused_too(build, trainer, straight, stage):
+    other = module_of(build, finetune=LoRA(rank=2, alpha=4))
+    with pytest.raises(ValueError, match=r"model\.init_args\.finetune\.init_args\.alpha=4; allowed: .*alpha=32"):
+        getattr(trainer(), stage)(other, SceneData(val_size=2, test_size=2), ckpt_path=straight[1].folder / "8.ckpt")
+
+
+def test_settings_of_a_resumed_run_are_the_configurations(build, trainer, straight):
+    """Another learning rate and another schedule: the weights move as far as these say."""
+    module, saved = straight
+    still = module_of(build, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.0), scheduler=None)
+    run = trainer(max_steps=12)
+    run.fit(still, SceneData(batch_size=4, train_size=8), ckpt_path=saved.folder / "8.ckpt")
+    content = torch.load(saved.folder / "8.ckpt", weights_only=True)
+    for name, weight in content["state_dict"].items():
+        assert torch.equal(weight, still.get_parameter(name).cpu())
+    assert [state["step"] for state in run.optimizers[0].state.values()][0] == 12  # moments went on
+
+
+def test_a_checkpoint_of_weights_only_is_one_line(build, trainer, straight, tmp_path):
+    module = module_of(build)
+    run = trainer(max_steps=4)
+    run.fit(module, SceneData(batch_size=4, train_size=8))
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"weights\.ckpt' holds weights only .* so no run can continue from it"):
+        fit(module_of(build), trainer, Save(tmp_path), resume=tmp_path / "weights.ckpt")

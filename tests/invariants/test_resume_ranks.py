@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.strategy.test_strategy import Recorder, module
-from tests.two_processes import run_on_two
+from tests.two_processes import run_on, run_on_two
 from uae.checkpoints.files import CheckpointFiles
 from uae.miniature.data import SceneData
+from uae.strategy import FSDP2Strategy
 
 STEPS = 12  # three rollouts of four steps; an epoch has two
 
@@ -41,11 +42,15 @@ class Seen(Recorder):
         self.result["texts"] = self.texts
 
 
-def run(strategy, folder, finetune, devices, keep=False, resume=None):
+def warmup(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 10)
+
+
+def run(strategy, folder, finetune, devices, keep=False, resume=None, **changes):
     seen, model = Seen(folder if keep else None), module(finetune)
     model.num_iterations = 4  # and one mini-batch: several would be of other images with other numbers of processes
-    model.optimizer = partial(torch.optim.AdamW, lr=0.01)
-    model.scheduler = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 10)
+    settings = {"optimizer": partial(torch.optim.AdamW, lr=0.01), "scheduler": warmup, **changes}
+    model.optimizer, model.scheduler = settings["optimizer"], settings["scheduler"]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
     fit = L.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, default_root_dir=folder, max_steps=STEPS,
@@ -112,3 +117,34 @@ def test_two_processes_continue_one(tmp_path):
     first, second = run_on_two(widened, str(tmp_path), timeout=200)
     assert_equal(first, second)
     assert_same_course(first, straight, at=8)
+
+
+def resettled(rank, folder, shards):
+    """Runs that go on with other settings than those of the run that wrote the checkpoint."""
+
+    def again(resume=f"{folder}/8.ckpt", **changes):
+        strategy = FSDP2Strategy(save_distributed_checkpoint=shards)
+        return run(strategy, folder, "lora", 1, keep=resume is None, resume=resume, **changes)
+
+    straight = again(resume=None, scheduler=None)
+    still = again(optimizer=partial(torch.optim.AdamW, lr=0.0, weight_decay=0.5), scheduler=warmup)
+    same = again(scheduler=None)
+    faults = []
+    for other in (partial(torch.optim.SGD, lr=0.1), partial(torch.optim.AdamW, amsgrad=True)):
+        try:
+            again(optimizer=other)
+        except ValueError as error:
+            faults.append(str(error))
+    return straight, still, same, faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [True, False], ids=["shards", "file"])
+def test_a_sharded_run_resumes_with_the_configurations_settings(tmp_path, shards):
+    ((straight, still, same, faults),) = run_on(1, resettled, str(tmp_path), shards, timeout=200)
+    assert same["losses"] == straight["losses"][8:]
+    assert still["losses"] != same["losses"]
+    assert len({*still["losses"]}) == 1  # one rollout, whose policy no step of 0 moves
+    assert len(faults) == 2
+    for fault, name in zip(faults, ("SGD (its state of a weight: nothing)", "AdamW (its state of a weight: exp_avg"), strict=True):
+        assert fault.startswith(f"model.init_args.optimizer is {name}")

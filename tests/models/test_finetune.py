@@ -1,7 +1,10 @@
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models import families
 from uae.learner import Learner
@@ -234,9 +237,64 @@ def test_an_error_inside_the_reference_leaves_the_policy_in_place(fresh, rollout
     assert len(trainable(fresh)) == 28
 
 
-def test_lora_that_matches_nothing_is_an_error(fresh):
-    with pytest.raises(ValueError, match="(?i)target.*modules.*nowhere"):
-        LoRA(target_modules=r".*nowhere").attach(fresh.learner, keep_reference=False)
+@pytest.mark.parametrize("wrong", [{"target_modules": ".*nowhere"}, {"rank": 0}])
+def test_lora_that_matches_nothing_is_an_error(fresh, wrong):
+    (key, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=rf"^model\.init_args\.finetune\.init_args: .*{key}='?{value}"):
+        LoRA(**wrong).attach(fresh.learner, keep_reference=False)
+
+
+def test_what_is_said_of_an_adapter_must_be_as_in_its_file(fresh, adapter, rollout):
+    folder, start = adapter
+    for key, wrong, written in (("rank", 16, 2), ("alpha", 2, 32), ("target_modules", ".*q_proj", "")):
+        finetune = LoRA(adapter=folder, **{key: wrong})
+        finetune.key = "model.init_args.image_finetune.init_args"
+        said = rf"image_finetune\.init_args\.{key}=.*, but .* has {written}.*; allowed: {written}.*, or null in a file"
+        with pytest.raises(ValueError, match=said):
+            finetune.attach(copy.deepcopy(fresh).learner, keep_reference=False)
+    LoRA(rank=2, alpha=32, adapter=folder).attach(fresh.learner, keep_reference=True)
+    assert torch.equal(logprobs(fresh, rollout), start)
+
+
+def changed(folder, change):
+    """The adapter with other settings or factors."""
+    config, weights = Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")
+    settings, factors = json.loads(config.read_text()), load_file(weights)
+    change(settings, factors)
+    config.write_text(json.dumps(settings))
+    save_file(factors, weights)
+
+
+FAULTS = {
+    "lacks 1 factors": lambda settings, factors: factors.popitem(),
+    "has no layer of this model for 1 factors": lambda settings, factors: factors.update(
+        {f"base_model.model.other.{name}": value.clone() for name, value in list(factors.items())[:1]}
+    ),
+    "cannot be loaded into this model: .*size mismatch": lambda settings, factors: settings.update(r=4),
+    "is an adapter of type IA3; allowed: LORA": lambda settings, factors: settings.update(peft_type="IA3"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_adapter_that_would_be_loaded_in_part_is_refused(fresh, adapter, fault):
+    changed(adapter[0], FAULTS[fault])
+    with pytest.raises(ValueError, match=rf"^model\.init_args\.finetune\.init_args\.adapter='.*' {fault}"):
+        LoRA(adapter=adapter[0]).attach(fresh.learner, keep_reference=False)
+
+
+def test_a_folder_without_an_adapter_is_one_line(fresh, tmp_path):
+    with pytest.raises(ValueError, match=r"init_args\.adapter='.*' cannot be loaded into this model: .*adapter_config.json"):
+        LoRA(adapter=str(tmp_path)).attach(fresh.learner, keep_reference=False)
+    with pytest.raises(FileNotFoundError, match="nothing at './nowhere'"):
+        LoRA(adapter="./nowhere").attach(fresh.learner, keep_reference=False)
+
+
+def test_dropout_of_an_adapters_file_is_off(fresh, adapter, rollout):
+    changed(adapter[0], lambda settings, factors: settings.update(lora_dropout=0.5))
+    LoRA(adapter=adapter[0]).attach(fresh.learner, keep_reference=True)
+    fresh.learner.network.train()
+    assert torch.equal(logprobs(fresh, rollout), adapter[1])
+    assert torch.equal(reference(fresh, rollout), adapter[1])
 
 
 # ------------------------------------------------------------------------------------------------------------- Full

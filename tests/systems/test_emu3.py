@@ -118,6 +118,8 @@ def test_a_budget_of_pixels_bounds_what_is_read(mirror):
     assert tokens(max_pixels=256) == 4
     with pytest.raises(ValueError, match="between 1024 and 576 pixels; allowed: 0 < min_pixels"):
         tokens(min_pixels=1024)
+    with pytest.raises(ValueError, match="between 0 and"):  # 0 is a value, and not the checkpoint's own
+        tokens(min_pixels=0)
 
 
 @pytest.mark.parametrize(

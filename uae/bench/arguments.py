@@ -10,8 +10,10 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from uae.cli import debugging, fail
 from uae.cli.explain import explain
+from uae.files.settings import make_parser_strict
 
 Function = Callable[..., Any]
+make_parser_strict("yaml")
 
 
 class Parser(ArgumentParser):

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from uae.bench.fingerprints import checkpoints, sha256
 from uae.bench.output_folder import WEIGHTS
+from uae.checkpoints.adapters import check_adapters
 from uae.checkpoints.files import read, read_metadata
 from uae.checkpoints.shards import PlainPlanner, ShardReader
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
@@ -166,7 +167,7 @@ def read_checkpoint(module: AutoEncoder, path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        read_metadata(path)
+        content = read_metadata(path)
         reader, prefix = ShardReader(path), "state_dict."
         stored = reader.read_metadata().state_dict_metadata
         weights = {
@@ -175,7 +176,9 @@ def read_checkpoint(module: AutoEncoder, path: str | Path) -> None:
         }  # fmt: skip
         dcp.load({"state_dict": weights}, storage_reader=reader, planner=PlainPlanner(), no_dist=True)
     else:
-        weights = read(path, mmap=True)["state_dict"]
+        content = read(path, mmap=True)
+        weights = content["state_dict"]
+    check_adapters(module, content, path)
     check_trainable_state(module, weights, path)
     module.load_state_dict(trainable_state(module, weights), strict=False)
 

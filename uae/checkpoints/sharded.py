@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from uae.checkpoints.adapters import check_adapters
 from uae.checkpoints.files import METADATA, partial_of, publish, read, read_metadata, remove, write
+from uae.checkpoints.resuming import check_memory
 from uae.checkpoints.shards import PlainPlanner, ShardReader
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 
@@ -104,27 +106,47 @@ class ShardedCheckpoints(ModelParallelStrategy):
             for key, entry in stored.items()
             if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
+        check_adapters(self._network, content, path)
         check_trainable_state(self._network, shapes, path)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         weights = trainable_state(self._network, get_model_state_dict(self._network, options=options))
         _read_into({"state_dict": weights}, path)
         set_model_state_dict(self._network, weights, options=options)
         for i, optimizer in enumerate(self.optimizers):
-            state = {f"optimizer_{i}": get_optimizer_state_dict(self._network, optimizer)}
+            prefix = f"optimizer_{i}.state."
+            fresh = self._fresh(optimizer, {key.rpartition(".")[2] for key in stored if key.startswith(prefix)})
+            if fresh is None:
+                continue
+            state = {f"optimizer_{i}": {"state": fresh["state"]}}
             _read_into(state, path)  # replaces entries that are not tensors, so it is read from the dictionary again
-            set_optimizer_state_dict(self._network, optimizer, state[f"optimizer_{i}"])
+            set_optimizer_state_dict(self._network, optimizer, {**fresh, **state[f"optimizer_{i}"]})
         return content
 
     def _load_file(self, path: Path) -> dict[str, Any]:
         checkpoint = read(path, mmap=True)
         weights = checkpoint.pop("state_dict")
+        check_adapters(self._network, checkpoint, path)
         check_trainable_state(self._network, weights, path)
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(self._network, weights, options=options)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", []), strict=False):
-            named = _renamed(state, dict(enumerate(self._names(optimizer))))
-            set_optimizer_state_dict(self._network, optimizer, named, options=options)
+            fresh = self._fresh(optimizer, {name for one in state["state"].values() for name in one})
+            if fresh is None:
+                continue
+            named = _renamed(state, dict(enumerate(self._names(optimizer))))["state"]
+            set_optimizer_state_dict(self._network, optimizer, {**fresh, "state": named}, options=options)
         return checkpoint
+
+    def _fresh(self, optimizer: Optimizer, found: Collection[str]) -> dict[str, Any] | None:
+        """The state of an optimizer as the configuration makes it, or None where the checkpoint holds none to replace it.
+
+        Args:
+            optimizer: The optimizer.
+            found: Names of what the checkpoint holds of a weight, such as "exp_avg".
+        """
+        fresh: Any = get_optimizer_state_dict(self._network, optimizer)
+        check_memory(optimizer, {name for one in fresh["state"].values() for name in one}, found)
+        return fresh if found else None
 
     def _names(self, optimizer: Optimizer) -> list[str]:
         """Names of an optimizer's parameters, in its order."""

@@ -28,10 +28,12 @@ from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, o
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
+from uae.files.settings import make_parser_strict
 from uae.trainer import is_dry_run
 from uae.types import PlannedSystem
 
 GIB = 2**30
+make_parser_strict("omegaconf+")
 
 
 class Parser(LightningArgumentParser):

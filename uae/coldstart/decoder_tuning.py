@@ -57,6 +57,7 @@ class DecoderTuning(SystemObjective):
         if not 0 <= dropout <= 1:
             raise ValueError(f"model.init_args.objective.init_args.dropout={dropout}; allowed: 0 to 1")
         self.decoder = decoder or LoRA(rank=32, alpha=32, target_modules=IMAGE_TRANSFORMER)
+        self.decoder.key = "model.init_args.objective.init_args.decoder.init_args"
         self.trainable, self.mean, self.std, self.dropout = trainable, mean, std, dropout
         self.gradient_checkpointing = gradient_checkpointing
 

@@ -11,13 +11,15 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from uae.checkpoints.adapters import ADAPTERS, adapters_of, check_adapters
+from uae.checkpoints.resuming import begin_resumed, note_settings, resumable
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
 from uae.data.module import ChecksCaptions
-from uae.models.finetune import Finetune
+from uae.models.finetune import Finetune, check_resolution
 from uae.rewards import WeightedReward
-from uae.trainer import close_window, data_module, is_dry_run
+from uae.trainer import check_precision, close_window, data_module, is_dry_run
 from uae.types import ImageBatch, System
 from uae.weights.checksums import checksums
 
@@ -62,10 +64,16 @@ class ColdStart(L.LightningModule):
         self.of_system = isinstance(objective, SystemObjective)
         if isinstance(objective, SystemObjective):
             objective.use(system, finetune, reward, instruction, seed)
-        self.folder = Path(folder) if folder else None
+        if folder == "":
+            raise ValueError("model.init_args.folder='' is no folder; allowed: a folder, or null for one in the log directory")
+        self.folder = None if folder is None else Path(folder)
         self.batches_per_rollout = 1
         self.strict_loading = not self.of_system  # a checkpoint holds trained weights only; on_load_checkpoint checks them
         self._built = False
+
+    def setup(self, stage: str) -> None:
+        """Refuse precisions in which small updates are lost."""
+        check_precision(self.trainer)
 
     def configure_model(self) -> None:
         """Build the objective's modules at the first call.
@@ -93,6 +101,7 @@ class ColdStart(L.LightningModule):
                 f"trainer.max_steps={self.trainer.max_steps}; allowed: 1 or more, as the learning rate ends there; change "
                 "trainer.max_steps"
             )
+        check_resolution({"reading.dtype": self.objective})
         if isinstance(self.objective, SystemObjective):
             if isinstance(data := data_module(self.trainer), ChecksCaptions):
                 data.check_captions()
@@ -151,8 +160,7 @@ class ColdStart(L.LightningModule):
                 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.trainer.max_steps))
             )
 
-        scheduler = {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, scale), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return resumable(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale))
 
     def on_fit_end(self) -> None:
         """Write the weights and their checksums, unless the run was interrupted.
@@ -169,11 +177,18 @@ class ColdStart(L.LightningModule):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only the trained weights of a system in the checkpoint."""
+        """Keep only the trained weights of a system in the checkpoint, and the settings."""
+        if self._trainer is not None:
+            note_settings(self._trainer, checkpoint)
         if self.of_system and "state_dict" in checkpoint:
             checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+            checkpoint[ADAPTERS] = adapters_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose weights are not those that train here."""
         if self.of_system and "state_dict" in checkpoint:
-            check_trainable_state(self, checkpoint["state_dict"], getattr(self._trainer, "ckpt_path", None))
+            path = None if self._trainer is None else self._trainer.ckpt_path
+            check_adapters(self, checkpoint, path)
+            check_trainable_state(self, checkpoint["state_dict"], path)
+        if self._trainer is not None:
+            begin_resumed(self._trainer, checkpoint)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from uae.learner import FrozenAdapter, FrozenCopy, Learner, WithoutAdapter
+import torch
+from torch import nn
+
+from uae.files.locations import locate
+from uae.learner import FrozenAdapter, FrozenCopy, Learner, WithoutAdapter, switch_dropout_off
 
 LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids; Emu3's is named text_model
     r".*\b(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
@@ -14,11 +21,15 @@ LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybri
 IMAGE_TRANSFORMER = (
     r".*attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # of diffusers; as Flow-GRPO adapts them
 )
+DEFAULT_TARGETS = f"{LANGUAGE_MODEL}|{IMAGE_TRANSFORMER}"
 IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
 
 
 class Finetune:
     """Decides which parameters of a network train, and how the initial weights (the reference) can be used again."""
+
+    key = "model.init_args.finetune.init_args"
+    """Where the configuration holds the arguments, for error messages."""
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Freeze and unfreeze ``learner.network`` in place, and set ``learner.start``.
@@ -37,43 +48,100 @@ class LoRA(Finetune):
     the model is bfloat16, because bfloat16 would round updates of 1e-6 away.
 
     Args:
-        rank: Rank of the adapter.
-        alpha: Scale of the adapter; it adds ``alpha / rank * B A`` to a weight.
+        rank: Rank of the adapter; None is that of ``adapter``, or 16.
+        alpha: Scale of the adapter; it adds ``alpha / rank * B A`` to a weight. None is that of ``adapter``, or 32.
         target_modules: Regular expression over the names of modules that get an adapter, or "all-linear" for every linear
-            layer except the output head, those of the image tower included, as UAE was trained. The default is the linear
-            layers of the language model, or the attention of a diffusers denoiser.
-        adapter: Folder of a PEFT adapter to start from; the reference is then a frozen copy of that adapter.
+            layer except the output head, those of the image tower included, as UAE was trained. None is those of
+            ``adapter``, or the linear layers of the language model, or the attention of a diffusers denoiser.
+        adapter: Folder or hub id of a PEFT adapter to start from; the reference is then a frozen copy of that adapter. What
+            is given of the other arguments must be as in its ``adapter_config.json``.
     """
 
     def __init__(
         self,
-        rank: int = 16,
-        alpha: int = 32,
-        target_modules: str = f"{LANGUAGE_MODEL}|{IMAGE_TRANSFORMER}",
+        rank: int | None = None,
+        alpha: int | None = None,
+        target_modules: str | None = None,
         adapter: str | None = None,
     ) -> None:
         self.rank, self.alpha, self.target_modules, self.adapter = rank, alpha, target_modules, adapter
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
-        """Wrap the model in a PeftModel. Dropout is 0, because with dropout the policy ratio would not start at one."""
-        import peft
+        """Wrap the model in a PeftModel. Dropout is 0, because with dropout the policy ratio would not start at one.
 
+        Raises:
+            FileNotFoundError, ValueError: There is no LoRA at ``adapter``, or it fits neither the model nor the other arguments.
+        """
         network = learner.network
         model = network.model.requires_grad_(False)
         if self.adapter is None:
-            aside = network.never_adapted()
-            config = peft.LoraConfig(
-                r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, lora_dropout=0.0,
-                exclude_modules=[name for name, module in model.named_modules() if module in aside] or None,
-            )  # fmt: skip
-            network.model, learner.start = peft.get_peft_model(model, config), WithoutAdapter()
+            network.model, learner.start = self._new(model, network.never_adapted()), WithoutAdapter()
             return
-        wrapped = peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+        folder = locate(self.adapter)
+        wrapped = self._loaded(model, folder)
         if keep_reference:
-            wrapped.load_adapter(self.adapter, adapter_name="reference", is_trainable=False)
+            wrapped.load_adapter(folder, adapter_name="reference", is_trainable=False)
             wrapped.set_adapter("default")
             learner.start = FrozenAdapter("reference")
-        network.model = wrapped
+        network.model = switch_dropout_off(wrapped)
+
+    def _new(self, model: nn.Module, aside: list[nn.Module]) -> Any:
+        """The model with a new adapter, which adapts none of the modules in ``aside``."""
+        import peft
+
+        targets = DEFAULT_TARGETS if self.target_modules is None else self.target_modules
+        rank, alpha = 16 if self.rank is None else self.rank, 32 if self.alpha is None else self.alpha
+        excluded = [name for name, module in model.named_modules() if module in aside]
+        try:
+            return peft.get_peft_model(
+                model,
+                peft.LoraConfig(
+                    r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=excluded or None, lora_dropout=0.0
+                ),
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{self.key}: rank={rank}, alpha={alpha}, target_modules={targets!r} are no adapter of this model: {error}"
+            ) from error
+
+    def _loaded(self, model: nn.Module, folder: str) -> Any:
+        """The model with the adapter in a folder, all of whose factors must have found their place."""
+        import peft
+
+        at = f"{self.key}.adapter={self.adapter!r}"
+        with _explained(at):
+            config = peft.PeftConfig.from_pretrained(folder)
+        self._check(config, at)
+        with _explained(at), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are looked for below
+            wrapped: Any = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+            written = {name for name in peft.load_peft_weights(folder, device="cpu") if "lora_" in name}
+        adapted = {name for name in peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False) if "lora_" in name}
+        for names, fault in ((adapted - written, "lacks"), (written - adapted, "has no layer of this model for")):
+            if names:
+                raise ValueError(f"{at} {fault} {len(names)} factors (e.g. {min(names)}): correct {self.key}.adapter")
+        return wrapped
+
+    def _check(self, config: Any, at: str) -> None:
+        """Check that an adapter is LoRA, as the other arguments say."""
+        if config.peft_type != "LORA":
+            raise ValueError(f"{at} is an adapter of type {config.peft_type.value}; allowed: LORA")
+        written = {"rank": config.r, "alpha": config.lora_alpha, "target_modules": config.target_modules}
+        for name, value in written.items():
+            asked = getattr(self, name)
+            resolved = asked == "all-linear" and not isinstance(value, str)  # PEFT writes the names that it stood for
+            if asked not in (None, value) and not resolved:
+                shown = value if isinstance(value, int | str) else sorted(value)
+                raise ValueError(f"{self.key}.{name}={asked}, but {at} has {shown}; allowed: {shown}, or null in a file")
+
+
+@contextmanager
+def _explained(at: str) -> Iterator[None]:
+    """Turn what PEFT says about an adapter into one line that names it."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"{at} cannot be loaded into this model: {' '.join(str(error).split())[:300]}") from error
 
 
 class Full(Finetune):
@@ -99,8 +167,28 @@ class Full(Finetune):
         names = [name for name, _ in network.model.named_parameters() if re.search(self.trainable, name)]
         if not names:
             raise ValueError(
-                f"model.init_args.finetune.init_args.trainable={self.trainable!r} matches no parameter of the network; allowed: "
+                f"{self.key}.trainable={self.trainable!r} matches no parameter of the network; allowed: "
                 "a regular expression that is found in the name of one"
             )
         for name, parameter in network.model.named_parameters():
             parameter.requires_grad_(name in names)
+
+
+def check_resolution(networks: Mapping[str, nn.Module | None]) -> None:
+    """Check that no weight trains in 16 bits, which would round small updates away.
+
+    Args:
+        networks: What trains, by the key below ``model.init_args.system.init_args`` that sets its dtype.
+
+    Raises:
+        ValueError: A weight does.
+    """
+    for key, network in networks.items():
+        for name, parameter in network.named_parameters() if network is not None else ():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"model.init_args.system.init_args.{key}={dtype}, but these weights train ({name}), and {dtype} rounds updates of "
+                    f"1e-5 away; allowed: model.init_args.system.init_args.{key}=float32 with trainer.precision=bf16-mixed, or an "
+                    "adapter (uae.models.finetune.LoRA)"
+                )

@@ -87,7 +87,8 @@ def set_pixels(images: Any, reading: Reading) -> None:
     Raises:
         ValueError: The bounds are not positive or are in the wrong order.
     """
-    least, most = reading.min_pixels or images.min_pixels, reading.max_pixels or images.max_pixels
+    least = images.min_pixels if reading.min_pixels is None else reading.min_pixels
+    most = images.max_pixels if reading.max_pixels is None else reading.max_pixels
     if not 0 < least <= most:
         raise ValueError(
             f"an image cannot have between {least} and {most} pixels; allowed: 0 < min_pixels <= max_pixels (the checkpoint's "

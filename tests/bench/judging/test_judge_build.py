@@ -147,6 +147,14 @@ def test_judges_that_are_refused(tmp_path, change, said):
     assert "5ecret" not in str(caught.value)
 
 
+def test_a_judge_given_twice_is_refused_without_its_name(tmp_path):
+    path = Path(write_judges(tmp_path / "judges.yaml", one=judge_entry("openai", SERVER)))
+    lines = path.read_text().splitlines()
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(ValueError, match=f"has a key twice, in line 1 and in line {len(lines) + 1}; remove one of them"):
+        read_judges(path)
+
+
 def test_a_judge_without_a_price_is_refused(tmp_path):
     entry = judge_entry("openai", SERVER)
     del entry["usd_per_million_output"]

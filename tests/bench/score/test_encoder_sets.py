@@ -33,6 +33,8 @@ def test_the_files_are_what_they_say():
         ("held_out: [x]\na: {class_path: uae.encoders.LayoutEncoder}\n", "must name encoders of the file"),
         ("overall: {class_path: uae.encoders.LayoutEncoder}\n", "are taken"),
         ("a: {class_path: uae.encoders.LayoutEncoder, init_args: {cels: 3}}\n", "cels"),
+        ("a: {class_path: uae.encoders.LayoutEncoder}\n" * 2, "the key 'a' twice, in line 1 and in line 2"),
+        ("a: [", "cannot be read: while parsing a flow"),
     ],
 )
 def test_mistakes_say_what_is_wrong(tmp_path, text, said):

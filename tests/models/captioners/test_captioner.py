@@ -142,6 +142,12 @@ def test_both_images_and_the_instruction_matter(captioner, images):
 
 
 @torch.no_grad()
+def test_no_words_are_a_question_too(captioner, images):
+    asked = [captioner.prepare(images, words).inputs()["input_ids"] for words in ("", None, captioner.instruction)]
+    assert torch.equal(asked[1], asked[2])
+    assert asked[0].shape[1] < asked[1].shape[1]
+
+
 def test_samples_follow_the_policy(captioner, images):
     """Chi-square of 4000 first tokens against probabilities from a plain forward pass."""
     context, count = captioner.prepare(images[1:]), 4000

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from uae.files.settings import RepeatedKeyError, read_settings
+
 APIS = ("openai", "anthropic")
 DATED = re.compile(r"20\d{6}|20\d\d-\d\d-\d\d|-\d{4}$")
 LIMITS = ("max_tokens", "max_completion_tokens")  # either parameter bounds the length of an answer
@@ -176,7 +178,11 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file of {what} at {str(path)!r}")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_settings(path)
+    except RepeatedKeyError as error:
+        raise ValueError(
+            f"{str(path)!r} has a key twice, in line {error.first} and in line {error.second}; remove one of them"
+        ) from None
     except (yaml.YAMLError, ValueError):
         content = None
     if not isinstance(content, dict):

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jsonargparse import ArgumentError, ArgumentParser
+from yaml import YAMLError
 
 from uae.cli.explain import explain
 from uae.encoders import HFEncoder
+from uae.files.settings import read_settings
 from uae.types import ImageEncoder
 
 HELD_OUT = "held_out"  # the only key of an encoders file that is not the name of an encoder
@@ -59,11 +61,12 @@ def read_encoders(file: str | Path | None) -> EncoderSet:
     """
     if file is None:
         return paper_encoders()
-    import yaml
-
     if not Path(file).is_file():
         raise FileNotFoundError(f"no encoders at {str(file)!r}; correct --encoders, a YAML file such as configs/bench/official.yaml")
-    content = yaml.safe_load(Path(file).read_text())
+    try:
+        content = read_settings(file)
+    except YAMLError as error:
+        raise ValueError(f"encoders file {str(file)!r} cannot be read: {' '.join(str(error).split())}") from None
     given: dict[str, Any] = dict(content) if isinstance(content, dict) else {}
     held_out = tuple(given.pop(HELD_OUT, None) or ())
     if not given or not set(held_out) <= given.keys() or TAKEN & given.keys():

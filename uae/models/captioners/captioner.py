@@ -95,7 +95,7 @@ class HFCaptioner:
 
     def prompts(self, instruction: str | Sequence[str] | None, images: int) -> list[str]:
         """One prompt per image. ``instruction`` is one for all images or one per image; None is the captioner's own."""
-        asked = instruction or self.instruction
+        asked = self.instruction if instruction is None else instruction
         return [self.prompt(one) for one in ([asked] * images if isinstance(asked, str) else asked)]
 
     def prepare(self, images_BCHW: Tensor, instruction: str | Sequence[str] | None = None) -> VLMContext:
