@@ -32,8 +32,9 @@ from uae.rewards import WeightedReward
 from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out
 from uae.stopwatch import now
 from uae.strategy import FSDP2Strategy, refuse_other_sharding
-from uae.trainer import batch_size, check_precision, close_window, ends_epoch, is_dry_run, overfit_batches
+from uae.trainer import batch_size, check_precision, is_dry_run
 from uae.types import ImageBatch, Sampling, System
+from uae.windows import check_epoch, check_windows, close_window, ends_epoch
 
 
 class UnifiedGRPO(AutoEncoder):
@@ -285,21 +286,7 @@ class UnifiedGRPO(AutoEncoder):
         size = batch_size(self.trainer)
         if size is not None:
             parts(size, self.plan.mini_batches)
-        accumulate, per_rollout = self.trainer.accumulate_grad_batches, self.batches_per_rollout
-        if per_rollout % accumulate and accumulate % per_rollout:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches={accumulate} and model.init_args.mini_batches * model.init_args.num_iterations="
-                f"{per_rollout}: "
-                "one must divide the other, so that rollouts and optimizer steps end together"
-            )
-        losses = (self.losses[name] for name in SEGMENTS[self.plan.train])
-        windowed = [loss.aggregation for loss in losses if loss.window != "none"]
-        if per_rollout % accumulate and windowed:
-            raise ValueError(
-                f"model.init_args.loss.aggregation={windowed[0]} divides by the tokens of the optimizer window, which spans "
-                f"{accumulate // per_rollout} rollouts of which the later are unknown; set trainer.accumulate_grad_batches "
-                f"to a divisor of {per_rollout} (and raise data.init_args.batch_size), or use grpo or dr_grpo"
-            )
+        check_windows(self.trainer, self.batches_per_rollout, [self.losses[name] for name in SEGMENTS[self.plan.train]])
 
     def configure_model(self) -> None:
         """Build the system, decide what trains, load the encoders, shard where the strategy asks for it. Idempotent."""
@@ -328,13 +315,7 @@ class UnifiedGRPO(AutoEncoder):
 
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""
-        batches, rollout = self.trainer.num_training_batches, self.batches_per_rollout
-        if batches != float("inf") and batches % rollout and not is_dry_run(self.trainer):
-            key = "overfit_batches" if overfit_batches(self.trainer) else "limit_train_batches"
-            raise ValueError(
-                f"an epoch of {batches} training batches ends inside a rollout; allowed: a multiple of model.init_args.mini_batches "
-                f"* model.init_args.num_iterations={rollout}: set trainer.{key}={max(batches // rollout, 1) * rollout}"
-            )
+        check_epoch(self.trainer, self.batches_per_rollout)
 
     def _check_gap(self, gap: float) -> None:
         if not gap <= self.ratio_tolerance:

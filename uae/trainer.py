@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 
 
 def is_dry_run(trainer: Trainer) -> bool:
@@ -34,27 +34,6 @@ def current_metrics(trainer: Trainer) -> Collection[str]:
     """Names of the metrics that the loop that runs now (training or validation) has logged, without those of the other loop."""
     found: dict[str, Any] = _of(trainer)._logger_connector.metrics["callback"]
     return found
-
-
-def ends_epoch(trainer: Trainer) -> bool:
-    """Whether the training batch in progress is the last of its epoch. Lightning takes an optimizer step after it."""
-    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    return trainer.is_last_batch or ready == trainer.num_training_batches
-
-
-def close_window(module: LightningModule) -> None:
-    """Make the gradient of an accumulation window the mean over the batches that were in it. Call it after every backward pass.
-
-    Lightning divides every loss by ``trainer.accumulate_grad_batches``, also in a window that the end of an epoch cuts short.
-    Where data have no length, nobody knows beforehand that this will happen, so the gradient is corrected and not the loss.
-    """
-    trainer = module.trainer
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches
-    if not batches or not ends_epoch(trainer):
-        return
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(trainer.accumulate_grad_batches / batches)
 
 
 def check_precision(trainer: Trainer) -> None:

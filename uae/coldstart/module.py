@@ -19,9 +19,10 @@ from uae.coldstart.system_objective import SystemObjective
 from uae.data.module import ChecksCaptions
 from uae.models.finetune import Finetune, check_resolution
 from uae.rewards import WeightedReward
-from uae.trainer import check_precision, close_window, data_module, is_dry_run
+from uae.trainer import check_precision, data_module, is_dry_run
 from uae.types import ImageBatch, System
 from uae.weights.checksums import checksums
+from uae.windows import close_window
 
 
 class ColdStart(L.LightningModule):
