@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torchvision.transforms.functional import to_pil_image
 
+from uae.files.lines import lines_of
 from uae.files.whole import write_whole
 
 ROWS = "captions.rank*.jsonl"
@@ -108,7 +109,7 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines_of(file.read_bytes().decode(errors="replace")):
         try:
             row = json.loads(line)
         except ValueError:  # an incomplete line of a killed run

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from uae.files.lines import read_lines
+
 METADATA = "metadata.jsonl"
 
 
@@ -49,18 +51,17 @@ class CaptionFiles:
 
     def _read(self, file: Path) -> dict[str, str]:
         table = {}
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    name, text = Path(row["file_name"]).as_posix(), row.get("text")
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(
-                        f"{file}, line {number} is no JSON object with file_name and text ({type(error).__name__}): correct "
-                        f"it, or {self.key}"
-                    ) from error
-                if isinstance(text, str) and text.strip():
-                    table[name] = text.strip()
+        for number, line in enumerate(read_lines(file), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                name, text = Path(row["file_name"]).as_posix(), row.get("text")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{file}, line {number} is no JSON object with file_name and text ({type(error).__name__}): correct "
+                    f"it, or {self.key}"
+                ) from error
+            if isinstance(text, str) and text.strip():
+                table[name] = text.strip()
         return table

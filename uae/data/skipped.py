@@ -6,6 +6,8 @@ import json
 import warnings
 from pathlib import Path
 
+from uae.files.lines import lines_of
+
 
 class Skipped(dict[str, str]):
     """The names of unreadable images and the reasons.
@@ -26,9 +28,9 @@ class Skipped(dict[str, str]):
         """Write all entries, those that are there and those to come, to ``skipped.rank<rank>.jsonl`` in a folder."""
         self.file, self._written = Path(folder, f"skipped.rank{rank}.jsonl"), set[str]()
         if self.file.is_file():
-            text = self.file.read_text(encoding="utf-8", errors="replace")
+            text = self.file.read_bytes().decode(errors="replace")
             self._cut = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
+            for line in lines_of(text):
                 try:
                     self._written.add(json.loads(line)["name"])
                 except (ValueError, KeyError, TypeError):  # a run that was killed has written half of this line

@@ -72,7 +72,7 @@ def read_questions(path: str | Path, mode: Mode) -> dict[str, Item]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no questions at {str(path)!r}; get them by: {FETCH}")
-    with Path(path).open(encoding="utf-8", newline="") as file:
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         missing = set(COLUMNS) - set(reader.fieldnames or ())
         if missing:
