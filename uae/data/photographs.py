@@ -65,11 +65,15 @@ class PhotographData(ImageData):
         self.reading = Reading(image_size, fit, max_pixels, max_file_bytes)
         self.val_share, self.test_share = val_share, test_share
         self.roots = {"val": val_root, "test": test_root, "predict": predict_root}
+        for key, given in {"root": root, **{f"{stage}_root": own for stage, own in self.roots.items()}}.items():
+            if given is not None and not given.strip():
+                allowed = "a place of images" + " or null" * (key != "root")
+                raise ValueError(f"data.init_args.{key}={given!r} is empty; allowed: {allowed}; change data.init_args.{key}")
 
     def source(self, stage: Stage) -> ImageSource | None:
         """The images of the stage's own root, or of its share of ``root``."""
         own = self.roots.get(stage)
-        if own:
+        if own is not None:
             return self.open(own, stage, None)
         if stage == "predict":
             return self.source("test")
@@ -79,7 +83,7 @@ class PhotographData(ImageData):
     def shares(self) -> dict[str, float]:
         """The shares of ``root`` that validation ("val") and test ("test") take; 0 if they have a root of their own."""
         shares = {"val": self.val_share, "test": self.test_share}
-        return {stage: 0.0 if self.roots[stage] else share for stage, share in shares.items()}
+        return {stage: 0.0 if self.roots[stage] is not None else share for stage, share in shares.items()}
 
     @abstractmethod
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
