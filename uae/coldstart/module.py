@@ -15,6 +15,7 @@ from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
 from uae.data.module import ChecksCaptions
+from uae.metrics import Once, part_of
 from uae.models.finetune import Finetune
 from uae.rewards import WeightedReward
 from uae.trainer import data_module, is_dry_run
@@ -65,6 +66,7 @@ class ColdStart(L.LightningModule):
         self.folder = Path(folder) if folder else None
         self.batches_per_rollout = 1
         self.strict_loading = not self.of_system  # a checkpoint holds trained weights only; on_load_checkpoint checks them
+        self.once = Once()
         self._built = False
 
     def configure_model(self) -> None:
@@ -115,11 +117,19 @@ class ColdStart(L.LightningModule):
         return losses["loss"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Log the objective's score on held-out images."""
-        scores = {f"{self.name}/{name}": value for name, value in self.objective.score(batch).items()}
-        self.log_dict(scores, batch_size=len(batch["image"]), sync_dist=True)
+        """Log the objective's score on held-out images. An image that comes again, on whatever process, does not count again."""
+        rows = self.once.new(batch["id"])
+        images = part_of(batch, rows) if rows else batch  # every process has to log; without new images, with weight 0
+        scores = {f"{self.name}/{name}": value for name, value in self.objective.score(images).items()}
+        self.log_dict(scores, batch_size=len(rows), sync_dist=True)
 
     test_step = validation_step
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget which images came in earlier validations."""
+        self.once.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def predict_step(self, batch: ImageBatch, batch_idx: int = 0) -> None:
         """Refuse to predict.
