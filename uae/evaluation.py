@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import MeanMetric, Metric
 
+from uae.data.module import NeedsCaptions
 from uae.metrics import Once, UnifiedScore, part_of
 from uae.rewards import WeightedReward
 from uae.rollout import Plan, autoencode
@@ -31,7 +32,7 @@ class AutoEncoder(LightningModule):
         unified_score: Metric of the similarity of images and reconstructions, logged as ``unified_score/<name>``; None
             logs none.
         metrics: Further metrics, with ``update(texts, reconstructions, batch)``; ``compute`` returns a dictionary from tags
-            to values.
+            to values. One that reads ``batch["caption"]`` has to say so by an attribute ``needs_captions = True``.
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class AutoEncoder(LightningModule):
         self.unified_score, self.metrics = unified_score, nn.ModuleDict(metrics or {})
         self.mean_reward = MeanMetric(nan_strategy="ignore")
         self.once = Once()
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether a metric reads the captions of the data set. Training reads none."""
+        return any(isinstance(metric, NeedsCaptions) and metric.needs_captions for metric in self._more_metrics())
 
     @property
     def umm(self) -> UMM:

@@ -1,16 +1,18 @@
 """Captions beside images: where they are found, that they stay with their image, and what is said where they are missing."""
 
 import json
+import re
+import warnings
 
 import pytest
 from lightning.pytorch import Trainer
 from PIL import Image
 
 from uae.data import ImageFolderData
-from uae.data.captions import CaptionFiles
+from uae.data.captions import CaptionFiles, UnreadableCaptionError
 from uae.data.folder import FolderSource, list_images
 from uae.data.sampler import ImageLoader, TrainBatches
-from uae.data.source import id_of
+from uae.data.source import NO_CAPTION, id_of
 from uae.files.pictures import Reading
 from uae.miniature.data import SceneData
 from uae.miniature.scenes import describe
@@ -65,12 +67,14 @@ def test_where_captions_are_found(tmp_path):
     assert {name: captions[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("line", ["{", '"a.png"', '{"text": "no name"}', '{"file_name": 3, "text": "x"}', "[]"])
-def test_a_broken_line_is_named(tmp_path, line):
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 3 is no JSON object .*data\.val_root") as error:
-        CaptionFiles(tmp_path, "data.val_root")["a.png"]
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("line", ["{", '"a.png"', '{"text": "no name"}', '{"file_name": 3, "text": "x"}', "[]", "[" * 99999])
+def test_a_broken_line_is_named_and_costs_no_other_caption(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n\n' + line + '\n{"file_name": "b.png", "text": "y"}\n')
+    captions = CaptionFiles(tmp_path, "data.val_root")
+    assert (captions["a.png"], captions["b.png"]) == ("x", "y")
+    assert isinstance(captions["c.png"], UnreadableCaptionError)
+    assert re.search(r"metadata\.jsonl, line 3 is no JSON object .*data\.val_root", str(captions["c.png"]))
+    assert "\n" not in str(captions["c.png"])
 
 
 def test_a_batch_has_captions_if_all_of_its_images_have(photographs):
@@ -82,7 +86,7 @@ def test_a_batch_has_captions_if_all_of_its_images_have(photographs):
     assert batch["caption"] == [f"photograph {name.removesuffix('.png')}" for name in batch["name"]]
     batch, _ = source.__getitems__([names.index("bare.png"), captioned[0]])
     assert "caption" not in batch
-    assert source.without_caption() == ["bare.png"]
+    assert source.without_caption() == {"bare.png": NO_CAPTION}
 
 
 def test_captions_stay_with_their_images_where_files_cannot_be_read(photographs):
@@ -122,26 +126,54 @@ def test_captions_reach_the_module(photographs):
     assert moved["caption"] == batch["caption"] != []
 
 
-def test_missing_ones_are_counted_with_examples_and_the_key(photographs, tmp_path_factory):
-    data = ImageFolderData(str(photographs), 4, val_share=0, test_share=0)
-    data.check_captions()
-    for number in range(4):
+def test_where_captions_are_needed_images_without_are_left_out_with_their_reasons(photographs, tmp_path_factory):
+    def data(**options):
+        module = ImageFolderData(str(photographs), 4, **{"val_share": 0, "test_share": 0, **options})
+        module.captions = "needed"
+        return module
+
+    for number in range(3):
         (photographs / f"{number}.txt").unlink()
-    assert data.source("train").without_caption() == [f"{number}.png" for number in range(4)]
-    with pytest.raises(
-        ValueError, match=r"^4 of 20 train images have no caption \(0\.png, 1\.png, 2\.png, \.\.\.\).*root$"
-    ):
-        data.check_captions()
-    metadata(photographs, [{"file_name": f"{number}.png", "text": "x"} for number in range(4)])
-    ImageFolderData(str(photographs), 4, val_share=0, test_share=0).check_captions()
+    (photographs / "3.txt").write_bytes(b"caf\xe9")
+    source = data().source("train")
+    assert len(source) == 16
+    (tally,) = source.tallies
+    assert str(tally) == "20 files found, 16 used, 4 skipped (4 without a caption)"
+    assert {name: tally.names[name] for name in ("0.png", "1.png", "2.png")} == dict.fromkeys(("0.png", "1.png", "2.png"), NO_CAPTION)
+    assert "3.txt is no UTF-8" in tally.names["3.png"]
     other = tmp_path_factory.mktemp("val")
     picture(other, "v.png")
-    data = ImageFolderData(str(photographs), 4, test_share=0, val_root=str(other))
-    with pytest.raises(ValueError, match=r"^1 of 1 val images .*\(v\.png\).*data\.init_args\.val_root$"):
-        data.check_captions()
+    with pytest.raises(ValueError, match=r"^1 of 1 val images .*\(v\.png; it has no caption\).*data\.init_args\.val_root$"):
+        data(val_root=str(other)).source("val")
+
+
+def test_what_is_wrong_with_a_caption_costs_no_image_where_captions_are_not_needed(photographs):
+    (photographs / "3.txt").write_bytes(b"caf\xe9")
+    (photographs / "4.txt").unlink()
+    (photographs / "metadata.jsonl").write_text('{"image": "0.png", "caption": "of another program"}')
+    for captions in ("welcome", "unread"):
+        data = ImageFolderData(str(photographs), 4, val_share=0, test_share=0)
+        data.captions = captions
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            batch, failures = data.source("train").__getitems__(list(range(20)))
+        assert (len(batch["name"]), failures) == (20, {})
+        assert "caption" not in batch
+        assert [word for one in caught for word in ("3.txt", "metadata.jsonl") if word in str(one.message)] == (
+            ["3.txt", "metadata.jsonl"] if captions == "welcome" else []
+        )
+
+
+def test_text_files_of_any_capitals_and_encodings_with_a_mark(tmp_path):
+    for name in ("a.TXT", "b.Txt", "photo.0.txt", "photo.1.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-16")
+    (tmp_path / "c.TXT").write_text("upper")
+    (tmp_path / "c.txt").write_text("lower")
+    captions = CaptionFiles(tmp_path)
+    found = [captions[name] for name in ("a.png", "b.png", "photo.0.png", "photo.1.png", "c.png", "photo.png")]
+    assert found == ["a.TXT", "b.Txt", "photo.0.txt", "photo.1.txt", "lower", None]
 
 
 def test_scenes_come_with_a_detailed_caption():
     batch, _ = SceneData().source("train").__getitems__([0, 5, 9])
     assert batch["caption"] == [describe(scene) for scene in batch["scene"]]
-    SceneData().check_captions()

@@ -14,11 +14,10 @@ from torch import Tensor
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
-from uae.data.module import ChecksCaptions
 from uae.metrics import Once, part_of
 from uae.models.finetune import Finetune
 from uae.rewards import WeightedReward
-from uae.trainer import data_module, is_dry_run
+from uae.trainer import is_dry_run
 from uae.types import ImageBatch, System
 from uae.weights.checksums import checksums
 
@@ -85,10 +84,10 @@ class ColdStart(L.LightningModule):
             self._built = True
 
     def on_fit_start(self) -> None:
-        """Check the number of steps and the captions, and move the parts that Lightning does not know to the device.
+        """Check the number of steps, and move the parts that Lightning does not know to the device.
 
         Raises:
-            ValueError: ``trainer.max_steps`` is not set, or images have no captions.
+            ValueError: ``trainer.max_steps`` is not set.
         """
         if self.trainer.max_steps < 1:
             raise ValueError(
@@ -96,8 +95,6 @@ class ColdStart(L.LightningModule):
                 "trainer.max_steps"
             )
         if isinstance(self.objective, SystemObjective):
-            if isinstance(data := data_module(self.trainer), ChecksCaptions):
-                data.check_captions()
             self.place()
         if self.folder is None:
             self.folder = Path(self.trainer.log_dir or ".", "cold_start")  # reading log_dir is a collective operation
@@ -141,6 +138,11 @@ class ColdStart(L.LightningModule):
             "uae.coldstart.ColdStart cannot predict: leave configs/stages/cold_start*.yaml out and set "
             "model.init_args.system to uae.coldstart.Started with the folder that the cold start wrote"
         )
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether the objective learns from captions of the data set. Then images without a caption are skipped."""
+        return self.of_system
 
     @property
     def name(self) -> str:
