@@ -69,7 +69,8 @@ def test_where_captions_are_found(tmp_path):
 
 @pytest.mark.parametrize("line", ["{", '"a.png"', '{"text": "no name"}', '{"file_name": 3, "text": "x"}', "[]", "[" * 99999])
 def test_a_broken_line_is_named_and_costs_no_other_caption(tmp_path, line):
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n\n' + line + '\n{"file_name": "b.png", "text": "y"}\n')
+    good = [json.dumps({"file_name": name, "text": text}) for name, text in (("a.png", "x"), ("b.png", "y"))]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([good[0], "", line, good[1], ""]))
     captions = CaptionFiles(tmp_path, "data.val_root")
     assert (captions["a.png"], captions["b.png"]) == ("x", "y")
     assert isinstance(captions["c.png"], UnreadableCaptionError)
@@ -143,7 +144,7 @@ def test_where_captions_are_needed_images_without_are_left_out_with_their_reason
     assert "3.txt is no UTF-8" in tally.names["3.png"]
     other = tmp_path_factory.mktemp("val")
     picture(other, "v.png")
-    with pytest.raises(ValueError, match=r"^1 of 1 val images .*\(v\.png; it has no caption\).*data\.init_args\.val_root$"):
+    with pytest.raises(ValueError, match=r"^1 of 1 val images .*\(v\.png\).*data\.init_args\.val_root$"):
         data(val_root=str(other)).source("val")
 
 

@@ -142,8 +142,8 @@ def captioned(names: Sequence[str], missing: dict[str, str], stage: Stage, advic
     left = [name for name in names if name not in missing]
     if not left:
         some = ", ".join(shown(name) for name in list(missing)[:3]) + ", ..." * (len(missing) > 3)
-        reason = next(iter(missing.values()), "")
-        raise ValueError(f"{len(missing)} of {len(names)} {stage} images have no caption ({some}; {reason}): {advice}")
+        reason = next((f"; {reason}" for reason in missing.values() if reason != NO_CAPTION), "")
+        raise ValueError(f"{len(missing)} of {len(names)} {stage} images have no caption ({some}{reason}): {advice}")
     return left
 
 
