@@ -2,13 +2,20 @@
 
 import json
 import re
+import tarfile
 import warnings
 
+import datasets
+import pyarrow
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from PIL import Image
+from pyarrow import parquet
 
-from uae.data import ImageFolderData
+from tests.data.archives import add
+from tests.data.archives import picture as pixels
+from uae.data import ImageFolderData, TableData, WebDatasetData
 from uae.data.captions import CaptionFiles, UnreadableCaptionError
 from uae.data.folder import FolderSource, list_images
 from uae.data.sampler import ImageLoader, TrainBatches
@@ -178,3 +185,70 @@ def test_text_files_of_any_capitals_and_encodings_with_a_mark(tmp_path):
 def test_scenes_come_with_a_detailed_caption():
     batch, _ = SceneData().source("train").__getitems__([0, 5, 9])
     assert batch["caption"] == [describe(scene) for scene in batch["scene"]]
+
+
+TEXTS = ["a", None, "c", "  ", "e", "f"]
+FIVE = {"image_size": 4, "batch_size": 4, "num_workers": 0, "val_share": 0.0, "test_share": 0.0, "epoch_size": 8}
+
+
+def tabled(folder, kind, texts):
+    images = [pixels(number) for number in range(6)]
+    if kind == "tar":
+        with tarfile.open(folder / "0.tar", "w") as out:
+            for number, text in enumerate(texts):
+                add(out, f"{number}.png", images[number])
+                add(out, f"{number}.TXT", (text or "").encode())
+        return WebDatasetData(root=str(folder / "0.tar"), **FIVE)
+    if kind == "saved":
+        datasets.Dataset.from_dict({"image": images, "text": texts}).save_to_disk(str(folder / "saved"))
+        return TableData(root=str(folder / "saved"), caption_column="text", **FIVE)
+    parquet.write_table(pyarrow.table({"image": images, "text": pyarrow.array(texts, pyarrow.string())}), folder / "0.parquet")
+    return TableData(root=str(folder / "0.parquet"), caption_column="text", streaming=kind == "streamed", **FIVE)
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+@pytest.mark.parametrize("kind", ["tar", "saved", "parquet", "streamed"])
+def test_where_captions_are_needed_no_batch_lacks_one_whatever_the_data_are(tmp_path, kind):
+    data = tabled(tmp_path, kind, TEXTS)
+    data.captions = "needed"
+    batches = list(data.train_dataloader())
+    assert {caption for batch in batches for caption in batch["caption"]} <= {"a", "c", "e", "f"}
+    assert all(len(batch["caption"]) == len(batch["name"]) == 4 for batch in batches)
+    if kind in ("saved", "parquet"):
+        assert "6 rows found, 4 used, 2 skipped (2 without a caption)" in map(str, data.source("train").tallies)
+    else:
+        assert list(data.skipped.values()) == [NO_CAPTION] * 2
+
+
+@pytest.mark.parametrize("kind", ["tar", "saved", "parquet", "streamed"])
+def test_no_caption_at_all_is_an_error_before_the_first_step(tmp_path, kind):
+    data = tabled(tmp_path, kind, [None] * 6)
+    data.captions = "needed"
+    with pytest.raises(ValueError, match=r"no image of the 1 shards .* it has no caption|6 of 6 train images have no caption"):
+        next(iter(data.train_dataloader()))
+
+
+class Reads(torch.nn.Module):
+    needs_captions = True
+
+    def update(self, texts, reconstructions_NCHW, batch):
+        self.seen = batch["caption"]
+
+    def compute(self):
+        return {"read": len(self.seen)}
+
+    def reset(self):
+        pass
+
+
+def test_captions_are_read_for_a_metric_that_needs_them_and_for_no_other(photographs, build, trainer):
+    for number in range(5):
+        (photographs / f"{number}.txt").unlink()
+    for metrics, images in (({"reads": Reads()}, 15), ({}, 20)):
+        options = {"num_workers": 0, "eval_batch_size": 20, "val_root": str(photographs)}
+        module, data = build(metrics=metrics), ImageFolderData(str(photographs), 24, **options)
+        trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
+        assert len(data.source("val")) == images
+        (batch,) = list(data.val_dataloader())
+        assert ("caption" in batch) == bool(metrics)
+        trainer().predict(module, ImageFolderData(str(photographs), 24, num_workers=0, predict_root=str(photographs)))
