@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torchvision.transforms.functional import to_pil_image
 
+from uae.files.lines import lines_of
 from uae.files.pictures import SUFFIXES
 from uae.files.whole import write_whole
 
@@ -96,7 +97,7 @@ class Predictions(BasePredictionWriter):
             rows.append(row | {key: float(value[i]) for key, value in rewards.items()} | self.about(name))
         self._rows += rows
         with self._file.open("ab") as out:
-            out.write(lines_of(rows))
+            out.write(json_lines(rows))
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the captions of all ranks and of the runs before, each image once, ordered by name."""
@@ -123,7 +124,7 @@ def collect(folder: Path, rows: Sequence[dict[str, Any]] = ()) -> list[dict[str,
     return ordered
 
 
-def lines_of(rows: Iterable[dict[str, Any]]) -> bytes:
+def json_lines(rows: Iterable[dict[str, Any]]) -> bytes:
     """Rows as JSON Lines. Names of files that are no UTF-8 hold halves of characters, which become escapes of JSON."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
 
@@ -156,7 +157,7 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # other line breaks may be part of a caption
+    for line in lines_of(file.read_bytes().decode(errors="replace")):
         try:
             row = json.loads(line)
         except ValueError:  # an incomplete line of a killed run

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import MeanMetric, Metric
 
-from uae.metrics import UnifiedScore
+from uae.data.module import NeedsCaptions
+from uae.metrics import Once, UnifiedScore, part_of
 from uae.rewards import WeightedReward
 from uae.rollout import Plan, autoencode
 from uae.strategy import unsharded
@@ -31,7 +32,7 @@ class AutoEncoder(LightningModule):
         unified_score: Metric of the similarity of images and reconstructions, logged as ``unified_score/<name>``; None
             logs none.
         metrics: Further metrics, with ``update(texts, reconstructions, batch)``; ``compute`` returns a dictionary from tags
-            to values.
+            to values. One that reads ``batch["caption"]`` has to say so by an attribute ``needs_captions = True``.
     """
 
     def __init__(
@@ -48,6 +49,12 @@ class AutoEncoder(LightningModule):
         self.reward, self.evaluation = reward, evaluation
         self.unified_score, self.metrics = unified_score, nn.ModuleDict(metrics or {})
         self.mean_reward = MeanMetric(nan_strategy="ignore")
+        self.once = Once()
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether a metric reads the captions of the data set. Training reads none."""
+        return any(isinstance(metric, NeedsCaptions) and metric.needs_captions for metric in self._more_metrics())
 
     @property
     def umm(self) -> UMM:
@@ -61,13 +68,17 @@ class AutoEncoder(LightningModule):
         return self._umm
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Caption, reconstruct, score."""
+        """Caption, reconstruct, score. An image that comes again, on whatever process, does not count again."""
         result = self.predict_step(batch)
-        self.mean_reward.update(result["reward"])
         if self.unified_score is not None:
             self.unified_score.update(result["reconstruction"], batch["image"], batch["id"])
+        rows = self.once.new(batch["id"])
+        if not rows:
+            return
+        self.mean_reward.update(result["reward"][rows])
+        captions = [result["caption"][row] for row in rows]
         for metric in self._more_metrics():
-            metric.update(result["caption"], result["reconstruction"], batch)
+            metric.update(captions, result["reconstruction"][rows], part_of(batch, rows))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all ranks and reset them."""
@@ -113,7 +124,7 @@ class AutoEncoder(LightningModule):
         for metric in self._more_metrics():
             values |= metric.compute()
         self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()})
-        for one in (self.mean_reward, self.unified_score, *self._more_metrics()):
+        for one in (self.mean_reward, self.once, self.unified_score, *self._more_metrics()):
             if one is not None:
                 one.reset()
 

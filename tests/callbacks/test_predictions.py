@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from callbacks.predictions import collect, file_name, lines_of
+from callbacks.predictions import collect, file_name, json_lines
 from tests.callbacks.conftest import ROOT
 from uae.miniature.scenes import render, scene_of
 
@@ -92,7 +92,7 @@ def test_two_images_of_one_file_are_named(tmp_path):
     rows = [{"name": name, "reconstruction": file_name(name), "caption": ""} for name in ("a", "a.png")]
     (tmp_path / "a.png").touch()
     for rank, row in enumerate(rows):  # two processes that did not know of each other
-        (tmp_path / f"captions.rank{rank}.jsonl").write_bytes(lines_of([row]))
+        (tmp_path / f"captions.rank{rank}.jsonl").write_bytes(json_lines([row]))
     with pytest.raises(ValueError, match=r"the images 'a' and 'a.png' would both be written to 'a.png'; rename one"):
         collect(tmp_path)
 
@@ -101,6 +101,6 @@ def test_captions_with_any_line_break_are_kept(tmp_path):
     rows = [{"name": name, "reconstruction": file_name(name), "caption": "a\u2028b\x85c"} for name in ("a.png", "caf\udce9.png")]
     for row in rows:
         (tmp_path / row["reconstruction"]).touch()
-    (tmp_path / "captions.rank0.jsonl").write_bytes(lines_of(rows))
+    (tmp_path / "captions.rank0.jsonl").write_bytes(json_lines(rows))
     assert collect(tmp_path) == rows
     assert json.loads((tmp_path / "captions.json").read_text()) == rows

@@ -1,16 +1,25 @@
 """Captions beside images: where they are found, that they stay with their image, and what is said where they are missing."""
 
 import json
+import re
+import tarfile
+import warnings
 
+import datasets
+import pyarrow
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from PIL import Image
+from pyarrow import parquet
 
-from uae.data import ImageFolderData
-from uae.data.captions import CaptionFiles
+from tests.data.archives import add
+from tests.data.archives import picture as pixels
+from uae.data import ImageFolderData, TableData, WebDatasetData
+from uae.data.captions import CaptionFiles, UnreadableCaptionError
 from uae.data.folder import FolderSource, list_images
 from uae.data.sampler import ImageLoader, TrainBatches
-from uae.data.source import id_of
+from uae.data.source import NO_CAPTION, id_of
 from uae.files.pictures import Reading
 from uae.miniature.data import SceneData
 from uae.miniature.scenes import describe
@@ -65,12 +74,15 @@ def test_where_captions_are_found(tmp_path):
     assert {name: captions[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("line", ["{", '"a.png"', '{"text": "no name"}', '{"file_name": 3, "text": "x"}', "[]"])
-def test_a_broken_line_is_named(tmp_path, line):
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 3 is no JSON object .*data\.val_root") as error:
-        CaptionFiles(tmp_path, "data.val_root")["a.png"]
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("line", ["{", '"a.png"', '{"text": "no name"}', '{"file_name": 3, "text": "x"}', "[]", "[" * 99999])
+def test_a_broken_line_is_named_and_costs_no_other_caption(tmp_path, line):
+    good = [json.dumps({"file_name": name, "text": text}) for name, text in (("a.png", "x"), ("b.png", "y"))]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([good[0], "", line, good[1], ""]))
+    captions = CaptionFiles(tmp_path, "data.val_root")
+    assert (captions["a.png"], captions["b.png"]) == ("x", "y")
+    assert isinstance(captions["c.png"], UnreadableCaptionError)
+    assert re.search(r"metadata\.jsonl, line 3 is no JSON object .*data\.val_root", str(captions["c.png"]))
+    assert "\n" not in str(captions["c.png"])
 
 
 def test_a_batch_has_captions_if_all_of_its_images_have(photographs):
@@ -82,7 +94,7 @@ def test_a_batch_has_captions_if_all_of_its_images_have(photographs):
     assert batch["caption"] == [f"photograph {name.removesuffix('.png')}" for name in batch["name"]]
     batch, _ = source.__getitems__([names.index("bare.png"), captioned[0]])
     assert "caption" not in batch
-    assert source.without_caption() == ["bare.png"]
+    assert source.without_caption() == {"bare.png": NO_CAPTION}
 
 
 def test_captions_stay_with_their_images_where_files_cannot_be_read(photographs):
@@ -122,26 +134,121 @@ def test_captions_reach_the_module(photographs):
     assert moved["caption"] == batch["caption"] != []
 
 
-def test_missing_ones_are_counted_with_examples_and_the_key(photographs, tmp_path_factory):
-    data = ImageFolderData(str(photographs), 4, val_share=0, test_share=0)
-    data.check_captions()
-    for number in range(4):
+def test_where_captions_are_needed_images_without_are_left_out_with_their_reasons(photographs, tmp_path_factory):
+    def data(**options):
+        module = ImageFolderData(str(photographs), 4, **{"val_share": 0, "test_share": 0, **options})
+        module.captions = "needed"
+        return module
+
+    for number in range(3):
         (photographs / f"{number}.txt").unlink()
-    assert data.source("train").without_caption() == [f"{number}.png" for number in range(4)]
-    with pytest.raises(
-        ValueError, match=r"^4 of 20 train images have no caption \(0\.png, 1\.png, 2\.png, \.\.\.\).*root$"
-    ):
-        data.check_captions()
-    metadata(photographs, [{"file_name": f"{number}.png", "text": "x"} for number in range(4)])
-    ImageFolderData(str(photographs), 4, val_share=0, test_share=0).check_captions()
+    (photographs / "3.txt").write_bytes(b"caf\xe9")
+    source = data().source("train")
+    assert len(source) == 16
+    (tally,) = source.tallies
+    assert str(tally) == "20 files found, 16 used, 4 skipped (4 without a caption)"
+    assert {name: tally.names[name] for name in ("0.png", "1.png", "2.png")} == dict.fromkeys(("0.png", "1.png", "2.png"), NO_CAPTION)
+    assert "3.txt is no UTF-8" in tally.names["3.png"]
     other = tmp_path_factory.mktemp("val")
     picture(other, "v.png")
-    data = ImageFolderData(str(photographs), 4, test_share=0, val_root=str(other))
     with pytest.raises(ValueError, match=r"^1 of 1 val images .*\(v\.png\).*data\.init_args\.val_root$"):
-        data.check_captions()
+        data(val_root=str(other)).source("val")
+
+
+def test_what_is_wrong_with_a_caption_costs_no_image_where_captions_are_not_needed(photographs):
+    (photographs / "3.txt").write_bytes(b"caf\xe9")
+    (photographs / "4.txt").unlink()
+    (photographs / "metadata.jsonl").write_text('{"image": "0.png", "caption": "of another program"}')
+    for captions in ("welcome", "unread"):
+        data = ImageFolderData(str(photographs), 4, val_share=0, test_share=0)
+        data.captions = captions
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            batch, failures = data.source("train").__getitems__(list(range(20)))
+        assert (len(batch["name"]), failures) == (20, {})
+        assert "caption" not in batch
+        assert [word for one in caught for word in ("3.txt", "metadata.jsonl") if word in str(one.message)] == (
+            ["3.txt", "metadata.jsonl"] if captions == "welcome" else []
+        )
+
+
+def test_text_files_of_any_capitals_and_encodings_with_a_mark(tmp_path):
+    for name in ("a.TXT", "b.Txt", "photo.0.txt", "photo.1.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-16")
+    (tmp_path / "c.TXT").write_text("upper")
+    (tmp_path / "c.txt").write_text("lower")
+    captions = CaptionFiles(tmp_path)
+    found = [captions[name] for name in ("a.png", "b.png", "photo.0.png", "photo.1.png", "c.png", "photo.png")]
+    assert found == ["a.TXT", "b.Txt", "photo.0.txt", "photo.1.txt", "lower", None]
 
 
 def test_scenes_come_with_a_detailed_caption():
     batch, _ = SceneData().source("train").__getitems__([0, 5, 9])
     assert batch["caption"] == [describe(scene) for scene in batch["scene"]]
-    SceneData().check_captions()
+
+
+TEXTS = ["a", None, "c", "  ", "e", "f"]
+FIVE = {"image_size": 4, "batch_size": 4, "num_workers": 0, "val_share": 0.0, "test_share": 0.0, "epoch_size": 8}
+
+
+def tabled(folder, kind, texts):
+    images = [pixels(number) for number in range(6)]
+    if kind == "tar":
+        with tarfile.open(folder / "0.tar", "w") as out:
+            for number, text in enumerate(texts):
+                add(out, f"{number}.png", images[number])
+                add(out, f"{number}.TXT", (text or "").encode())
+        return WebDatasetData(root=str(folder / "0.tar"), **FIVE)
+    if kind == "saved":
+        datasets.Dataset.from_dict({"image": images, "text": texts}).save_to_disk(str(folder / "saved"))
+        return TableData(root=str(folder / "saved"), caption_column="text", **FIVE)
+    parquet.write_table(pyarrow.table({"image": images, "text": pyarrow.array(texts, pyarrow.string())}), folder / "0.parquet")
+    return TableData(root=str(folder / "0.parquet"), caption_column="text", streaming=kind == "streamed", **FIVE)
+
+
+@pytest.mark.filterwarnings("ignore:unreadable")
+@pytest.mark.parametrize("kind", ["tar", "saved", "parquet", "streamed"])
+def test_where_captions_are_needed_no_batch_lacks_one_whatever_the_data_are(tmp_path, kind):
+    data = tabled(tmp_path, kind, TEXTS)
+    data.captions = "needed"
+    batches = list(data.train_dataloader())
+    assert {caption for batch in batches for caption in batch["caption"]} <= {"a", "c", "e", "f"}
+    assert all(len(batch["caption"]) == len(batch["name"]) == 4 for batch in batches)
+    if kind in ("saved", "parquet"):
+        assert "6 rows found, 4 used, 2 skipped (2 without a caption)" in map(str, data.source("train").tallies)
+    else:
+        assert list(data.skipped.values()) == [NO_CAPTION] * 2
+
+
+@pytest.mark.parametrize("kind", ["tar", "saved", "parquet", "streamed"])
+def test_no_caption_at_all_is_an_error_before_the_first_step(tmp_path, kind):
+    data = tabled(tmp_path, kind, [None] * 6)
+    data.captions = "needed"
+    with pytest.raises(ValueError, match=r"no image of the 1 shards .* it has no caption|6 of 6 train images have no caption"):
+        next(iter(data.train_dataloader()))
+
+
+class Reads(torch.nn.Module):
+    needs_captions = True
+
+    def update(self, texts, reconstructions_NCHW, batch):
+        self.seen = batch["caption"]
+
+    def compute(self):
+        return {"read": len(self.seen)}
+
+    def reset(self):
+        pass
+
+
+def test_captions_are_read_for_a_metric_that_needs_them_and_for_no_other(photographs, build, trainer):
+    for number in range(5):
+        (photographs / f"{number}.txt").unlink()
+    for metrics, images in (({"reads": Reads()}, 15), ({}, 20)):
+        options = {"num_workers": 0, "eval_batch_size": 20, "val_root": str(photographs)}
+        module, data = build(metrics=metrics), ImageFolderData(str(photographs), 24, **options)
+        trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
+        assert len(data.source("val")) == images
+        (batch,) = list(data.val_dataloader())
+        assert ("caption" in batch) == bool(metrics)
+        trainer().predict(module, ImageFolderData(str(photographs), 24, num_workers=0, predict_root=str(photographs)))

@@ -17,7 +17,7 @@ LIMIT = 2**20
 
 
 def items(folder, name="a.tar", limit=LIMIT):
-    return list(TarShards(str(folder), [name], limit).items(0))
+    return list(passable(TarShards(str(folder), [name], limit), 0, {}))
 
 
 def archive_of(folder, *entries, mode="w", **options):

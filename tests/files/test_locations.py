@@ -43,3 +43,9 @@ def test_what_is_nowhere_is_one_line_that_names_the_key(find, name):
         find(name, "system.init_args.checkpoint")
     assert "\n" not in str(raised.value)
     assert repr(name) in str(raised.value)
+
+
+def test_an_empty_mirror_is_no_reason_to_ask_the_hub(monkeypatch):
+    monkeypatch.setenv("UAE_CHECKPOINTS", "")
+    with pytest.raises(ValueError, match="the environment variable UAE_CHECKPOINTS is empty"):
+        locate("owner/model")

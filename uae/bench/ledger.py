@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from uae.files.lines import lines_of, text_of
+
 
 class Ledger:
     """A JSON Lines file: a header that names the model which makes the rows, then one row per case.
@@ -59,7 +61,7 @@ class Ledger:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         try:
-            first, *rest = [json.loads(line) for line in whole.decode().split("\n") if line] or [{}]
+            first, *rest = [json.loads(line) for line in lines_of(text_of(whole))] or [{}]
             for row in rest:
                 self.rows[row.pop("key")] = row
             return dict(first["made_by"])

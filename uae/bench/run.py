@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from tqdm import tqdm
 
-from callbacks.predictions import ROWS, Predictions, check_apart, collect, file_name, finished, lines_of
+from callbacks.predictions import ROWS, Predictions, check_apart, collect, file_name, finished, json_lines
 from uae.bench.fingerprints import sha256
 from uae.bench.generate import parse_job
 from uae.bench.output_folder import ASIDE, SOURCE, WEIGHTS, claim_folder, set_aside
@@ -118,9 +118,9 @@ class Continued(Predictions):
         if others:
             set_aside(folder, [folder / row["reconstruction"] for row in others])
             with (folder / ASIDE / "captions.jsonl").open("ab") as out:
-                out.write(lines_of(others))
+                out.write(json_lines(others))
         if files:
-            write_whole(first, lines_of(kept.values()))
+            write_whole(first, json_lines(kept.values()))
         for file in files:
             if file != first:
                 file.unlink()

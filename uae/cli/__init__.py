@@ -1,5 +1,6 @@
 """The command line: ``python -m uae.cli``."""
 
+import uae.cli.environment  # noqa: F401  registers "oc.env"
 from uae.cli.command import CLI, main
 from uae.cli.errors import INTERRUPTED, debugging, fail, mistake, one_line_errors
 

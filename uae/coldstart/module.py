@@ -16,10 +16,10 @@ from uae.checkpoints.resuming import begin_resumed, note_settings, resumable
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.coldstart.objective import Objective
 from uae.coldstart.system_objective import SystemObjective
-from uae.data.module import ChecksCaptions
+from uae.metrics import Once, part_of
 from uae.models.finetune import Finetune, check_resolution
 from uae.rewards import WeightedReward
-from uae.trainer import check_precision, data_module, is_dry_run
+from uae.trainer import check_precision, is_dry_run
 from uae.types import ImageBatch, System
 from uae.weights.checksums import checksums
 from uae.windows import close_window
@@ -70,6 +70,7 @@ class ColdStart(L.LightningModule):
         self.folder = None if folder is None else Path(folder)
         self.batches_per_rollout = 1
         self.strict_loading = not self.of_system  # a checkpoint holds trained weights only; on_load_checkpoint checks them
+        self.once = Once()
         self._built = False
 
     def setup(self, stage: str) -> None:
@@ -92,10 +93,10 @@ class ColdStart(L.LightningModule):
             self._built = True
 
     def on_fit_start(self) -> None:
-        """Check the number of steps and the captions, and move the parts that Lightning does not know to the device.
+        """Check the number of steps, and move the parts that Lightning does not know to the device.
 
         Raises:
-            ValueError: ``trainer.max_steps`` is not set, or images have no captions.
+            ValueError: ``trainer.max_steps`` is not set.
         """
         if self.trainer.max_steps < 1:
             raise ValueError(
@@ -104,8 +105,6 @@ class ColdStart(L.LightningModule):
             )
         check_resolution({"reading.dtype": self.objective})
         if isinstance(self.objective, SystemObjective):
-            if isinstance(data := data_module(self.trainer), ChecksCaptions):
-                data.check_captions()
             self.place()
         if self.folder is None:
             self.folder = Path(self.trainer.log_dir or ".", "cold_start")  # reading log_dir is a collective operation
@@ -129,11 +128,19 @@ class ColdStart(L.LightningModule):
         close_window(self)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Log the objective's score on held-out images."""
-        scores = {f"{self.name}/{name}": value for name, value in self.objective.score(batch).items()}
-        self.log_dict(scores, batch_size=len(batch["image"]), sync_dist=True)
+        """Log the objective's score on held-out images. An image that comes again, on whatever process, does not count again."""
+        rows = self.once.new(batch["id"])
+        images = part_of(batch, rows) if rows else batch  # every process has to log; without new images, with weight 0
+        scores = {f"{self.name}/{name}": value for name, value in self.objective.score(images).items()}
+        self.log_dict(scores, batch_size=len(rows), sync_dist=True)
 
     test_step = validation_step
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget which images came in earlier validations."""
+        self.once.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def predict_step(self, batch: ImageBatch, batch_idx: int = 0) -> None:
         """Refuse to predict.
@@ -145,6 +152,11 @@ class ColdStart(L.LightningModule):
             "uae.coldstart.ColdStart cannot predict: leave configs/stages/cold_start*.yaml out and set "
             "model.init_args.system to uae.coldstart.Started with the folder that the cold start wrote"
         )
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether the objective learns from captions of the data set. Then images without a caption are skipped."""
+        return self.of_system
 
     @property
     def name(self) -> str:

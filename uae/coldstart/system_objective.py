@@ -138,8 +138,8 @@ def captions_of(batch: ImageBatch, objective: nn.Module) -> list[str]:
     if "caption" not in batch:
         names = ", ".join(batch.get("name", [])[:3])
         raise ValueError(
-            f"{type(objective).__name__} learns from captions, but images of a batch ({names}) have none: put <name>.txt beside "
-            "each image or a metadata.jsonl into data.init_args.root"
+            f"{type(objective).__name__} learns from captions, but images of a batch ({names}) have none: change data.class_path to "
+            "a data module that leaves out images without a caption where the model needs_captions, or give them captions"
         )
     return batch["caption"]
 

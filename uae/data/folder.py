@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from uae.data.captions import CaptionFiles
-from uae.data.source import Item, PictureSource
+from uae.data.captions import METADATA, TEXT, Caption, CaptionFiles
+from uae.data.source import NO_CAPTION, Item, PictureSource
+from uae.data.tally import Tally
+from uae.files.folders import Listing, list_files, shown
 from uae.files.pictures import SUFFIXES, Reading
 
-__all__ = ["FolderSource", "list_images"]
+__all__ = ["FolderSource", "find_images", "list_images"]
 
 
-def list_images(root: str | Path, key: str) -> list[str]:
-    """The sorted names of all images in a folder and its subfolders, relative to it. Hidden files are left out.
+def find_images(root: str | Path, key: str) -> Listing:
+    """All images in a folder and its subfolders, and why the other files are skipped. Files of captions are neither.
 
     Args:
         root: The folder.
@@ -21,14 +23,23 @@ def list_images(root: str | Path, key: str) -> list[str]:
     Raises:
         FileNotFoundError: There is no such folder, or there is no image in it.
     """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{key}={str(root)!r} is not a folder: point {key} at a folder of images")
-    files = [file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES]
-    names = sorted(file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts))
-    if not names:
-        raise FileNotFoundError(f"{key}={str(root)!r} holds no image ({', '.join(sorted(SUFFIXES))}): correct {key}")
-    return names
+    found = list_files(root, key, SUFFIXES, _holds_captions)
+    if not found.names:
+        skipped = Tally(0, "files").skip(found.skipped)
+        raise FileNotFoundError(
+            f"{key}={str(root)!r} holds no image ({', '.join(sorted(SUFFIXES))}) but {skipped}: correct {key}"
+        )
+    return found
+
+
+def list_images(root: str | Path, key: str) -> list[str]:
+    """The sorted names of all images in a folder, see `find_images`."""
+    return find_images(root, key).names
+
+
+def _holds_captions(name: str, stems: set[str]) -> bool:
+    file = PurePosixPath(name)
+    return name == METADATA or (file.suffix.lower() == TEXT and file.stem in stems)
 
 
 class FolderSource(PictureSource):
@@ -41,6 +52,7 @@ class FolderSource(PictureSource):
         role: The prefix of the names in ids, see `PictureSource`.
         replace: Whether another image takes the place of an unreadable one, see `PictureSource`.
         captions: The captions of the images; None if they have none.
+        captioned: Whether an image without a caption counts as unreadable.
     """
 
     def __init__(
@@ -51,8 +63,9 @@ class FolderSource(PictureSource):
         role: str = "",
         replace: bool = False,
         captions: CaptionFiles | None = None,
+        captioned: bool = False,
     ) -> None:
-        super().__init__(reading, role, replace)
+        super().__init__(reading, role, replace, captioned)
         self.root, self.names, self.captions = root, names, captions
 
     def __len__(self) -> int:
@@ -61,17 +74,18 @@ class FolderSource(PictureSource):
 
     def name(self, position: int) -> str:
         """The name of a file, relative to the folder."""
-        return self.names[position]
+        return shown(self.names[position])
 
     def item(self, position: int) -> Item:
         """A file and its caption."""
         name = self.names[position]
-        return Item(name, Path(self.root).expanduser() / name, self.caption(name))
+        return Item(shown(name), Path(self.root).expanduser() / name, self.caption(name))
 
-    def caption(self, name: str) -> str | None:
+    def caption(self, name: str) -> Caption:
         """The caption of a file, or None if it has none."""
         return None if self.captions is None else self.captions[name]
 
-    def without_caption(self) -> list[str]:
-        """The names of the files that have no caption."""
-        return [name for name in self.names if self.caption(name) is None]
+    def without_caption(self) -> dict[str, str]:
+        """The names of the files whose captions are missing or cannot be read, with the reasons."""
+        found = ((name, self.caption(name)) for name in self.names)
+        return {name: str(caption or NO_CAPTION) for name, caption in found if not isinstance(caption, str)}

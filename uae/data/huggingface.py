@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uae.data.source import Item, Items
-from uae.data.tables import ROWS, Columns, content_of, list_tables, required
+from uae.data.source import Item
+from uae.data.tables import ROWS, Columns, Table, content_of, list_tables, required
 from uae.files.pictures import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ OF_THE_HUB = re.compile(r"(\w+://[^:]*::)?hf://")
 
 
 @dataclass
-class HuggingFaceTable(Items):
+class HuggingFaceTable(Table):
     """A memory-mapped data set.
 
     Args:
@@ -43,6 +43,17 @@ class HuggingFaceTable(Items):
     def item(self, position: int) -> Item:
         """The image and the caption of a row."""
         return item_of(self.name(position), self.dataset[position], self.columns)
+
+    def without_caption(self) -> Iterator[int]:
+        """The numbers of the rows whose caption is missing or empty."""
+        column = self.columns.caption
+        if column is None:
+            return
+        start = 0
+        for batch in self.dataset.select_columns([column]).iter(1000):
+            values = batch[column]
+            yield from (start + place for place, value in enumerate(values) if self.columns.caption_of({column: value}) is None)
+            start += len(values)
 
 
 @dataclass
@@ -117,13 +128,13 @@ def open_dataset(
     place = Path(name).expanduser()
     files = list_tables(name, key) if place.is_dir() else None
     if files:
-        paths = [str(files[0] / file) for file in files[1]]
+        paths = [str(files[0] / file) for file in files[1].names]
         found = datasets.load_dataset("parquet", data_files={split: paths}, split=split, streaming=streaming)
     elif place.is_dir():
         found = datasets.load_from_disk(str(place))
         found = found[split] if isinstance(found, dict) else found
         found = found.to_iterable_dataset(num_shards=max(1, len(found) // 1000)) if streaming else found
-    elif name.endswith(".parquet"):
+    elif name.lower().endswith(".parquet"):
         found = datasets.load_dataset("parquet", data_files={split: name}, split=split, streaming=streaming)
     else:
         found = datasets.load_dataset(name, subset, split=split, streaming=streaming)

@@ -8,8 +8,10 @@ from typing import Literal, Protocol, runtime_checkable
 import lightning as L
 import torch
 
+from uae.data.captions import Captions
 from uae.data.sampler import EvalBatches, ImageLoader, ImageSource, TrainBatches
 from uae.data.skipped import Skipped
+from uae.data.tally import Tally
 from uae.trainer import overfit_batches
 from uae.types import ImageBatch
 
@@ -30,12 +32,23 @@ class RepeatsBatches(Protocol):
 
 
 @runtime_checkable
-class ChecksCaptions(Protocol):
-    """A data module that can tell whether its images have captions, as `ImageData` does."""
+class NeedsCaptions(Protocol):
+    """A LightningModule or a metric that says whether it learns from, or compares with, captions of the data set.
 
-    def check_captions(self) -> None:
-        """Raise ValueError if a training or validation image has no caption."""
+    If it does, images without a caption are skipped. If it does not, no captions are read.
+    """
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether every batch must have captions."""
         ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A source that counts what was found and skipped before anything is read."""
+
+    tallies: list[Tally]
 
 
 class ImageData(L.LightningDataModule, ABC):
@@ -53,31 +66,53 @@ class ImageData(L.LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
         self.skipped = Skipped()  # unreadable images of this process, name to reason
+        self.captions: Captions = "welcome"  # `setup` asks the LightningModule
         self._logged = 0
+        self._sources: dict[Stage, ImageSource | None] = {}  # of the run that `setup` was called for
 
     @abstractmethod
     def source(self, stage: Stage) -> ImageSource | None:
         """The images of a stage, or None if it has none."""
 
     def setup(self, stage: str) -> None:
-        """Name unreadable images in ``skipped.rank<rank>.jsonl`` in the log directory, if the run has one."""
+        """Find the images of the run, and print in one line how many were found, used and skipped.
+
+        Skipped and unreadable ones are named in ``skipped.rank<rank>.jsonl`` in the log directory, if the run has one.
+        """
         if self.trainer is None:
             return
+        self.captions = self._captions_for(stage)
+        self._sources = {one: self.source(one) for one in self._stages(stage)}
         folder = self.trainer.log_dir  # every process has to ask for it
         if folder:
             self.skipped.write_to(folder, self.trainer.global_rank)
+        if not self.trainer.is_global_zero:
+            return
+        lines = []
+        for one, source in self._sources.items():
+            if source is not None:
+                tallies = source.tallies if isinstance(source, Counted) else []
+                lines.append(f"{one}: " + "; ".join(map(str, tallies or [Tally(len(source))])))
+                for tally in tallies:
+                    self.skipped.write(tally.names)
+        print(f"data of {' | '.join(lines) or 'this run: none'}")
+
+    def _captions_for(self, stage: str) -> Captions:
+        module = self.trainer.lightning_module if self.trainer else None
+        if not isinstance(module, NeedsCaptions):
+            return "welcome"
+        return "needed" if module.needs_captions and stage != "predict" else "unread"
+
+    def _stages(self, stage: str) -> list[Stage]:
+        """The stages whose images a run of ``fit``, ``validate``, ``test`` or ``predict`` reads."""
+        runs: dict[str, list[Stage]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
+        unused = {"val"} if stage == "fit" and self.trainer and not self.trainer.limit_val_batches else set[str]()
+        return [one for one in runs[stage] if one not in unused]
 
     def teardown(self, stage: str) -> None:
-        """Print how many images were unreadable, on every process that met some."""
-        if self.skipped:
-            print(f"rank {self._rank()[0]}: {len(self.skipped)} unreadable images skipped, see {self.skipped.file}")
-
-    def check_captions(self) -> None:
-        """Check that every training and validation image has a caption, for supervised training.
-
-        Raises:
-            ValueError: Some have none. The message has their number and a few names.
-        """
+        """Print what was found and skipped while images were read, on every process that met something."""
+        if line := self.skipped.report():
+            print(f"rank {self._rank()[0]}: {line}")
 
     @property
     def shuffles(self) -> bool:
@@ -90,7 +125,7 @@ class ImageData(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> ImageLoader:
         """Training images. Processes take different ones, and a module that `RepeatsBatches` gets each batch repeatedly."""
-        source = self.source("train")
+        source = self._source("train")
         if source is None:
             raise ValueError(f"{type(self).__name__} has no training images: set data.class_path to a data module that has")
         module = self.trainer.lightning_module if self.trainer else None
@@ -120,11 +155,14 @@ class ImageData(L.LightningDataModule, ABC):
         return {**batch, "image": batch["image"].to(device), "id": batch["id"].to(device)}
 
     def _evaluation(self, stage: Literal["val", "test", "predict"]) -> ImageLoader | list[ImageLoader]:
-        source = self.source(stage)
+        source = self._source(stage)
         if source is None:
             return []
         batches = EvalBatches(len(source), self.eval_batch_size, *self._rank())
         return ImageLoader(source, batches, num_workers=self.num_workers, skipped=self.skipped)
+
+    def _source(self, stage: Stage) -> ImageSource | None:
+        return self._sources[stage] if stage in self._sources else self.source(stage)
 
     def _rank(self) -> tuple[int, int]:
         """The number of this process, and how many there are."""

@@ -8,15 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from uae.data.captions import METADATA, CaptionFiles
-from uae.data.folder import FolderSource, list_images
+from uae.data.folder import FolderSource, find_images
 from uae.data.huggingface import HuggingFaceShards, HuggingFaceTable, open_dataset
 from uae.data.module import ImageData, Stage
 from uae.data.sampler import ImageSource, TrainBatches
-from uae.data.shards import TarShards, list_shards
-from uae.data.source import split_of
+from uae.data.shards import TarShards, find_shards
+from uae.data.source import NO_CAPTION, split_of
 from uae.data.streaming import SequentialSource, Shards, StreamBatches, StreamSource
 from uae.data.tables import Columns, ParquetTable, TableSource, list_tables
+from uae.data.tally import Tally
+from uae.files.folders import shown
 from uae.files.pictures import MAX_FILE_BYTES, MAX_PIXELS, Fit, Reading
+
+OTHER_SPLIT, WITHOUT_CAPTION = "of another split", "without a caption"
 
 
 class PhotographData(ImageData):
@@ -65,11 +69,15 @@ class PhotographData(ImageData):
         self.reading = Reading(image_size, fit, max_pixels, max_file_bytes)
         self.val_share, self.test_share = val_share, test_share
         self.roots = {"val": val_root, "test": test_root, "predict": predict_root}
+        for key, given in {"root": root, **{f"{stage}_root": own for stage, own in self.roots.items()}}.items():
+            if given is not None and not given.strip():
+                allowed = "a place of images" + " or null" * (key != "root")
+                raise ValueError(f"data.init_args.{key}={given!r} is empty; allowed: {allowed}; change data.init_args.{key}")
 
     def source(self, stage: Stage) -> ImageSource | None:
         """The images of the stage's own root, or of its share of ``root``."""
         own = self.roots.get(stage)
-        if own:
+        if own is not None:
             return self.open(own, stage, None)
         if stage == "predict":
             return self.source("test")
@@ -79,7 +87,7 @@ class PhotographData(ImageData):
     def shares(self) -> dict[str, float]:
         """The shares of ``root`` that validation ("val") and test ("test") take; 0 if they have a root of their own."""
         shares = {"val": self.val_share, "test": self.test_share}
-        return {stage: 0.0 if self.roots[stage] else share for stage, share in shares.items()}
+        return {stage: 0.0 if self.roots[stage] is not None else share for stage, share in shares.items()}
 
     @abstractmethod
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
@@ -119,6 +127,26 @@ class PhotographData(ImageData):
         return positions
 
 
+def captioned(names: Sequence[str], missing: dict[str, str], stage: Stage, advice: str) -> list[str]:
+    """The names of images that have captions.
+
+    Args:
+        names: The names of all images.
+        missing: The names of those whose captions are missing or cannot be read, with the reasons.
+        stage: What they are for, for the error.
+        advice: What to do about it, for the error.
+
+    Raises:
+        ValueError: There is none.
+    """
+    left = [name for name in names if name not in missing]
+    if not left:
+        some = ", ".join(shown(name) for name in list(missing)[:3]) + ", ..." * (len(missing) > 3)
+        reason = next((f"; {reason}" for reason in missing.values() if reason != NO_CAPTION), "")
+        raise ValueError(f"{len(missing)} of {len(names)} {stage} images have no caption ({some}{reason}): {advice}")
+    return left
+
+
 def key_of(stage: Stage, shares: dict[str, float] | None) -> str:
     """The setting of the configuration that names the root of a stage; ``shares`` is None if it is the stage's own."""
     return f"data.init_args.{stage}_root" if shares is None else "data.init_args.root"
@@ -139,30 +167,23 @@ class ImageFolderData(PhotographData):
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
         """Find the image files of a stage."""
         key = key_of(stage, shares)
-        names = list_images(root, key)
-        names = [names[position] for position in self.part(len(names), names.__getitem__, stage, shares)]
-        captions = CaptionFiles(root, key)
-        return FolderSource(root, names, self.reading, role_of(stage, shares), stage == "train", captions)
-
-    def check_captions(self) -> None:
-        """Look for the caption of every training and validation image.
-
-        Raises:
-            ValueError: Some have none. The message has their number and a few names.
-        """
-        stages: tuple[Stage, ...] = ("train", "val")
-        for stage in stages:
-            source = self.source(stage)
-            if not isinstance(source, FolderSource):
-                continue
+        found = find_images(root, key)
+        tally = Tally(len(found.names), "files").skip(found.skipped)
+        names = [
+            found.names[position]
+            for position in self.part(len(found.names), lambda place: shown(found.names[place]), stage, shares)
+        ]
+        tally.leave_out(len(found.names) - len(names), OTHER_SPLIT)
+        captions = None if self.captions == "unread" else CaptionFiles(root, key)
+        role, needed = role_of(stage, shares), self.captions == "needed"
+        source = FolderSource(root, names, self.reading, role, stage == "train", captions, needed)
+        if needed:
             missing = source.without_caption()
-            if missing:
-                key = f"{stage}_root" if self.roots.get(stage) else "root"
-                names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-                raise ValueError(
-                    f"{len(missing)} of {len(source)} {stage} images have no caption ({names}): put <name>.txt beside each or "
-                    f"list them in a {METADATA} (file_name, text), or change data.init_args.{key}"
-                )
+            source.names = captioned(names, missing, stage, f"put <name>.txt beside each or list them in a {METADATA} "
+                                     f"(file_name, text), or change {key}")  # fmt: skip
+            tally.recount(missing, WITHOUT_CAPTION)
+        source.tallies = [tally]
+        return source
 
 
 class StreamedData(PhotographData):
@@ -190,14 +211,14 @@ class StreamedData(PhotographData):
         super().__init__(**kwargs)
         self.epoch_size, self.eval_size, self.shuffle_buffer, self.lanes = epoch_size, eval_size, shuffle_buffer, lanes
 
-    def stream(self, shards: Shards, stage: Stage, role: str) -> ImageSource:
+    def stream(self, shards: Shards, stage: Stage, role: str) -> StreamSource | SequentialSource:
         """Shards as the images of a stage.
 
         Raises:
             ValueError: The lanes cannot be shared out evenly among the processes and the images of a step.
         """
         if stage != "train":
-            return SequentialSource(shards, self.reading, self.eval_size, role)
+            return SequentialSource(shards, self.reading, self.eval_size, role, self.captions == "needed")
         world_size = self._rank()[1]
         images, lanes = self.batch_size * world_size, self.lanes or world_size
         if images % lanes or lanes % world_size:
@@ -206,7 +227,7 @@ class StreamedData(PhotographData):
                 f"their number, {world_size}: change data.init_args.lanes or data.init_args.batch_size"
             )
         readers = max(1, self.num_workers)
-        order = (self.seed, self.shuffle_buffer, self.shuffles)
+        order = (self.seed, self.shuffle_buffer, self.shuffles, self.captions == "needed")
         return StreamSource(shards, self.reading, self.epoch_size, images, lanes, readers, *order)
 
     def train_batches(self, source: ImageSource, rank: int, world_size: int) -> TrainBatches:
@@ -226,9 +247,15 @@ class WebDatasetData(StreamedData):
 
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
         """Find the shards of a stage."""
-        folder, names = list_shards(root, key_of(stage, shares))
-        names = [names[position] for position in self.part(len(names), names.__getitem__, stage, shares, "shards")]
-        return self.stream(TarShards(folder, names, self.reading.max_file_bytes), stage, role_of(stage, shares))
+        folder, found = find_shards(root, key_of(stage, shares))
+        tally = Tally(len(found.names), "files").skip(found.skipped)
+        positions = self.part(len(found.names), lambda place: shown(found.names[place]), stage, shares, "shards")
+        tally.leave_out(len(found.names) - len(positions), OTHER_SPLIT)
+        names = [found.names[position] for position in positions]
+        shards = TarShards(folder, names, self.reading.max_file_bytes, None if self.captions == "unread" else "txt")
+        source = self.stream(shards, stage, role_of(stage, shares))
+        source.tallies = [tally]
+        return source
 
 
 class TableData(StreamedData):
@@ -262,29 +289,34 @@ class TableData(StreamedData):
 
     def open(self, root: str, stage: Stage, shares: dict[str, float] | None) -> ImageSource:
         """Find the rows of a stage."""
-        key, role = key_of(stage, shares), role_of(stage, shares)
-        files = None if self.streaming else list_tables(root, key)
+        key, role, needed = key_of(stage, shares), role_of(stage, shares), self.captions == "needed"
+        if needed and not self.columns.caption:
+            raise ValueError(f"{key}={root!r} is read without captions: set data.init_args.caption_column")
+        columns = self.columns if self.captions != "unread" else Columns(self.columns.image)
+        files = list_tables(root, key)
+        tallies = [Tally(len(files[1].names), "files").skip(files[1].skipped)] if files else []
         table: ParquetTable | HuggingFaceTable | HuggingFaceShards
-        if files:
-            table = ParquetTable(*files, self.columns, key)
+        if files and not self.streaming:
+            table = ParquetTable(files[0], files[1].names, columns, key)
         else:
-            table = open_dataset(root, self.subset, self.streaming, self.columns, key)
+            table = open_dataset(root, self.subset, self.streaming, columns, key)
         if isinstance(table, HuggingFaceShards):
-            return self.stream(table, stage, role)
+            stream = self.stream(table, stage, role)
+            stream.tallies = tallies or [Tally(len(table), "shards")]
+            return stream
         rows = self.part(len(table), table.name, stage, shares)
-        return TableSource(table, rows, self.reading, role, replace=stage == "train")
+        tally = Tally(len(table), "rows").leave_out(len(table) - len(rows), OTHER_SPLIT)
+        if needed:
+            without = set(table.without_caption())
+            missing = {table.name(row): NO_CAPTION for row in rows if row in without}
+            advice = f"correct data.init_args.caption_column={columns.caption!r} or {key}"
+            captioned(list(map(table.name, rows)), missing, stage, advice)
+            rows = array("q", (row for row in rows if row not in without))
+            tally.recount(missing, WITHOUT_CAPTION)
+        source = TableSource(table, rows, self.reading, role, stage == "train", needed)
+        source.tallies = [*tallies, tally]
+        return source
 
     def shares(self) -> dict[str, float]:
         """The shares of ``root`` for validation and test; none of a stream, all of which would have to be read for it."""
         return {"val": 0.0, "test": 0.0} if self.streaming else super().shares()
-
-    def check_captions(self) -> None:
-        """Check that the captions have a column.
-
-        Raises:
-            ValueError: They have none.
-        """
-        if not self.columns.caption:
-            raise ValueError(
-                f"data.init_args.root={self.root!r} is read without captions: set data.init_args.caption_column"
-            )

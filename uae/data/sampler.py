@@ -10,12 +10,17 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from uae.data.skipped import Skipped
+from uae.data.tally import Tally
 from uae.types import ImageBatch
 
 LOUD = 5  # how many unreadable images are warned about, one by one
 
-Fetched: TypeAlias = tuple[ImageBatch, dict[str, str]]
-"""A batch, and the names of images that were left out of it because they are unreadable, with the reasons."""
+Fetched: TypeAlias = tuple[ImageBatch, dict[str, str]] | tuple[ImageBatch, dict[str, str], dict[str, Tally]]
+"""A batch, and the names of images that were left out of it because they are unreadable, with the reasons.
+
+A stream adds the names of the shards that were read for it, with what was found in them so far.
+"""
 
 
 class ImageSource(Sized, Protocol):
@@ -129,10 +134,10 @@ class ImageLoader:
         batches: TrainBatches | EvalBatches,
         repeats: int = 1,
         num_workers: int = 0,
-        skipped: dict[str, str] | None = None,
+        skipped: Skipped | None = None,
     ) -> None:
         self.sampler, self.repeats = batches, repeats
-        self.skipped = {} if skipped is None else skipped
+        self.skipped = Skipped() if skipped is None else skipped
         self.loader: DataLoader[Fetched] = DataLoader(
             cast("Dataset[Fetched]", source),  # of a data set with __getitems__, nothing else is used
             batch_sampler=batches,
@@ -152,8 +157,10 @@ class ImageLoader:
         self.position = self._take_resumed()
         skip = self.position % self.repeats
         self.sampler.start = self.position // self.repeats
-        for batch, failures in self.loader:
+        for batch, failures, *tallies in self.loader:
             self._warn(failures)
+            for shards in tallies:
+                self.skipped.count(shards)
             for _ in range(skip, self.repeats):
                 self.position += 1
                 yield batch

@@ -1,10 +1,14 @@
-"""The images that a process could not read, in a file beside the logs of the run."""
+"""The images that a process left out, in a file beside the logs of the run."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from pathlib import Path
+
+from uae.data.tally import Tally, total
+from uae.files.folders import shown
+from uae.files.lines import lines_of
 
 
 class Skipped(dict[str, str]):
@@ -17,29 +21,57 @@ class Skipped(dict[str, str]):
     file: Path | None = None
     _cut = False  # whether the last line of the file is not whole
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shards: dict[str, Tally] = {}
+
     def __setitem__(self, name: str, reason: str) -> None:
         """Add an entry, and write it if there is a file."""
         super().__setitem__(name, reason)
-        self._write({name: reason})
+        self.write({name: reason})
 
     def write_to(self, folder: str | Path, rank: int) -> None:
         """Write all entries, those that are there and those to come, to ``skipped.rank<rank>.jsonl`` in a folder."""
         self.file, self._written = Path(folder, f"skipped.rank{rank}.jsonl"), set[str]()
         if self.file.is_file():
-            text = self.file.read_text(encoding="utf-8", errors="replace")
+            text = self.file.read_bytes().decode(errors="replace")
             self._cut = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
+            for line in lines_of(text):
                 try:
                     self._written.add(json.loads(line)["name"])
                 except (ValueError, KeyError, TypeError):  # a run that was killed has written half of this line
                     continue
-        self._write(dict(self))
+        self.write(dict(self))
 
-    def _write(self, rows: dict[str, str]) -> None:
+    def count(self, shards: dict[str, Tally]) -> None:
+        """Keep what was found in shards, by their names. Of a shard that is read again, the longest reading counts."""
+        for name, tally in shards.items():
+            before = self._shards.get(name)
+            if before is None or before.found <= tally.found:
+                self._shards[name] = tally
+
+    def report(self) -> str:
+        """One line on what this process has found and skipped while it read; empty if there is nothing to say.
+
+        What shards left out on purpose is written to the file: for each shard and reason, one name.
+        """
+        self.write({
+            name: f"{reason} ({tally.skipped[reason]} in this shard)"
+            for tally in self._shards.values()
+            for name, reason in tally.names.items()
+        })  # fmt: skip
+        if self._shards:
+            whole = total(list(self._shards.values()), "images and other members")
+            whole.leave_out(sum("/" in name for name in self), "unreadable")  # names of broken shards have no slash
+            return f"in {len(self._shards)} shards that were read: {whole}, see {self.file}"
+        return f"{len(self)} unreadable images skipped, see {self.file}" if self else ""
+
+    def write(self, rows: dict[str, str]) -> None:
+        """Write names and reasons to the file, if there is one, without counting them as unreadable."""
         if self.file is None:
             return
-        lines = [{"name": name, "reason": rows[name]} for name in rows if name not in self._written]
-        self._written |= set(rows)
+        lines = [{"name": shown(name), "reason": rows[name]} for name in rows if shown(name) not in self._written]
+        self._written |= {line["name"] for line in lines}
         if not lines:
             return
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uae.data.captions import Caption, UnreadableCaptionError
 from uae.data.sampler import Fetched
+from uae.data.tally import Tally
 from uae.files.pictures import Reading, UnreadableImageError
 from uae.types import ImageBatch
+
+NO_CAPTION = "it has no caption"
 
 
 class Item(NamedTuple):
@@ -20,7 +25,11 @@ class Item(NamedTuple):
 
     name: str
     content: bytes | Path | UnreadableImageError
-    caption: str | None = None
+    caption: Caption = None
+
+
+class LeftOutError(UnreadableImageError):
+    """What an `Item` holds instead of a picture if the data set leaves it out on purpose. The message is the reason."""
 
 
 class Picture(NamedTuple):
@@ -55,15 +64,26 @@ def id_of(name: str, role: str = "") -> int:
     return int.from_bytes(hashlib.sha256(f"{role}{name}".encode("utf-8", "surrogatepass")).digest()[:6], "big")
 
 
-def decoded(item: Item, reading: Reading) -> Picture:
+def decoded(item: Item, reading: Reading, captioned: bool = False) -> Picture:
     """Decode an image.
+
+    Args:
+        item: The image.
+        reading: How pictures are read.
+        captioned: Whether an image without a caption counts as unreadable.
 
     Raises:
         UnreadableImageError: The image cannot be read, or its content is such an error.
     """
     if isinstance(item.content, UnreadableImageError):
         raise item.content
-    return Picture(item.name, reading(item.content), item.caption)
+    if captioned and not isinstance(item.caption, str):
+        raise UnreadableImageError(str(item.caption or NO_CAPTION))
+    picture = reading(item.content)
+    if isinstance(item.caption, UnreadableCaptionError):
+        warnings.warn(f"image {item.name} comes without a caption: {item.caption}", stacklevel=2)
+        return Picture(item.name, picture, None)
+    return Picture(item.name, picture, item.caption)
 
 
 def batch_of(pictures: list[Picture], role: str = "") -> ImageBatch:
@@ -113,10 +133,12 @@ class PictureSource(Items):
         role: The prefix of the names in ids, so that equal names in different data sets have different ids.
         replace: Whether the next readable image takes the place of an unreadable one, so that every batch is full.
             Otherwise batches shrink, but never to nothing, as all processes step together.
+        captioned: Whether an image without a caption counts as unreadable.
     """
 
-    def __init__(self, reading: Reading, role: str = "", replace: bool = False) -> None:
-        self.reading, self.role, self.replace = reading, role, replace
+    def __init__(self, reading: Reading, role: str = "", replace: bool = False, captioned: bool = False) -> None:
+        self.reading, self.role, self.replace, self.captioned = reading, role, replace, captioned
+        self.tallies: list[Tally] = []  # what was found and skipped before anything was read
         self._failures: dict[str, str] = {}  # name to reason
 
     def __getitems__(self, positions: list[int]) -> Fetched:
@@ -141,7 +163,7 @@ class PictureSource(Items):
             if name in self._failures:
                 continue
             try:
-                return decoded(self.item(place), self.reading)
+                return decoded(self.item(place), self.reading, self.captioned)
             except UnreadableImageError as error:
                 self._failures[name] = str(error)
             except (OSError, ValueError) as error:

@@ -13,12 +13,13 @@ import random
 import warnings
 from collections.abc import Iterator
 from itertools import count
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from uae.data.sampler import Fetched, TrainBatches
-from uae.data.source import Item, Picture, batch_of, decoded
+from uae.data.source import Item, LeftOutError, Picture, batch_of, decoded
+from uae.data.tally import Tally
 from uae.files.pictures import Reading, UnreadableImageError
 
 
@@ -35,18 +36,45 @@ class Shards(Protocol):
         ...
 
 
-def passable(shards: Shards, shard: int, failures: dict[str, str]) -> Iterator[Item]:
-    """The images of a shard up to where it is broken.
+def passable(
+    shards: Shards, shard: int, failures: dict[str, str], tallies: dict[str, Tally] | None = None
+) -> Iterator[Item]:
+    """The images of a shard up to where it is broken, without what is left out on purpose.
 
     Args:
         shards: The data set.
         shard: The number of the shard.
         failures: Receives the name of the shard and what was wrong, if it is broken.
+        tallies: Receives the name of the shard, and what was found in it so far.
     """
+    tally = Tally(0)
     try:
-        yield from shards.items(shard)
+        for item in shards.items(shard):
+            if tallies is not None:
+                tallies[shards.name(shard)] = tally
+            if isinstance(item.content, LeftOutError):
+                tally.skip_one(item.name, str(item.content))
+            else:
+                tally.found += 1
+                yield item
     except Exception as error:  # whatever libraries, file systems and networks raise: training goes on without it
         failures[shards.name(shard)] = f"{type(error).__name__}: {error}"[:300]
+
+
+class Notes(NamedTuple):
+    """What came to light since the last batch: unreadable images and shards with reasons, and what shards hold so far."""
+
+    failures: dict[str, str]
+    tallies: dict[str, Tally]
+
+    def clear(self) -> None:
+        """Begin with a new batch."""
+        self.failures.clear()
+        self.tallies.clear()
+
+    def fetched(self, pictures: list[Picture], role: str = "") -> Fetched:
+        """Pictures as a batch, with a copy of the notes."""
+        return batch_of(pictures, role), dict(self.failures), {f"{role}{shard}": tally for shard, tally in self.tallies.items()}
 
 
 class Lane:
@@ -61,14 +89,23 @@ class Lane:
         lanes: The number of lanes that share the data set.
         seed: Seed of the order of the shards, which is the same for all lanes, and of the draws from the buffer.
         buffer: The number of images in the buffer; fewer if they have more than ``reading.max_file_bytes`` together.
-        failures: Receives the names of what could not be read, and the reasons.
+        notes: Receives what could not be read, and what was found.
+        captioned: Whether an image without a caption counts as unreadable.
     """
 
     def __init__(
-        self, shards: Shards, reading: Reading, number: int, lanes: int, seed: str, buffer: int, failures: dict[str, str]
+        self,
+        shards: Shards,
+        reading: Reading,
+        number: int,
+        lanes: int,
+        seed: str,
+        buffer: int,
+        notes: Notes,
+        captioned: bool = False,
     ) -> None:
         self.shards, self.reading, self.number, self.lanes = shards, reading, number, lanes
-        self.seed, self.buffer, self.failures = seed, buffer, failures
+        self.seed, self.buffer, self.notes, self.captioned = seed, buffer, notes, captioned
         self.drawn = 0  # pictures that were asked for
         self._pictures = self._decode()
 
@@ -84,9 +121,9 @@ class Lane:
     def _decode(self) -> Iterator[Picture]:
         for item in self._shuffle():
             try:
-                yield decoded(item, self.reading)
+                yield decoded(item, self.reading, self.captioned)
             except UnreadableImageError as error:
-                self.failures[item.name] = str(error)
+                self.notes.failures[item.name] = str(error)
 
     def _shuffle(self) -> Iterator[Item]:
         """Items in the order of random draws from a buffer, which is emptied wherever `_items` yields None."""
@@ -116,7 +153,7 @@ class Lane:
                 yield None
             unit = _order(total, f"{self.seed}/{turn}")[rank]
             shard, part = divmod(unit, parts)
-            for index, item in enumerate(passable(self.shards, shard, self.failures)):
+            for index, item in enumerate(passable(self.shards, shard, self.notes.failures, self.notes.tallies)):
                 if index % parts == part:
                     yield item
             if self.drawn > wanted:
@@ -125,7 +162,7 @@ class Lane:
             if len(searched) == total:
                 yield None  # the buffer may still hold a readable one
                 if self.drawn == wanted:
-                    raise ValueError(nothing_readable(self.shards, self.failures))
+                    raise ValueError(nothing_readable(self.shards, self.notes.failures))
 
 
 def nothing_readable(shards: Shards, failures: dict[str, str]) -> str:
@@ -169,6 +206,7 @@ class StreamSource:
         seed: Seed of the order.
         buffer: The number of images that each lane draws from, see `Lane`.
         shuffle: Whether every epoch has its own order. Otherwise every epoch is the first one again.
+        captioned: Whether an image without a caption counts as unreadable.
     """
 
     def __init__(
@@ -182,11 +220,14 @@ class StreamSource:
         seed: int = 0,
         buffer: int = 64,
         shuffle: bool = True,
+        captioned: bool = False,
     ) -> None:
         self.shards, self.reading, self.epoch_size, self.images = shards, reading, epoch_size, images
         self.lanes, self.readers, self.seed, self.buffer, self.shuffle = lanes, readers, seed, buffer, shuffle
+        self.captioned = captioned
+        self.tallies: list[Tally] = []  # what was found and skipped before anything was read
         self._open: dict[int, tuple[int, Lane]] = {}  # number of a lane to the epoch that it reads, and the lane
-        self._failures: dict[str, str] = {}
+        self._notes = Notes({}, {})
 
     def __len__(self) -> int:
         """The number of images in an epoch."""
@@ -198,9 +239,8 @@ class StreamSource:
         Raises:
             ValueError: Nothing in the shards is readable.
         """
-        self._failures.clear()
-        pictures = [self._picture(position) for position in positions]
-        return batch_of(pictures), dict(self._failures)
+        self._notes.clear()
+        return self._notes.fetched([self._picture(position) for position in positions])
 
     def _picture(self, position: int) -> Picture:
         epoch, position = divmod(position, self.epoch_size)
@@ -219,7 +259,7 @@ class StreamSource:
         if opened is not None and opened[0] == epoch and opened[1].drawn <= draw:
             return opened[1]
         lanes, seed = self.lanes * self.readers, f"{self.seed}/{epoch}"
-        lane = Lane(self.shards, self.reading, number, lanes, seed, self.buffer, self._failures)
+        lane = Lane(self.shards, self.reading, number, lanes, seed, self.buffer, self._notes, self.captioned)
         self._open[number] = epoch, lane
         return lane
 
@@ -235,11 +275,13 @@ class SequentialSource:
         reading: How pictures are read.
         size: The number of images.
         role: The prefix of the names in ids, see `uae.data.source.id_of`.
+        captioned: Whether an image without a caption counts as unreadable.
     """
 
-    def __init__(self, shards: Shards, reading: Reading, size: int, role: str = "") -> None:
-        self.shards, self.reading, self.size, self.role = shards, reading, size, role
-        self._failures: dict[str, str] = {}
+    def __init__(self, shards: Shards, reading: Reading, size: int, role: str = "", captioned: bool = False) -> None:
+        self.shards, self.reading, self.size, self.role, self.captioned = shards, reading, size, role, captioned
+        self.tallies: list[Tally] = []  # what was found and skipped before anything was read
+        self._notes = Notes({}, {})
         self._stream: Iterator[Item] | None = None
         self._next = 0  # position of the item that the stream yields next
 
@@ -253,16 +295,16 @@ class SequentialSource:
         Raises:
             ValueError: Nothing in the shards is readable.
         """
-        self._failures.clear()
+        self._notes.clear()
         read = [self._picture(self._item(position)) for position in positions]
         tried: set[str] = set()
         while not any(read):
             item = self._item(self._next)
             if item.name in tried:
-                raise ValueError(nothing_readable(self.shards, self._failures))
+                raise ValueError(nothing_readable(self.shards, self._notes.failures))
             tried.add(item.name)
             read = [self._picture(item)]
-        return batch_of([picture for picture in read if picture], self.role), dict(self._failures)
+        return self._notes.fetched([picture for picture in read if picture], self.role)
 
     def _item(self, position: int) -> Item:
         if self._stream is None or position < self._next:
@@ -274,9 +316,9 @@ class SequentialSource:
 
     def _picture(self, item: Item) -> Picture | None:
         try:
-            return decoded(item, self.reading)
+            return decoded(item, self.reading, self.captioned)
         except UnreadableImageError as error:
-            self._failures[item.name] = str(error)
+            self._notes.failures[item.name] = str(error)
             return None
 
     def _items(self) -> Iterator[Item]:
@@ -284,11 +326,11 @@ class SequentialSource:
         found = 0
         for turn in count():
             for shard in range(len(self.shards)):
-                for item in passable(self.shards, shard, self._failures):
+                for item in passable(self.shards, shard, self._notes.failures, self._notes.tallies):
                     found += turn == 0
                     yield item
             if not found:
-                raise ValueError(nothing_readable(self.shards, self._failures))
+                raise ValueError(nothing_readable(self.shards, self._notes.failures))
             if turn == 0 and found < self.size:
                 warnings.warn(
                     f"the {len(self.shards)} shards {self.shards.name(0)} ... hold {found} images, fewer than "

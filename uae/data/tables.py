@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import accumulate, islice
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from uae.data.source import Item, Items, PictureSource
+from uae.files.folders import Listing, list_files, matching, shown
 from uae.files.pictures import Reading, UnreadableImageError
 
+SUFFIX = ".parquet"
 ROWS = 16  # how many rows are taken from a file at a time
 
 
@@ -30,9 +34,8 @@ class Columns(NamedTuple):
     def caption_of(self, row: Mapping[str, object]) -> str | None:
         """The caption in a row without spaces around it, the first one if there are several; None if there is none."""
         value = row[self.caption] if self.caption else None
-        if isinstance(value, list | tuple):
-            value = value[0] if value else None
-        return value.strip() or None if isinstance(value, str) else None
+        values = value if isinstance(value, list | tuple) else [value]
+        return next((text.strip() for text in values if isinstance(text, str) and text.strip()), None)
 
 
 def content_of(value: object, root: Path | None) -> bytes | Path | UnreadableImageError:
@@ -56,6 +59,14 @@ def content_of(value: object, root: Path | None) -> bytes | Path | UnreadableIma
     return file
 
 
+class Table(Items):
+    """Rows of images by position."""
+
+    @abstractmethod
+    def without_caption(self) -> Iterator[int]:
+        """The numbers of the rows whose caption is missing or empty. Only the column of the captions is read."""
+
+
 class TableSource(PictureSource):
     """Some rows of a table.
 
@@ -65,12 +76,19 @@ class TableSource(PictureSource):
         reading: How pictures are read.
         role: The prefix of the names in ids, see `PictureSource`.
         replace: Whether another image takes the place of an unreadable one, see `PictureSource`.
+        captioned: Whether an image without a caption counts as unreadable.
     """
 
     def __init__(
-        self, table: Items, rows: Sequence[int], reading: Reading, role: str = "", replace: bool = False
+        self,
+        table: Items,
+        rows: Sequence[int],
+        reading: Reading,
+        role: str = "",
+        replace: bool = False,
+        captioned: bool = False,
     ) -> None:
-        super().__init__(reading, role, replace)
+        super().__init__(reading, role, replace, captioned)
         self.table, self.rows = table, rows
 
     def __len__(self) -> int:
@@ -86,7 +104,7 @@ class TableSource(PictureSource):
         return self.table.item(self.rows[position])
 
 
-class ParquetTable(Items):
+class ParquetTable(Table):
     """The rows of several Parquet files. The footers are read at once, and rows when they are asked for.
 
     To reach a row, its row group is decoded from the beginning, a few rows at a time. So row groups of about 100 images make
@@ -116,10 +134,8 @@ class ParquetTable(Items):
 
     def _footer(self, file: str) -> list[int]:
         """The number of rows in each row group of a file."""
-        parquet = required("pyarrow.parquet")
-
         try:
-            with parquet.ParquetFile(self.folder / file) as opened:
+            with self._file(file) as opened:
                 names = opened.schema_arrow.names
                 metadata = opened.metadata
         except (OSError, ValueError) as error:
@@ -136,7 +152,7 @@ class ParquetTable(Items):
     def name(self, position: int) -> str:
         """The name of the file and the number of the row in it."""
         file = self.groups[bisect_right(self.starts, position) - 1][0]
-        return f"{file}/{position - self.first[file]}"
+        return f"{shown(file)}/{position - self.first[file]}"
 
     def item(self, position: int) -> Item:
         """The image and the caption of a row. Going forward in a row group is cheap, going back starts it again."""
@@ -153,16 +169,28 @@ class ParquetTable(Items):
         return Item(self.name(position), content_of(row[self.columns.image], self.folder), self.columns.caption_of(row))
 
     def _open(self, group: int) -> Iterator[dict[str, object]]:
-        parquet = required("pyarrow.parquet")
-
         file, number, _ = self.groups[group]
-        with parquet.ParquetFile(self.folder / file, memory_map=True) as opened:
+        with self._file(file) as opened:
             for batch in opened.iter_batches(ROWS, row_groups=[number], columns=self.columns.names):
                 yield from batch.to_pylist()
 
+    def without_caption(self) -> Iterator[int]:
+        """The numbers of the rows whose caption is missing or empty. A damaged row group is left to `item`."""
+        for start, (file, number, _) in zip(self.starts, self.groups, strict=False):
+            with contextlib.suppress(OSError, ValueError), self._file(file) as opened:
+                batches = opened.iter_batches(1000, row_groups=[number], columns=[self.columns.caption])
+                rows = (row for batch in batches for row in batch.to_pylist())
+                yield from (start + place for place, row in enumerate(rows) if self.columns.caption_of(row) is None)
 
-def list_tables(root: str, key: str) -> tuple[Path, list[str]] | None:
-    """The folder of Parquet files and their names relative to it; None if ``root`` is something else.
+    def _file(self, file: str) -> Any:
+        parquet, path = required("pyarrow.parquet"), self.folder / file
+        if shown(str(path)) == str(path):
+            return parquet.ParquetFile(path, memory_map=True)
+        return parquet.ParquetFile(path.open("rb"))  # pyarrow takes no name that is not UTF-8
+
+
+def list_tables(root: str, key: str) -> tuple[Path, Listing] | None:
+    """The folder of Parquet files, and those in it by their names; None if ``root`` is something else.
 
     Args:
         root: A Parquet file, a pattern with ``*`` in its last part, or a folder, whose subfolders are searched, too.
@@ -173,14 +201,12 @@ def list_tables(root: str, key: str) -> tuple[Path, list[str]] | None:
     """
     place = Path(root).expanduser()
     if place.is_dir() and not (place / "state.json").is_file() and not (place / "dataset_dict.json").is_file():
-        folder, files = place, sorted(file.relative_to(place).as_posix() for file in place.rglob("*.parquet"))
-    elif place.suffix == ".parquet" and "://" not in root:
-        folder = place.parent
-        files = sorted(file.name for file in folder.glob(place.name)) if "*" in place.name else [place.name]
-        files = [file for file in files if (folder / file).is_file()]
+        folder, files = place, list_files(place, key, {SUFFIX})
+    elif place.suffix.lower() == SUFFIX and "://" not in root:
+        folder, files = place.parent, matching(place)
     else:
         return None
-    if not files:
+    if not files.names:
         raise FileNotFoundError(f"{key}={root!r} holds no Parquet file: point {key} at *.parquet or a folder of them")
     return folder, files
 

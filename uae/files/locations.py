@@ -25,7 +25,7 @@ def locate(name: str) -> str:
     if place is not None:
         return str(place)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        mirror = os.environ.get(ROOT)
+        mirror = _mirror()
         below = f" or below {ROOT}={mirror}" if mirror else f" ({ROOT} is not set)"
         raise FileNotFoundError(f"nothing at {name!r}{below}; give a folder that exists or a hub id (owner/model)")
     return name
@@ -82,6 +82,13 @@ def _downloaded(download: Callable[[], str], problem: str, key: str) -> Path:
 
 def here(name: str) -> Path | None:
     """The path that a name means on this disk: below ``UAE_CHECKPOINTS`` or else as it is; None if there is neither."""
-    mirror = os.environ.get(ROOT)
+    mirror = _mirror()
     paths = (*([Path(mirror).expanduser() / name] if mirror else []), Path(name).expanduser())
     return next((path for path in paths if path.exists()), None)
+
+
+def _mirror() -> str | None:
+    mirror = os.environ.get(ROOT)
+    if mirror is not None and not mirror.strip():  # a typo in ROOT=$FOLDER must not download what is on this disk
+        raise ValueError(f"the environment variable {ROOT} is empty: give it a value, or unset it")
+    return mirror

@@ -23,6 +23,7 @@ from uae.bench.judging.requests import JudgeRequest, JudgingPlan, image_digest, 
 from uae.bench.judging.stages import ask, open_cache, status
 from uae.bench.result import Case, by_group, check_output, summarize, write_result
 from uae.bench.score_table import score_table
+from uae.files.lines import lines_of, text_of
 
 BENCHMARK = "geneval_plus"
 JUDGE = "configs/bench/judges/gpt_4_1.yaml"
@@ -189,8 +190,8 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompts at {str(path)!r}; get {FETCH}")
-    rows, text = list[dict[str, Any]](), Path(path).read_text(encoding="utf-8-sig").rstrip()
-    for number, line in enumerate(text.split("\n") if text else (), start=1):
+    rows = []
+    for number, line in enumerate(lines_of(text_of(Path(path).read_bytes()).rstrip()), start=1):
         try:
             rows.append(json.loads(line))
             fine = isinstance(rows[-1]["tag"], str) and bool(rows[-1]["prompt"].strip()) and bool(checklist(rows[-1]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uae.bench.geneval.rules import COLORS, RELATIONS, TAGS
+from uae.files.lines import read_lines
 
 FETCH = (
     "curl -LO https://raw.githubusercontent.com/djghosh13/geneval/af4902f/prompts/evaluation_metadata.jsonl  # MIT licence"
@@ -42,7 +43,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompts at {str(path)!r}; get them by: {FETCH}")
-    lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    lines = [line for line in read_lines(path) if line.strip()]
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -86,7 +86,7 @@ class AnswerCache:
     def _load(self) -> None:
         self.records: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.torn = 0
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else []:
             try:
                 record = json.loads(line)
                 self.records[record["key"]].append({"cost_usd": 0.0, **record})

@@ -15,6 +15,7 @@ from uae.bench.judging.judges import Judge
 from uae.bench.judging.prompt import Prompt
 from uae.bench.judging.requests import JudgeRequest, image_digest, judge_request
 from uae.bench.output_folder import SOURCE
+from uae.files.lines import lines_of, text_of
 
 _FENCE = re.compile(r"^```.*$", re.MULTILINE)
 _LINE_MARKS = re.compile(r"^\s*(?:#{1,6}\s+|>\s?|[-*+]\s+)", re.MULTILINE)
@@ -40,7 +41,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no captions at {str(path)!r}; correct --captions NAME=FILE")
     try:
-        rows = _rows(Path(path).read_text(encoding="utf-8-sig"))
+        rows = _rows(text_of(Path(path).read_bytes()))
         pairs = [(row["name"], row["caption"]) for row in rows]
     except (ValueError, KeyError, TypeError):
         pairs = [(None, None)]
@@ -75,7 +76,7 @@ def _rows(text: str) -> list[dict[str, Any]]:
     try:
         content = json.loads(text)
     except ValueError:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return [json.loads(line) for line in lines_of(text) if line.strip()]
     if isinstance(content, dict) and not {"name", "caption"} <= content.keys():
         return [{"name": name, "caption": caption} for name, caption in content.items()]
     return content if isinstance(content, list) else [content]

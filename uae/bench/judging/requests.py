@@ -11,6 +11,7 @@ from typing import Any
 
 from uae.bench.judging.judges import Judge, judge_of
 from uae.bench.judging.prompt import Prompt, prompt_of
+from uae.files.lines import read_lines
 from uae.files.whole import write_whole
 
 MEDIA = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif"}
@@ -104,7 +105,7 @@ def read_plan(folder: str | Path) -> JudgingPlan:
     """
     try:
         content = json.loads(Path(folder, "plan.json").read_text())
-        lines = Path(folder, "requests.jsonl").read_text().rstrip("\n").split("\n")
+        lines = read_lines(Path(folder, "requests.jsonl"))
         requests = tuple(JudgeRequest(**json.loads(line)) for line in lines)
     except FileNotFoundError:
         raise FileNotFoundError(f"nothing is built in {str(folder)!r} (plan.json, requests.jsonl); build first") from None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from uae.files.lines import read_lines
+
 Benchmark = Literal["mmmu", "mmt"]
 SHOWN = 5  # broken lines that an error names
 
@@ -105,7 +107,7 @@ def _lines(file: str | Path, option: str) -> Iterator[tuple[str, dict[str, Any]]
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"{option} {str(file)!r} does not exist; give a .jsonl file")
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             place = f"{path.name} line {number}"
             try:

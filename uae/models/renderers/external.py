@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from uae.files.lines import read_lines
 from uae.files.pictures import UnreadableImageError, read_picture
 from uae.models.conditioners.states import TextCondition
 from uae.models.renderers.answers import PictureCache, as_pixels, picture_of
@@ -135,7 +136,7 @@ def _files_by_text(folder: Path, name: str) -> dict[str, list[Path]]:
     if not metadata.is_file():
         raise FileNotFoundError(f"no metadata.jsonl in {name!r}; set {KEY}.folder to an imagefolder with one")
     files: dict[str, list[Path]] = {}
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(metadata), start=1):
         if not line.strip():
             continue
         try:
