@@ -60,7 +60,7 @@ MISTAKES = [
     (model(finetune={"class_path": "uae.models.finetune.Lora"}), "module 'uae.models.finetune' has no attribute 'Lora'"),
     (model(metrics={"x": {"class_path": "no.where.X"}}), "No module named 'no'"),
     (model(reward={"init_args": {"wights": {"clip": 1}}}), "did you mean weights?"),
-    ({"run_name": "${..nam}"}, "Interpolation key '..nam' not found"),
+    ({"run_name": "${..nam}"}, "nam' not found"),
     ("trainer: [1\nmodel: {", "while parsing a flow sequence"),
     ("run_name: a\nmodel:\n  init_args: {seed: 1}\nrun_name: b\n", "has the key 'run_name' twice, in line 1 and in line 4"),
     (["--optimizer", "SGD"], "key 'optimizer' is not accepted"),

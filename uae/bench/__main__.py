@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from uae.cli import fail, one_line_errors
+from uae.cli import fail, one_line_errors, share_callbacks
 
 
 class Command(NamedTuple):
@@ -56,7 +56,8 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         fail(f"unknown command {name!r} of uae.bench; allowed: {', '.join(COMMANDS)}")
-    with one_line_errors():
+    with one_line_errors("make room or correct --output"):
+        share_callbacks()
         import_module(COMMANDS[name].module).main(rest)
 
 

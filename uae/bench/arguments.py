@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 
 from uae.cli import debugging, fail
+from uae.cli.config_file import check_config_file
 from uae.cli.explain import explain
 from uae.files.settings import make_parser_strict
 
@@ -21,6 +22,11 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # jsonargparse passes whatever argparse takes
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a file that can be one."""
+        check_config_file(cfg_path)
+        return super().parse_path(cfg_path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line about what is wrong and what is allowed, and exit with status 2."""

@@ -24,10 +24,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import uae.strategy  # noqa: F401  registers "fsdp2"
 from uae.checkpoints.files import CheckpointFiles
+from uae.cli.callbacks_package import share_callbacks
+from uae.cli.config_file import check_config_file
 from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, one_line_errors
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
+from uae.cli.values import check_values
 from uae.files.settings import make_parser_strict
 from uae.trainer import is_dry_run
 from uae.types import PlannedSystem
@@ -43,6 +46,11 @@ class Parser(LightningArgumentParser):
         kwargs.setdefault("parser_mode", "omegaconf+")  # "omegaconf" would resolve each file on its own
         kwargs.setdefault("allow_abbrev", False)  # else --trainer.max_step would silently be read as max_steps
         super().__init__(*args, **kwargs)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a file that can be one."""
+        check_config_file(cfg_path)
+        return super().parse_path(cfg_path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and an error of one line."""
@@ -81,6 +89,7 @@ class CLI(LightningCLI):
     trainer: RunTrainer
 
     def __init__(self, args: list[str] | None = None) -> None:
+        share_callbacks()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -118,6 +127,11 @@ class CLI(LightningCLI):
             default=None,
             help="Memory per GPU in GiB. If the plan of fit needs more, fit stops at once; null is the GPU's own, 0 never stops.",
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and refuse values that types let pass."""
+        super().parse_arguments(parser, args)
+        check_values(self.config[self.config["subcommand"]])
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing. Lightning would let hyper-parameters in the checkpoint override the configuration."""

@@ -12,11 +12,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
 from typing import NoReturn
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from uae.cli.blame import blamed
+
 OUTPUTS = "outputs"
+OF_A_RUN = f"results go to {OUTPUTS}/<run_name>, make room or correct run_name"
 PACKAGE = Path(__file__).parents[1]
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
 _CHATTER = ("KeyboardInterrupt", "litlogger")  # in messages of Lightning that repeat ours or advertise
@@ -28,42 +33,89 @@ _EXPECTED_WARNINGS = (
     r"It is recommended to use `self\.log\(.*sync_dist=True",  # they are reduced before they are logged
     r"The '\w+' does not have many workers",  # drawing a scene takes less time than sending it between processes
 )
-_REFUSED_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+_REFUSED_WRITING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
+_BATCHES = (
+    "lightning.pytorch.loops.fetchers",
+    "lightning.pytorch.loops.training_epoch_loop",
+)  # at work: the run has begun
+SEE_ALL = "UAE_DEBUG=1 shows the traceback"
 _OF_A_WORKER = re.compile(  # PyTorch reports an error of a data-loading process as the text of its traceback
     r'Caught (?:Value|Runtime)Error in DataLoader worker .*File "(?P<file>[^"\n]+)", line \d+, in [^\n]+\n\s+raise [^\n]*\n'
     r"(?:\s[^\n]*\n)*(?:Value|Runtime)Error: (?P<message>.*)",
     re.DOTALL,
 )
-_SPEAKS_TO_USERS = ("uae.", "callbacks.", "lightning.pytorch.trainer.")
+_RAISE = re.compile(r"(^|[:;])\s*raise\b")
+_OURS = ("uae.", "callbacks.")
+_TRAINER = "lightning.pytorch.trainer."
 
 
-def mistake(error: BaseException) -> str | None:
-    """The message of an error that the user can correct, in one line; None if the error is a defect of the code."""
+def mistake(error: BaseException, advice: str = OF_A_RUN) -> str | None:
+    """The message of an error that the user can correct, in one line; None if the error is a defect of the code.
+
+    These can be corrected: what this project and Lightning's trainer refuse at any time; and before the first batch, what
+    anything refuses that a class of the configuration calls, because then the configuration's values are at fault.
+
+    Args:
+        error: The error.
+        advice: What to do where results cannot be written.
+    """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     if isinstance(error, OSError) and error.errno in _REFUSED_WRITING:
-        return in_one_line(f"{error}: results go to {OUTPUTS}/<run_name>, make room or correct run_name")
-    if isinstance(error, (FileNotFoundError, MisconfigurationException)):
+        return in_one_line(f"{error}: {advice}")
+    if isinstance(error, FileNotFoundError):
         return in_one_line(str(error))
     if type(error).__module__.startswith("omegaconf"):
         return in_one_line(f"interpolation in the configuration: {error}")
-    return next((line for line in map(_written_for_users, chain) if line), None)
+    return next((line for line in map(_written_for_users, chain) if line), None) or _refused_by_a_class(chain)
 
 
 def _written_for_users(error: BaseException) -> str | None:
-    """The message, if a ``raise`` statement of this project or of Lightning's trainer made the error; else None."""
-    innermost = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    if innermost is None or not isinstance(error, (ValueError, RuntimeError, ArithmeticError)):
+    """The message, if a ``raise`` statement of this project made the error, which then names the key; else None."""
+    if error.__traceback__ is None or not isinstance(error, (ValueError, RuntimeError, ArithmeticError)):
         return None
     if (worker := _OF_A_WORKER.match(str(error))) and Path(worker["file"]).is_relative_to(PACKAGE):
         return in_one_line(worker["message"])
-    code = innermost.tb_frame.f_code
-    written_for_users = str(innermost.tb_frame.f_globals.get("__name__")).startswith(_SPEAKS_TO_USERS)
-    raised = linecache.getline(code.co_filename, innermost.tb_lineno).lstrip().startswith("raise ")
-    return in_one_line(str(error)) if written_for_users and raised else None
+    return in_one_line(str(error)) if _origin(error).startswith(_OURS) and _raised(error) else None
+
+
+def _refused_by_a_class(chain: list[BaseException]) -> str | None:
+    """The key and the message, if a class of the configuration met a value or a machine that it cannot work with; else None."""
+    cause = next((error for error in reversed(chain) if not _origin(error).startswith("jsonargparse")), chain[0])
+    foreseen = isinstance(cause, MisconfigurationException) or (_raised(cause) and _origin(cause).startswith(_TRAINER))
+    begun = any(_module(frame).startswith(_BATCHES) for error in chain for frame, _ in walk_tb(error.__traceback__))
+    if not foreseen and (begun or not (isinstance(cause, (ImportError, OSError)) or _raised(cause))):
+        return None
+    culprit, text = blamed(chain), str(cause) or type(cause).__name__
+    if culprit is None:
+        return in_one_line(text) if foreseen else None
+    return in_one_line(f"{culprit.accused(text)}: {text.rstrip('.')}; {SEE_ALL}")
+
+
+def _raised(error: BaseException) -> bool:
+    """Whether a ``raise`` statement made the error, so that its message was written to be read."""
+    *_, (frame, line) = walk_tb(error.__traceback__)
+    return bool(_RAISE.search(linecache.getline(frame.f_code.co_filename, line)))
+
+
+def _origin(error: BaseException) -> str:
+    """The module in which an error was made."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return _module(frame)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def in_one_line(text: str) -> str:
@@ -101,15 +153,19 @@ def interrupted(line: str = "interrupted") -> NoReturn:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Inside, an error that the user can correct is printed in one line with status 2; Ctrl-C gives status 130."""
+def one_line_errors(advice: str = OF_A_RUN) -> Iterator[None]:
+    """Inside, an error that the user can correct is printed in one line with status 2; Ctrl-C gives status 130.
+
+    Args:
+        advice: What to do where results cannot be written.
+    """
     quieten()
     try:
         yield
     except KeyboardInterrupt:
         interrupted()
     except Exception as error:
-        line = None if debugging() else mistake(error)
+        line = None if debugging() else mistake(error, advice)
         if line is None:
             raise
         fail(line)

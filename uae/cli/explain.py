@@ -12,6 +12,7 @@ import re
 import typing
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 _NOISE = re.compile(
     r"$|Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
@@ -34,7 +35,7 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
     """
     place, owner, problem = _locate(message)
     if place == "config" or not problem:  # a syntax error of a file, or nothing useful was found
-        return " ".join(message.split()).removeprefix('Parser key "config": ')
+        return " ".join(message.split()).replace('Parser key "config": ', "--config: ", 1)
     for pattern in _UNKNOWN:
         if unknown := re.search(pattern, problem):
             return _unknown_key(place, owner, known, **unknown.groupdict())
@@ -65,10 +66,16 @@ def _locate(message: str) -> tuple[str, str, str]:
 def _plain(problem: str, message: str) -> str:
     """The problem with readable type names and the wrong value."""
     problem, _, value = problem.partition(" Got value: ")
-    problem = re.sub(r"Expected an? <class '(?:\w+\.)*(\w+)'>", r"expected \1", problem)
-    problem = re.sub(r"Expected an? typing\.Literal\[(.*?)\]", r"expected one of \1", problem).rstrip(".")
+    if problem.startswith("Expected a") and (choices := re.findall(r"Expected a typing\.Literal\[(.*?)\]", message)):
+        problem = f"expected one of {', '.join(choices)}"
+    problem = re.sub(r"Expected (?:an? )?<class '(?:\w+\.)*(\w+)'>", r"expected \1", problem).rstrip(".")
+    problem = re.sub(
+        r"Expected a dot import path string: (.*)", r"expected the dotted name of a class, got \1", problem
+    )
     given = value or "".join(re.findall(r"Given value: (.*)", message)[:1]).partition(". Got value: ")[0]
-    return f"{problem}, got {given[:80]}" if problem.startswith("expected") and given else problem
+    return (
+        f"{problem}, got {given[:80]}" if problem.startswith("expected") and given and "got" not in problem else problem
+    )
 
 
 def _unknown_key(place: str, owner: str, known: Iterable[str], key: str, group: str | None = None) -> str:
@@ -86,15 +93,23 @@ def _unknown_key(place: str, owner: str, known: Iterable[str], key: str, group: 
     return f"key '{key}' is not accepted by {owner} (at {place}{'.' + group if group else ''}); {hint}"
 
 
+def named(class_path: str) -> Any:
+    """What a dotted name names; None if nothing."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
 def parameters(class_path: str, group: str | None = None) -> list[str]:
     """Names of the parameters of a class, or of the class that its parameter ``group`` takes; empty if unknown."""
-    try:
-        module, _, name = class_path.rpartition(".")
-        found = getattr(importlib.import_module(module), name)
-        if group is not None:
+    found = named(class_path)
+    if group is not None:
+        try:
             found = typing.get_type_hints(found.__init__)[group]
-    except (ImportError, AttributeError, KeyError, NameError):
-        return []
+        except (AttributeError, KeyError, NameError):
+            return []
     names: list[str] = []
     for parent in inspect.getmro(found) if inspect.isclass(found) else ():
         constructor = vars(parent).get("__init__")

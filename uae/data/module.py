@@ -59,10 +59,20 @@ class ImageData(L.LightningDataModule, ABC):
         eval_batch_size: Images per validation, test or prediction batch and process, at most.
         seed: Seed of the order of training images.
         num_workers: The number of processes that read ahead; 0 reads in the training process.
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int, num_workers: int) -> None:
         super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.init_args.{name}={value}; allowed: {least} or more")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
         self.skipped = Skipped()  # unreadable images of this process, name to reason

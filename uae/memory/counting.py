@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uae.models.captioners.caches import expand, prompt_cache, recomputing
+from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
 from uae.models.captioners.policy import CaptionPolicy
 
 
@@ -72,12 +72,12 @@ def text_config(model: Any) -> Any:
 def _saved_by_reading(policy: CaptionPolicy, prompt: int, tokens: int, group: int, recompute: bool) -> int:
     decoder = policy.base.get_decoder()
     with saved_bytes(policy) as count, recomputing(policy.model) if recompute else nullcontext():
-        cache = prompt_cache(policy.base) if recompute else None
-        cache = decoder(**_embeds(policy, 1, prompt), past_key_values=cache, use_cache=True).past_key_values
+        cache = prompt_cache(policy.base) if recompute else library_cache(policy.base)
+        decoder(**_embeds(policy, 1, prompt), **cache_argument(decoder, cache), use_cache=True)
         if tokens > 1:
             sees = torch.empty(1, 1, tokens - 1, prompt + tokens - 1, dtype=torch.bool, device="meta")
-            cache = expand(cache, 1, group)
-            decoder(**_embeds(policy, group, tokens - 1), attention_mask=sees, past_key_values=cache, use_cache=True)
+            longer = _embeds(policy, group, tokens - 1)
+            decoder(**longer, **cache_argument(decoder, expand(cache, 1, group)), attention_mask=sees, use_cache=True)
     return count()
 
 

@@ -10,6 +10,7 @@ import torch
 from uae.data.module import ImageData, Stage
 from uae.data.sampler import ImageSource
 from uae.miniature.scenes import Split, describe, render, scene_of
+from uae.miniature.scenes.world import GRID
 from uae.types import ImageBatch
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -63,6 +64,8 @@ class SceneData(ImageData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed, num_workers)
+        if not counts or not all(1 <= count <= GRID**2 for count in counts):
+            raise ValueError(f"data.init_args.counts={list(counts)}; allowed: one or more numbers from 1 to {GRID**2}")
         self.train_size, self.val_size, self.test_size, self.counts = train_size, val_size, test_size, counts
 
     def source(self, stage: Stage) -> ImageSource | None:

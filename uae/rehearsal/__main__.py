@@ -1,8 +1,12 @@
-"""``python -m uae.rehearsal FOLDER``: writes a tiny stand-in for every checkpoint that a configuration names."""
+"""``python -m uae.rehearsal FOLDER``: writes a tiny stand-in for every checkpoint that a configuration names.
+
+``UAE_DEBUG=1`` shows tracebacks.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import warnings
@@ -30,7 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         quiet()
         write(given.folder, given.only, print)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
+        if os.environ.get("UAE_DEBUG"):
+            raise
         sys.exit(f"error: {error}")
     size = sum(file.stat().st_size for file in given.folder.rglob("*") if file.is_file()) / 1e6
     print(f"{given.folder}: {size:.1f} MB in {time.perf_counter() - start:.0f} s. A rehearsal is the run with one more file:")

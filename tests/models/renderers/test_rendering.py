@@ -54,7 +54,8 @@ def test_weights_in_8_bits():
     transformer = renderer.pipe.transformer
     assert transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
     assert (embeds.grad[condition.mask_NL.bool()].abs().sum(-1) > 0).all()
-    full = DiffusersRenderer(load("sd3"), settings()).render(condition, SEEDS)
+    half = Placement("bfloat16")  # of the same dtype, because torch 2.11 draws other noise in float32
+    full = DiffusersRenderer(load("sd3", half), settings(placement=half)).render(condition, SEEDS)
     assert (images - full).abs().mean() < 0.05 < full.std()
 
 

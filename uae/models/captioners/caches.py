@@ -7,8 +7,10 @@ backward pass, and the cache is of a kind that the second computation does not c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache as remember
 from functools import partial
 from typing import Any
 
@@ -47,9 +49,7 @@ def check_memory(model: Any, gradient_checkpointing: bool) -> None:
         ValueError: A layer has another kind of cache than keys and values of all tokens, or linear attention; or the
             model has linear attention and ``gradient_checkpointing`` is set.
     """
-    from transformers import DynamicCache
-
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    kinds = {type(layer).__name__ for layer in library_cache(model).layers}
     if kinds - {"DynamicLayer", "LinearAttentionLayer"}:
         raise ValueError(
             f"{type(model).__name__} caches a prompt as {', '.join(sorted(kinds))}; allowed: keys and values of all "
@@ -60,6 +60,31 @@ def check_memory(model: Any, gradient_checkpointing: bool) -> None:
             f"model.init_args.system.init_args.reading.gradient_checkpointing=true, but {type(model).__name__} has layers of "
             "linear attention, whose state cannot be computed again; set it to false"
         )
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword argument with which a model of transformers takes a cache.
+
+    It is called ``cache`` since transformers 5.24. Before, and in code that a checkpoint brings along, it is
+    ``past_key_values``, so the signature decides and not the version. Such a model changes the cache in place.
+
+    Args:
+        model: Any model of transformers with a cache, without an adapter around it.
+        cache: The cache.
+    """
+    return {_name_of_cache(type(model).forward): cache}
+
+
+@remember
+def _name_of_cache(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def library_cache(model: Any) -> Any:
+    """An empty cache of the kind that transformers uses for a model."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 def prompt_cache(model: Any) -> Any:

@@ -81,6 +81,7 @@ class HFCaptioner:
     def prompt(self, instruction: str) -> str:
         """The chat-formatted prompt around one image."""
         if instruction not in self._prompts:
+            _check_text(instruction, self.processor)
             content = [{"type": "image"}, {"type": "text", "text": instruction}]
             turn = {"role": "user", "content": content if self.image_first else content[::-1]}
             prompt = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
@@ -170,3 +171,19 @@ class HFCaptioner:
         """Teacher-forced log-probs ``[N, T]`` under the current weights, with gradient; 0 where masked."""
         logp_NT: Tensor = self.learner.network(rollout.context, rollout.tokens_NT, rollout.group, rollout.temperature)
         return logp_NT.masked_fill(rollout.mask_RS == 0, 0.0)
+
+
+def _check_text(instruction: str, processor: Any) -> None:
+    """Refuse tokens that stand for an image or for the end of a turn.
+
+    Raises:
+        ValueError: The instruction has some.
+    """
+    tokenizer = processor.tokenizer
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {getattr(processor, name, None) for name in ("image_token", "video_token")} - {None}
+    if found := sorted(token for token in special if token in instruction):
+        raise ValueError(
+            f"the instruction {instruction!r} has the special token {found[0]!r}; allowed: text without special tokens, which are "
+            "added where they belong; change model.init_args.instruction, or model.init_args.system.init_args.reading.instruction"
+        )

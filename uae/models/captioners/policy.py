@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from uae.grpo import selected_logprobs
 from uae.learner import Network
-from uae.models.captioners.caches import expand, prompt_cache, recomputing
+from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,15 @@ class CaptionPolicy(Network):
         inputs, mask_BP = context.inputs(), context.rows["attention_mask"]
         if not hasattr(self.base.model, "get_rope_index"):  # else left padding would shift the positions
             inputs["position_ids"] = (mask_BP.cumsum(1) - 1).clamp(min=0)
-        out = self.base.model(**inputs, past_key_values=cache, use_cache=True)
+        cache = library_cache(self.base) if cache is None else cache
+        out = self.base.model(**inputs, **cache_argument(self.base.model, cache), use_cache=True)
         offset_B = mask_BP.sum(1)
         deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
         if deltas is None:  # newer versions keep it on the model
             deltas = getattr(self.base.model, "rope_deltas", None)
         if deltas is not None:
             offset_B = offset_B + deltas.view(-1).to(offset_B.device)
-        return Prefix(out.past_key_values, out.last_hidden_state[:, -1], mask_BP, offset_B)
+        return Prefix(cache, out.last_hidden_state[:, -1], mask_BP, offset_B)
 
     def advance(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
         """Feed caption tokens after a prefix, whose cache grows, and return their final hidden states ``[N, T, D]``."""
@@ -136,7 +137,7 @@ class CaptionPolicy(Network):
             input_ids=tokens_NT,
             attention_mask=prefix.mask_NP,
             position_ids=position_NT,
-            past_key_values=prefix.cache,
+            **cache_argument(self.base.model, prefix.cache),
             use_cache=True,
         )
         return out.last_hidden_state

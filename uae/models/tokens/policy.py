@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from uae.grpo import selected_logprobs
 from uae.learner import Learner
-from uae.models.captioners.caches import recomputing
+from uae.models.captioners.caches import cache_argument, recomputing
 from uae.models.captioners.draws import draw, entropy, uniforms
 from uae.models.captioners.fixed_cache import fixed_cache
 from uae.models.captioners.policy import CaptionPolicy
@@ -172,7 +172,7 @@ class TokenPolicy(CaptionPolicy):
             inputs_embeds=embeds_NPD,
             attention_mask=mask_NP,
             position_ids=position_NP,
-            past_key_values=cache,
+            **cache_argument(decoder, cache),
             use_cache=cache is not None,
         ).last_hidden_state
 
