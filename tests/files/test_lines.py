@@ -70,12 +70,14 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("mark", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize("read", READERS)
+OURS = (predictions, skipped)  # only this project writes these files, and it writes no mark
+
+
+@pytest.mark.parametrize(
+    ("read", "mark"), [(read, mark) for read in READERS for mark in ("utf-8", "utf-8-sig") if mark == "utf-8" or read not in OURS]
+)
 def test_every_reader_takes_separators_and_byte_order_marks(tmp_path, read, mark):
     name, rows = READERS[read]
-    if mark == "utf-8-sig" and read in (predictions, skipped):
-        pytest.skip("only this project writes these files")
     (tmp_path / "0.png").touch()
     (tmp_path / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding=mark)
     assert read(tmp_path / name) == TEXT

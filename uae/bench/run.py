@@ -31,6 +31,7 @@ from uae.data.folder import FolderSource, list_images
 from uae.data.module import ImageData, Stage
 from uae.data.photographs import PhotographData
 from uae.data.sampler import ImageSource
+from uae.files.folders import shown
 from uae.files.pictures import Reading, UnreadableImageError, read_picture
 from uae.files.whole import write_whole
 
@@ -156,12 +157,13 @@ class Reconstruction(CLI):
         data = self.datamodule
         reading = _reading(self.job, data)
         root = Path(self.job.sources).expanduser()
-        names = [name for name in list_images(self.job.sources, "sources") if not (root / name).is_dir()]
+        files = {shown(name): name for name in list_images(self.job.sources, "sources") if not (root / name).is_dir()}
+        names = list(files)
         self._claim(names, reading)
         rows = finished(Path(self.job.output))
-        digests, broken = survey(root, names, rows, reading)
+        digests, broken = survey(root, files, rows, reading)
         done = {name for name, row in rows.items() if digests.get(name) == row.get(SOURCE)}
-        self.left = [name for name in names if name not in done and name not in broken]
+        self.left = [files[name] for name in names if name not in done and name not in broken]
         self.writer.digests = digests
         _callbacks(self.trainer).append(self.writer)
         self.datamodule = Remaining(
@@ -238,13 +240,13 @@ def _reading(job: ReconstructionJob, data: object) -> Reading:
 
 
 def survey(
-    root: Path, names: Sequence[str], rows: Mapping[str, Mapping[str, Any]], reading: Reading, workers: int = 4
+    root: Path, files: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]], reading: Reading, workers: int = 4
 ) -> tuple[dict[str, str], dict[str, str]]:
     """What the sources hold now, and which cannot be read. Batches must be full on every process, so this is known beforehand.
 
     Args:
         root: Folder of the sources.
-        names: Sources, relative to the folder.
+        files: Name of each source, as rows have it, to its path relative to the folder.
         rows: Rows of earlier runs; a source that has its row is not decoded again.
         reading: Limits of what is read.
         workers: Number of threads.
@@ -254,7 +256,7 @@ def survey(
     """
 
     def check(name: str) -> tuple[str, str]:
-        file, digest = root / name, ""
+        file, digest = root / files[name], ""
         try:
             if file.is_file():  # to open a pipe would block
                 digest = sha256(file)
@@ -265,8 +267,8 @@ def survey(
         return digest, ""
 
     with ThreadPoolExecutor(workers) as pool:
-        found = list(tqdm(pool.map(check, names), total=len(names), unit="image", desc="checking", disable=len(names) < 100))
-    by_name = dict(zip(names, found, strict=True))
+        found = list(tqdm(pool.map(check, files), total=len(files), unit="image", desc="checking", disable=len(files) < 100))
+    by_name = dict(zip(files, found, strict=True))
     return {name: digest for name, (digest, _) in by_name.items()}, {name: reason for name, (_, reason) in by_name.items() if reason}
 
 

@@ -155,7 +155,8 @@ class CLI(LightningCLI):
         savers = [one for one in made.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         self._savers = [one for one in savers if one.dirpath is None]
         self._elsewhere = [Path(one.dirpath) for one in savers if one.dirpath is not None]
-        self._write_to(made, self._runs().first)
+        first = self._runs().first  # until `_own_folder` has chosen
+        self._write_to(made, first, None if self.subcommand == "fit" else first / str(self.subcommand))
         return made
 
     def _runs(self) -> Runs:

@@ -13,6 +13,7 @@ from callbacks.predictions import CAPTIONS, finished
 from uae.bench.fingerprints import sha256
 from uae.bench.output_folder import SOURCE
 from uae.data.folder import list_images
+from uae.files.folders import shown
 
 PREFIX = "recon_"
 Key = Callable[[PurePosixPath], str]
@@ -83,8 +84,10 @@ def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
     right = [PurePosixPath(name) for name in list_images(reconstructions, "reconstructions")]
     pairs = Pairs()
     recorded, there = _recorded(Path(reconstructions).expanduser()), (set(map(str, left)), set(map(str, right)))
-    for source, row in recorded.items():
-        if source in there[0] and row["reconstruction"] in there[1]:
+    files = {shown(name): name for name in there[0]}  # rows have names that can be written
+    for name, row in recorded.items():
+        source = files.get(name)
+        if source is not None and row["reconstruction"] in there[1]:
             pairs.matched[source] = row["reconstruction"]
             if SOURCE in row and row[SOURCE] != sha256(Path(sources).expanduser() / source):
                 pairs.changed.append(source)
