@@ -4,11 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo demo-janus test unit lint types pretrain pretrain-janus gate sweep tensorboard gpu notebooks clean
+.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus gate sweep tensorboard gpu notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed, this is ' + sys.version.split()[0] + '; set PYTHON=python3.x')"
@@ -26,6 +26,20 @@ test: lint types unit  ## everything CI runs
 
 unit: $(READY)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --durations 10
+
+test-lowest test-highest: test-%: .venv-%/.installed  ## all tests with the lowest, or the newest, versions that pyproject.toml allows
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+# uv reads the bounds of pyproject.toml, and pip installs what it chose. What is not named there gets its newest version.
+.venv-%/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-$*/bin/uv pip compile --quiet --extra dev --extra notebooks --output-file .venv-$*/versions.txt \
+		--resolution $(if $(filter lowest,$*),lowest-direct,highest) pyproject.toml
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-$*/versions.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+.PRECIOUS: .venv-%/.installed
 
 lint: $(READY)  ## ruff
 	$(RUN) -m ruff check .
@@ -60,4 +74,4 @@ notebooks: $(READY)  ## execute the notebooks in place
 	$(RUN) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:  ## remove the environment and the outputs
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-lowest .venv-highest outputs

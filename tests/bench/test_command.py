@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 
@@ -41,6 +43,24 @@ def test_a_configuration_that_says_something_twice_is_one_line(tmp_path, capsys)
     with pytest.raises(SystemExit, match="2"):
         run("count", count, ["--config", str(tmp_path / "c.yaml")])
     assert "c.yaml' has the key 'folder' twice, in line 1 and in line 3; remove one of them\n" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_configuration_is_named(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_bytes("folder: é".encode("latin-1"))
+    with pytest.raises(SystemExit, match="2"):
+        run("count", count, ["--config", str(tmp_path / "c.yaml")])
+    assert "c.yaml is not UTF-8 text (at byte 8): save it as UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENAMETOOLONG, errno.EROFS])
+def test_results_that_cannot_be_written_are_of_the_output(code, monkeypatch, capsys):
+    def full(args):
+        raise OSError(code, os.strerror(code), "somewhere")
+
+    monkeypatch.setattr("uae.bench.report.command.main", full)
+    with pytest.raises(SystemExit, match="2"):
+        main(["report"])
+    assert capsys.readouterr().err.endswith(f"{os.strerror(code)}: 'somewhere': make room or correct --output\n")
 
 
 def test_usage_and_unknown_commands(capsys):

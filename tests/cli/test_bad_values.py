@@ -59,7 +59,7 @@ VALUES = [
     ("--trainer.callbacks+=NoSuchCallback", "trainer.callbacks: expected the dotted name of a class, got NoSuchCallback"),
     ("--model.init_args.optimizer.init_args.lr=-1", "model.init_args.optimizer.init_args.lr=-1.0: Invalid learning rate: -1.0"),
     ("--model.init_args.optimizer.init_args.betas=[a,b]", "model.init_args.optimizer.init_args.betas: expected float, got a"),
-    ("--model.init_args.finetune.init_args.rank=0", "model.init_args.finetune.init_args.rank=0: "),
+    ("--model.init_args.finetune.init_args.rank=0", "model.init_args.finetune.init_args: rank=0"),
     ("--data.init_args.batch_size=0", "data.init_args.batch_size=0; allowed: 1 or more"),
     ("--data.init_args.num_workers=-1", "data.init_args.num_workers=-1; allowed: 0 or more"),
     ("--data.init_args.counts=[]", "data.init_args.counts=[]; allowed: one or more numbers from 1 to 9"),
@@ -126,7 +126,6 @@ FILES_WITH_FAULTS = {
     "latin": ("run_name: é".encode("latin-1"), "is not UTF-8 text (at byte 10): save it as UTF-8"),
     "nul": (b"run_name: \0", "is no YAML: unacceptable character"),
     "tab": (b"trainer:\n\tmax_steps: 3\n", "is no YAML: while scanning"),
-    "twice": (b"data:\n  seed: 1\nrun_name: a\ndata:\n  seed: 2\n", "has the key data in line 1 and again in line 4: remove one"),
 }
 
 

@@ -294,3 +294,12 @@ def test_what_is_not_ours_stays(tmp_path):
         assert real.read_bytes() == content
     with pytest.raises(SystemExit, match="--only bert: no such stand-in"):
         main([str(tmp_path), "--only", "bert"])
+
+
+def test_a_folder_that_cannot_be_one_is_named_and_debugging_shows_the_traceback(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: .*Not a directory.*give another FOLDER"):
+        main([str(tmp_path / "file")])
+    monkeypatch.setenv("UAE_DEBUG", "1")
+    with pytest.raises(NotADirectoryError):
+        main([str(tmp_path / "file")])

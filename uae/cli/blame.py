@@ -64,7 +64,7 @@ def blamed(chain: list[BaseException]) -> Blamed | None:
             worker = frame.f_locals.get("self")
             if isinstance(worker, LightningCLI):
                 known = _classes(worker.config[str(worker.config["subcommand"])])
-            found = known.get(type(worker), found)
+            found = next((known[one] for one in type(worker).__mro__ if one in known), found)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -26,9 +27,8 @@ def share_callbacks() -> None:
     theirs = list(spec.submodule_search_locations or ())
     _check_names(theirs)
     if spec.loader is None or spec.origin is None:
-        import callbacks
-
-        callbacks.__path__ = [*callbacks.__path__, *(place for place in theirs if place not in callbacks.__path__)]
+        ours = import_module(NAME)
+        ours.__path__ = [*ours.__path__, *(place for place in theirs if place not in ours.__path__)]
     elif getattr(sys.modules.get(NAME), "__file__", None) != spec.origin:
         _load(spec)
         sys.modules[NAME].__path__ = [*theirs, str(OURS)]

@@ -34,6 +34,7 @@ _EXPECTED_WARNINGS = (
     r"The '\w+' does not have many workers",  # drawing a scene takes less time than sending it between processes
 )
 _REFUSED_WRITING = (
+    errno.ENAMETOOLONG,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,

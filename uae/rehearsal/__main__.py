@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("UAE_DEBUG"):
             raise
-        sys.exit(f"error: {error}")
+        place = "; give another FOLDER, or make room" if isinstance(error, OSError) and error.errno is not None else ""
+        sys.exit(f"error: {error}{place}")
     size = sum(file.stat().st_size for file in given.folder.rglob("*") if file.is_file()) / 1e6
     print(f"{given.folder}: {size:.1f} MB in {time.perf_counter() - start:.0f} s. A rehearsal is the run with one more file:")
     print(
