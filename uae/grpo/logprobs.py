@@ -48,7 +48,7 @@ def token_logprobs(
         ValueError: The shapes do not match, the temperature is 0 or less, or chunk is less than 1.
     """
     logp_M, entropy_M = _scored(hidden, head_weight, ids, temperature, chunk, banned, bias, entropy=True)
-    return logp_M.view(ids.shape).clone()  # a module that FSDP2 shards must not return a view, entropy_M.view(ids.shape)
+    return logp_M.view(ids.shape), entropy_M.view(ids.shape)
 
 
 def selected_logprobs(
@@ -62,7 +62,7 @@ def selected_logprobs(
 ) -> Tensor:
     """The log-probs of `token_logprobs` without the entropies, which are then not computed."""
     logp_M, _ = _scored(hidden, head_weight, ids, temperature, chunk, banned, bias, entropy=False)
-    return logp_M.view(ids.shape).clone()  # a module that FSDP2 shards must not return a view
+    return logp_M.view(ids.shape)
 
 
 def _scored(
