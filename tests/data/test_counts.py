@@ -111,7 +111,7 @@ def test_an_archive_with_all_that_may_be_in_one(tmp_path):
     )  # fmt: skip
     module = streamed(tmp_path / "0.tar", 7)
     names, said = read(module)
-    assert names == [f"0.tar/{name}" for name in ("a.JPG", "photo.0.png", "photo.1.png", "%FF.png", "%FE.png", "A.jpg")]
+    assert names == [f"0.tar/{name}" for name in ("a.JPG", "photo.0.png", "photo.1.png", "\ufffdFF.png", "\ufffdFE.png", "A.jpg")]
     assert list(module.skipped) == ["0.tar/empty.png"]
     assert "15 images and other members found, 6 used, 9 skipped (3 hidden, 2 another picture of the same sample, " in said
     assert all(f"1 {reason}" in said for reason in ("no image, and beside none", "a second member", "a link", "unreadable"))
@@ -217,7 +217,8 @@ def check_table(root, draws):
     module = TableData(root="unused", predict_root=str(root), eval_batch_size=4, **OPTIONS)
     (of_files, of_rows), (images, _) = module.source("predict").tallies, read(module)
     assert (of_files.used, of_files.found) == (len(files.names), len(files.names) + len(files.skipped))
-    assert of_rows.found == 4 * of_files.used == len(images) + len(module.skipped)
+    names = set(images)  # another image stands in for a batch without any
+    assert of_rows.found == 4 * of_files.used == len(names) + len(module.skipped)
 
 
 @pytest.mark.parametrize("check", [check_folder, check_archive, check_table])

@@ -149,8 +149,8 @@ def is_hidden(name: str) -> bool:
 
 
 def shown(name: str) -> str:
-    """A name that can be printed, written and hashed: bytes that are not UTF-8 become ``%FF``."""
-    return re.sub("[\ud800-\udfff]", lambda found: f"%{ord(found[0]) & 0xFF:02X}", name)
+    """A name that can be printed, written and hashed: a byte that is not UTF-8 becomes U+FFFD and its number, as in ``\ufffdE9``."""
+    return re.sub("[\ud800-\udfff]", lambda found: f"\ufffd{ord(found[0]) & 0xFF:02X}", name)
 
 
 def _joined(folder: str, name: str) -> str:
