@@ -24,7 +24,7 @@ def switch_dropout_off(model: M) -> M:
     """Set every probability of dropout in a model to 0, in place."""
     for module in model.modules():
         for name in DROPOUTS:
-            if isinstance(getattr(module, name, None), float):
+            if isinstance(vars(module).get(name), float):
                 setattr(module, name, 0.0)
     return model
 

@@ -60,7 +60,7 @@ def empty_pooled(folder):
     """CLIP's projected vectors of the empty caption, by the pipeline's own prompt encoder."""
     from diffusers import StableDiffusion3Pipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     _, _, pooled, _ = pipe.encode_prompt("", None, None, do_classifier_free_guidance=False, device="cpu")
     return pooled
 

@@ -49,9 +49,9 @@ def test_uae(mirrored):
     images = render(UAE("UAE", **small(guidance=5.0)).build())
     model, projector = plain.uae_language_model(folder)
     words = AutoTokenizer.from_pretrained(folder / "llm_model_preprocessor")
-    transformer = SD3Transformer2DModel.from_pretrained(folder / "dit", torch_dtype=torch.float32)
+    transformer = SD3Transformer2DModel.from_pretrained(folder / "dit")
     transformer = PeftModel.from_pretrained(transformer, folder / "dit_lora").merge_and_unload()
-    vae = AutoencoderKL.from_pretrained(folder / "SD3_model", subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder / "SD3_model", subfolder="vae")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "SD3_model", subfolder="scheduler")
     pooled = plain.empty_pooled(folder / "SD3_model")
 
@@ -75,7 +75,7 @@ def test_uniworld(mirrored, with_t5):
     folder, flux = mirrored / "LanguageBind/UniWorld-V1", mirrored / "black-forest-labs/FLUX.1-dev"
     images = render(UniWorldV1(with_t5=with_t5, text_encoders=FULL, **small(distilled_guidance=3.5)).build())
     model, words, tower = plain.uniworld_language_model(folder)
-    pipe = FluxPipeline.from_pretrained(flux, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(flux)
     denoiser = {k.removeprefix("denoiser."): v.float() for k, v in tower.items() if k.startswith("denoiser.")}
     pipe.transformer.load_state_dict(denoiser)
     projector = {k.split(".", 1)[1]: v for k, v in tower.items() if k.startswith("denoise_projector.")}
@@ -107,7 +107,7 @@ def test_openuni(mirrored):
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     words = AutoTokenizer.from_pretrained(base)
     state = {k: v.float() for k, v in torch.load(mirrored / OPENUNI, weights_only=True).items()}
-    pipe = SanaPipeline.from_pretrained(mirrored / sana, torch_dtype=torch.float32)
+    pipe = SanaPipeline.from_pretrained(mirrored / sana)
     trained = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
     pipe.transformer.load_state_dict(trained)
 
@@ -156,7 +156,7 @@ def test_any_pipeline(mirrored, pipeline):
 
     system = AnyPipeline("Qwen/Qwen2.5-VL-3B-Instruct", pipeline, "ugly", text_encoders=FULL, **small(guidance=4.0))
     images = render(system.build())
-    pipe = DiffusionPipeline.from_pretrained(mirrored / pipeline, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(mirrored / pipeline)
     extra = {"use_resolution_binning": False} if "Sana" in pipeline else {}
     for caption, seed, image in zip(CAPTIONS, SEEDS, images, strict=True):
         expected = pipe(

@@ -29,7 +29,10 @@ _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.11 and newer
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are in eval mode on purpose
     r".*is_gradient_checkpointing` is deprecated",  # peft 0.21 with transformers 5.23
-    r"`torch_dtype` is deprecated",  # diffusers 0.39 does not know the new name
+    r"Checkpoint directory .* exists and is not empty",  # a run that goes on in its folder
+    r"The dirpath has changed from",  # a run that branches off from another
+    r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",  # one command starts and continues a run
+    r"Couldn't infer the batch indices fetched",  # predictions are written by name
     r"It is recommended to use `self\.log\(.*sync_dist=True",  # they are reduced before they are logged
     r"The '\w+' does not have many workers",  # drawing a scene takes less time than sending it between processes
 )

@@ -19,6 +19,7 @@ from uae.miniature.scenes import GRAMMAR, SIDE, WORDS
 from uae.rewards import CaptionFormat
 from uae.types import UMM
 from uae.weights.checksums import verify
+from uae.weights.placement import dtype_argument
 
 WEIGHTS = Path(__file__).parent / "tiny_weights"
 INSTRUCTION = "describe"
@@ -217,7 +218,7 @@ def load_decoder(folder: Path, steps: int, guidance: float) -> tuple[Any, Any]:
     conditioner = HiddenStateConditioner(reader, reader_tokenizer, projector, template="{caption} " + END)
     conditioner.requires_grad_(False).eval()
     transformer = SD3Transformer2DModel.from_pretrained(
-        str(folder / "transformer"), torch_dtype=torch.float32, local_files_only=True
+        str(folder / "transformer"), **dtype_argument(torch.float32), local_files_only=True
     )
     vae = load_autoencoder(folder / "vae")
     return conditioner, assemble_renderer(conditioner, transformer, vae, steps, guidance)
@@ -229,7 +230,7 @@ def load_autoencoder(folder: Path) -> Any:
 
     from uae.miniature.patch_autoencoder import PatchAutoencoder
 
-    return PatchAutoencoder.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    return PatchAutoencoder.from_pretrained(folder, **dtype_argument(torch.float32), local_files_only=True)
 
 
 def save_decoder(folder: Path, conditioner: Any, transformer: Any) -> None:

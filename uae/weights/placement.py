@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 _TORCH = {
@@ -53,6 +55,11 @@ class Placement:
 def torch_dtype(placement: Placement) -> torch.dtype:
     """The dtype in which a component computes."""
     return _TORCH[placement.dtype]
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument by which ``from_pretrained`` of diffusers takes a dtype: ``dtype`` since 0.42, ``torch_dtype`` before."""
+    return {"dtype" if Version(metadata.version("diffusers")) >= Version("0.42") else "torch_dtype": dtype}
 
 
 def working_device(placement: Placement, device: torch.device | str) -> torch.device:

@@ -21,7 +21,7 @@ def test_pixel_weights_by_hand():
 def test_saved_latents_have_unit_variance(batch, tmp_path):
     objective = built("autoencoding").eval()
     objective.save(tmp_path)
-    vae = PatchAutoencoder.from_pretrained(tmp_path / "decoder" / "vae", torch_dtype=torch.float32)
+    vae = PatchAutoencoder.from_pretrained(tmp_path / "decoder" / "vae")
     scenes = [scene_of(i, "val") for i in range(500)]
     with torch.no_grad():
         latents = vae.encode(render(scenes) * 2 - 1).latents
@@ -37,7 +37,7 @@ def test_sharpening_leaves_the_latents_as_they_are(batch, weights, tmp_path):
     loss(objective, batch).backward()
     optimizer.step()
     objective.save(tmp_path)
-    vae = PatchAutoencoder.from_pretrained(tmp_path / "decoder" / "vae", torch_dtype=torch.float32)
+    vae = PatchAutoencoder.from_pretrained(tmp_path / "decoder" / "vae")
     images = batch["image"] * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(vae.encode(images).latents, start.encode(images).latents, atol=0.01, rtol=0)

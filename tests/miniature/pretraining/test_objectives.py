@@ -46,7 +46,7 @@ def outputs(name, objective, folder, batch):
     if name == "autoencoding":
         vae = objective.vae
         if folder:
-            vae = PatchAutoencoder.from_pretrained(folder / "decoder" / "vae", torch_dtype=torch.float32)
+            vae = PatchAutoencoder.from_pretrained(folder / "decoder" / "vae")
         return vae.decode(vae.encode(images * 2 - 1).latents).sample
     if name == "flow_matching":
         if not folder:

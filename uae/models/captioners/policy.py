@@ -88,7 +88,8 @@ class CaptionPolicy(Network):
         """
         T = tokens_NT.shape[1]
         before_ND, at_NTD = self._read(context, tokens_NT[:, : max(1, T - 1)], group)
-        return self.score(torch.cat([before_ND[:, None], at_NTD], dim=1)[:, :T], tokens_NT, temperature)
+        logp_NT = self.score(torch.cat([before_ND[:, None], at_NTD], dim=1)[:, :T], tokens_NT, temperature)
+        return logp_NT.clone()  # FSDP2 puts hooks on what forward returns, and these do not work on views
 
     def hidden(self, context: VLMContext, tokens_NT: Tensor, group: int) -> Tensor:
         """Final hidden states ``[N, T, D]`` (after the last norm) *at* caption tokens, image and question before them.

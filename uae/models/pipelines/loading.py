@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from uae.files.locations import locate
-from uae.weights.placement import Placement, torch_dtype
+from uae.weights.placement import Placement, dtype_argument, torch_dtype
 from uae.weights.remote_code import refused
 
 
@@ -36,7 +36,7 @@ def load_pipeline(name: str, placement: Placement, key: str = "model.init_args.s
         _check_folder(Path(path), key, parts)
     with refused(name):
         return diffusers.DiffusionPipeline.from_pretrained(
-            path, torch_dtype=torch_dtype(placement), local_files_only=local, trust_remote_code=False, **parts
+            path, **dtype_argument(torch_dtype(placement)), local_files_only=local, trust_remote_code=False, **parts
         )
 
 
