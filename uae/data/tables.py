@@ -182,11 +182,13 @@ class ParquetTable(Table):
                 rows = (row for batch in batches for row in batch.to_pylist())
                 yield from (start + place for place, row in enumerate(rows) if self.columns.caption_of(row) is None)
 
-    def _file(self, file: str) -> Any:
+    @contextlib.contextmanager
+    def _file(self, file: str) -> Iterator[Any]:
         parquet, path = required("pyarrow.parquet"), self.folder / file
-        if shown(str(path)) == str(path):
-            return parquet.ParquetFile(path, memory_map=True)
-        return parquet.ParquetFile(path.open("rb"))  # pyarrow takes no name that is not UTF-8
+        with contextlib.ExitStack() as stack:
+            mapped = shown(str(path)) == str(path)  # pyarrow takes no name that is not UTF-8
+            source = path if mapped else stack.enter_context(path.open("rb"))
+            yield stack.enter_context(parquet.ParquetFile(source, memory_map=mapped))
 
 
 def list_tables(root: str, key: str) -> tuple[Path, Listing] | None:

@@ -150,6 +150,7 @@ def test_the_model_is_left_as_it_was(deep):
     assert layer.forward is own
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # users will meet both names
 def test_the_librarys_own_checkpointing_is_refused(deep):
     """It drops the cache, in training mode only; log-probs would silently belong to captions without a prompt."""
     captioner, rollout = deep("qwen2_5_vl")
