@@ -90,9 +90,21 @@ class Export(Callback):
         elif processor is None:
             save_state(folder, "model", whole)
         else:
-            # The model writes old names, leaves out tied weights, and adds the generation settings it came with.
-            policy.base.save_pretrained(folder, state_dict=whole)
+            save_model(folder, policy.base, whole)
             processor.save_pretrained(folder)
+
+
+def save_model(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
+    """Write a model of transformers: weights by their names on disk, without tied ones, and the settings that it came with."""
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()  # before 5.23, transformers refuses to write settings that it has read
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(folder / "generation_config.json")
 
 
 def trained(policy: Any) -> Network | None:

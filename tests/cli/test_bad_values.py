@@ -1,5 +1,6 @@
 """A value that cannot be meant is one line with its key; a defect of a program keeps its traceback."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ VALUES = [
 
 @pytest.mark.parametrize(("word", "expected"), VALUES, ids=[word[:60] for word, _ in VALUES])
 def test_a_bad_value_is_one_line_with_its_key(refused, word, expected):
-    assert expected in refused(word)
+    line = refused(word)
+    assert expected in line or expected in re.sub(r"=(-?\d+)\.0\b", r"=\1", line)  # older parsers turn 3 into 3.0
 
 
 @pytest.mark.parametrize("name", ["a/b", "007", "läuft gut.1"])

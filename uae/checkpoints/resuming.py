@@ -77,6 +77,9 @@ def _listed(names: Collection[str]) -> str:
 def _check_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Check one weight: a copy of the optimizer takes a step on a weight of the same number of dimensions."""
     found: dict[str, Any] = next(iter(state["state"].values()), {})
+    if made := optimizer.state.get(optimizer.param_groups[0]["params"][0]):  # before its first step: Adagrad until torch 2.13
+        check_memory(optimizer, made.keys(), found.keys())
+        return
     dimensions = max((value.ndim for value in found.values() if isinstance(value, torch.Tensor)), default=2)
     device = optimizer.param_groups[0]["params"][0].device
     weight = nn.Parameter(torch.zeros([2] * dimensions, device=device))
