@@ -44,7 +44,6 @@ def steps_in(file):
     return [event.step for event in reader.Scalars("loss")] if "loss" in reader.Tags()["scalars"] else []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_events_are_lost_while_the_disk_is_full_and_no_others(tmp_path, disk):
     logger = EnduringTensorBoard(tmp_path, "", "", retry_seconds=0)
     write_all(logger, 0)
@@ -59,7 +58,6 @@ def test_events_are_lost_while_the_disk_is_full_and_no_others(tmp_path, disk):
     assert sorted(found) == [0, 4, 5]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_outlives_its_logger(build, trainer, tmp_path, disk):
     def fit(logger):
         class Fill:
