@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus gate sweep tensorboard gpu notebooks clean
+.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate sweep tensorboard gpu notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,16 +50,18 @@ lint: $(READY)  ## ruff
 types: $(READY)  ## mypy
 	$(RUN) -m mypy
 
-pretrain: $(READY)  ## rebuild the miniature's cold-start weights (about an hour of one CPU core)
-	for stage in autoencoder sharpen decoder refine captioner clip judge; do \
-		$(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; \
-	done
+pretrain: $(READY)  ## rebuild the miniature's cold-start weights from nothing (two CPU cores)
+	rm -rf uae/miniature/tiny_weights
+	$(MAKE) -j2 pretrain.decoder pretrain.encoders
 	$(RUN) benchmarks/miniature.py gate
 
-pretrain-janus: $(READY)  ## rebuild the weights of the miniature of UMM-2 (about 20 minutes of one CPU core)
-	for stage in janus_autoencoder janus janus_refine; do \
-		$(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; \
-	done
+pretrain-janus: pretrain.janus  ## rebuild the weights of the miniature of UMM-2 (one CPU core)
+
+pretrain.decoder: STAGES := autoencoder sharpen decoder refine
+pretrain.encoders: STAGES := captioner clip judge
+pretrain.janus: STAGES := janus_autoencoder janus janus_refine
+pretrain.decoder pretrain.encoders pretrain.janus: $(READY)
+	for stage in $(STAGES); do OMP_NUM_THREADS=1 $(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; done
 
 gate: $(READY)  ## does the cold-started decoder draw what captions say?
 	$(RUN) benchmarks/miniature.py gate

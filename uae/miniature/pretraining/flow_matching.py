@@ -29,6 +29,8 @@ class FlowMatchingObjective(Objective):
         draws: Number of noise samples per caption; they share one pass of the text encoder.
         dropout: Share of captions replaced by the empty string, which classifier-free guidance needs.
         detailed: Share of detailed captions; the rest is split between terse ones and ones that leave out some attributes.
+        error: Chance, per said attribute of an object, that the caption states a random value. Captions that are wrong at times
+            leave something for the reward to teach the decoder.
         start: Folder of weights to continue from, with all objects from the first step; "package" is the package's own
             folder, None starts from random weights.
     """
@@ -40,11 +42,12 @@ class FlowMatchingObjective(Objective):
         draws: int = 2,
         dropout: float = 0.05,
         detailed: float = 0.5,
+        error: float = 0.0,
         start: str | None = None,
     ) -> None:
         super().__init__()
         self.width, self.layers, self.draws = width, layers, draws
-        self.dropout, self.detailed, self.start = dropout, detailed, start
+        self.dropout, self.detailed, self.error, self.start = dropout, detailed, error, start
 
     def build(self) -> None:
         """Transformer and conditioner, fresh or trained, around the trained autoencoder."""
@@ -91,8 +94,8 @@ class FlowMatchingObjective(Objective):
             return ""
         shuffle = self.rng.random() < 0.3
         if chance < self.dropout + self.detailed:
-            return describe(scene, Detail(shuffle=shuffle), self.rng)
-        return describe(scene, some_detail(self.rng, shuffle), self.rng)
+            return describe(scene, Detail(error=self.error, shuffle=shuffle), self.rng)
+        return describe(scene, some_detail(self.rng, shuffle, self.error), self.rng)
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
@@ -110,8 +113,8 @@ class FlowMatchingObjective(Objective):
         save_decoder(folder / "decoder", self.conditioner.cpu(), self.transformer.cpu())
 
 
-def some_detail(rng: random.Random, shuffle: bool) -> Detail:
-    """Any of size, place and background. Tiny objects are left out only where nothing but color and shape is said."""
+def some_detail(rng: random.Random, shuffle: bool, error: float = 0.0) -> Detail:
+    """Any of size, place and background, each said value wrong by chance. Tiny objects are left out only where nothing but color and shape is said."""
     size, position, background = (rng.random() < 0.5 for _ in range(3))
     omit = 0.0 if size or position or background else 0.85
-    return Detail(size, position, background, omit_tiny=omit, shuffle=shuffle)
+    return Detail(size, position, background, omit_tiny=omit, error=error, shuffle=shuffle)

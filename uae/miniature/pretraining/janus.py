@@ -33,6 +33,8 @@ class JanusObjective(CaptionObjective):
         reading: Weight of the auxiliary loss.
         dropout: Share of prompts without their caption (for guidance).
         detailed: Share of detailed captions to draw from; the rest leaves out some attributes.
+        error: Chance, per said attribute of an object, that a caption to draw from states a random value. Captions that are
+            wrong at times leave something for the reward to teach the decoder.
         start: Folder with a Janus whose autoencoder is trained; "package" is the package's own.
         drawn: Images to draw per image to describe.
         curriculum: Whether the number of objects to draw grows; False is all of them from the first step.
@@ -44,12 +46,13 @@ class JanusObjective(CaptionObjective):
         reading: float = 1.0,
         dropout: float = 0.1,
         detailed: float = 0.5,
+        error: float = 0.0,
         start: str = "package",
         drawn: float = 1.0,
         curriculum: bool = True,
     ) -> None:
         super().__init__(styles, reading, start)
-        self.dropout, self.detailed = dropout, detailed
+        self.dropout, self.detailed, self.error = dropout, detailed, error
         self.drawn, self.curriculum = drawn, curriculum
 
     def build(self) -> None:
@@ -97,8 +100,8 @@ class JanusObjective(CaptionObjective):
         """What an image is asked for with. Tiny objects are left out only where nothing but color and shape is said."""
         shuffle = self.rng.random() < 0.3
         if self.rng.random() < self.detailed:
-            return describe(scene, Detail(shuffle=shuffle), self.rng)
-        return describe(scene, some_detail(self.rng, shuffle), self.rng)
+            return describe(scene, Detail(error=self.error, shuffle=shuffle), self.rng)
+        return describe(scene, some_detail(self.rng, shuffle, self.error), self.rng)
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> dict[str, float]:
