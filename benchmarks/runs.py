@@ -3,59 +3,78 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-RUNS = Path("outputs/miniature")
+RUNS = Path("outputs/claims")
+QUIET = ("--trainer.num_sanity_val_steps=0", "--data.init_args.val_size=64", "--trainer.enable_progress_bar=false")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training through the command line.
+    """One training through the command line, on one thread.
 
     Args:
-        name: Of its folder, with the seed.
-        seed: Of everything.
+        name: What the run is, in words; its folder is named after it.
+        seed: Seed of the run.
+        base: The complete configuration.
         configs: Deltas to the base.
+        steps: Optimizer steps.
         options: Further arguments.
-        base: The complete run.
+        start: The run whose exported adapters this one starts from; None is the cold start.
     """
 
     name: str
     seed: int
+    base: str
     configs: tuple[str, ...]
-    options: tuple[str, ...]
-    base: str = "configs/tiny.yaml"
+    steps: int
+    options: tuple[str, ...] = ()
+    start: Run | None = None
 
     @property
     def folder(self) -> Path:
-        """Where it writes."""
-        return RUNS / f"{self.name}_seed{self.seed}"
+        """The folder of the run."""
+        words = re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+        return RUNS / f"{Path(self.base).stem}-{words}-{self.seed}"
 
-    def __call__(self, threads: int) -> None:
+    @property
+    def export(self) -> Path:
+        """The folder of the adapters that the run trained, and of those that it started from."""
+        return self.folder / "export"
+
+    def __call__(self) -> Run:
         """Train, unless it has been done; continue what was interrupted."""
         if (self.folder / "summary.json").is_file():
-            return
+            return self
         files = [part for config in (self.base, *self.configs) for part in ("--config", config)]
-        options = [f"--run_name=miniature/{self.folder.name}", f"--seed_everything={self.seed}", "--ckpt_path=last", *self.options]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        name = f"--run_name={self.folder.relative_to('outputs').as_posix()}"
+        length = (f"--trainer.max_steps={self.steps}", f"--trainer.val_check_interval={self.steps}", "--ckpt_path=last")
+        options = (name, f"--seed_everything={self.seed}", *length, *QUIET, *self.options, *self._adapters())
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.txt").open("w") as log:
+        with (self.folder / "log.txt").open("a") as log:
             subprocess.run(
                 [sys.executable, "-m", "uae.cli", "fit", *files, *options],
                 check=True,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
+        return self
 
-
-def train(runs: list[Run], jobs: int) -> None:
-    """All runs, several at a time, one line each when done."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        for run, _ in zip(runs, pool.map(lambda run: run(threads), runs), strict=True):
-            print(f"trained {run.folder}", flush=True)
+    def _adapters(self) -> list[str]:
+        """Options that start from the adapters of another run."""
+        if self.start is None:
+            return []
+        options = []
+        if (self.start.export / "adapter_config.json").is_file():
+            options.append(f"--model.init_args.finetune.init_args.adapter={self.start.export}")
+        if (self.start.export / "renderer").is_dir():
+            options += [
+                "--model.init_args.image_finetune=uae.models.finetune.LoRA",
+                f"--model.init_args.image_finetune.init_args.adapter={self.start.export / 'renderer'}",
+            ]
+        return options
