@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate sweep tensorboard gpu notebooks clean
+.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations tensorboard gpu notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -53,9 +53,10 @@ types: $(READY)  ## mypy
 pretrain: $(READY)  ## rebuild the miniature's cold-start weights from nothing (two CPU cores)
 	rm -rf uae/miniature/tiny_weights
 	$(MAKE) -j2 pretrain.decoder pretrain.encoders
-	$(RUN) benchmarks/miniature.py gate
+	$(RUN) benchmarks/gate.py tiny
 
 pretrain-janus: pretrain.janus  ## rebuild the weights of the miniature of UMM-2 (one CPU core)
+	$(RUN) benchmarks/gate.py janus
 
 pretrain.decoder: STAGES := autoencoder sharpen decoder refine
 pretrain.encoders: STAGES := captioner clip judge
@@ -63,11 +64,16 @@ pretrain.janus: STAGES := janus_autoencoder janus janus_refine
 pretrain.decoder pretrain.encoders pretrain.janus: $(READY)
 	for stage in $(STAGES); do OMP_NUM_THREADS=1 $(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; done
 
-gate: $(READY)  ## does the cold-started decoder draw what captions say?
-	$(RUN) benchmarks/miniature.py gate
+gate: $(READY)  ## how good both miniatures are before any reward
+	$(RUN) benchmarks/gate.py tiny
+	$(RUN) benchmarks/gate.py janus
 
-sweep: $(READY)  ## LoRA, full and random reward over three seeds, with controls
-	$(RUN) benchmarks/miniature.py sweep
+SEEDS ?= 5
+claims: $(READY)  ## the paper's claims in miniature, with controls, over SEEDS seeds (about half an hour each, two CPU cores)
+	$(RUN) benchmarks/claims.py --seeds $(shell seq 0 $$(($(SEEDS) - 1)))
+
+ablations: $(READY)  ## what the settings of the stages do, three seeds each; needs the runs of the claims
+	$(RUN) benchmarks/ablations.py
 
 tensorboard: $(READY)  ## look at the runs
 	$(VENV)/bin/tensorboard --logdir outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from uae.checkpoints.files import partial_of, publish, remove
+from uae.files.locations import locate
 from uae.learner import Network
 from uae.models.captioners.captioner import HFCaptioner
+from uae.models.finetune import Finetune
 from uae.models.flow.network import FlowNetwork
 from uae.trainer import is_dry_run
 from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
 from uae.weights.state import save_state
 
+RENDERER = "renderer"
 WRAPPER = "base_model.model."  # prefix that PEFT puts before the names of the wrapped model
 
 
@@ -24,6 +28,8 @@ class Export(Callback):
     """Writes the trained weights at the end of ``fit``: a PEFT adapter after LoRA, a Hugging Face model after full finetuning.
 
     A renderer that trained weights of its own goes to the subfolder ``renderer``: an adapter, or a denoiser that diffusers loads.
+    A half that did not train, but started from an adapter or from weights of an earlier stage, is copied from there. So the
+    last of several stages exports what all of them have trained.
 
     ``peft.PeftModel.from_pretrained(base, folder)`` or ``AutoModelForImageTextToText.from_pretrained(folder)`` reads it.
 
@@ -66,9 +72,13 @@ class Export(Callback):
             captioner = module.umm.captioner
             processor = captioner.processor if isinstance(captioner, HFCaptioner) else None
             self._write(folder, policy, trainer.is_global_zero, processor)
+        elif trainer.is_global_zero:
+            keep(getattr(pl_module, "finetune", None), folder)
         renderer = trained(getattr(pl_module, "image_policy", None))
         if renderer is not None:
-            self._write(folder / "renderer", renderer, trainer.is_global_zero)
+            self._write(folder / RENDERER, renderer, trainer.is_global_zero)
+        elif trainer.is_global_zero:
+            keep(getattr(pl_module, "image_finetune", None), folder / RENDERER)
         if trainer.is_global_zero and folder.is_dir():
             publish(folder, final)
 
@@ -92,6 +102,13 @@ class Export(Callback):
         else:
             save_model(folder, policy.base, whole)
             processor.save_pretrained(folder)
+
+
+def keep(finetune: Finetune | None, folder: Path) -> None:
+    """Copy what a half started from that does not train in this stage."""
+    start = None if finetune is None else finetune.adapter or finetune.weights
+    if start is not None:
+        shutil.copytree(locate(start), folder, ignore=shutil.ignore_patterns(RENDERER), dirs_exist_ok=True)
 
 
 def save_model(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:

@@ -32,7 +32,8 @@ def prepare(
         train: Which policies learn from rewards: "captions", "images" or "both".
         references: Segments ("caption", "image") whose loss has a KL term against the initial weights.
         finetune: Which weights train in the captioner, or in the one network that both captions and draws.
-        image_finetune: Which weights train in a renderer that has a network of its own.
+        image_finetune: Which weights train in a renderer that has a network of its own. If only captions train, the renderer
+            draws with the weights or the adapter that it starts from, frozen.
         exploration: Which denoising steps of a diffusion renderer are random; without random steps it has no log-probs.
             Renderers that draw image tokens do not need it.
 
@@ -47,6 +48,8 @@ def prepare(
     if train == "captions":
         finetune.attach(learner, keep_reference="caption" in references)
         _freeze_unreached(learner.network, train)
+        if image_finetune is not None and (image_finetune.adapter or image_finetune.weights):
+            _draw_with(umm, image_finetune)
         return umm
     image_policy = _explorer(umm, exploration)
     umm = replace(umm, renderer=image_policy)
@@ -93,6 +96,14 @@ def _freeze_unreached(network: Network, train: Train) -> None:
             for name, parameter in network.named_parameters():
                 if re.search(pattern, name):
                     parameter.requires_grad_(False)
+
+
+def _draw_with(umm: UMM, image_finetune: Finetune) -> None:
+    """Let the renderer draw with what it learnt in an earlier stage. Nothing of it trains."""
+    image_policy = _explorer(umm, Exploration())
+    if image_policy.learner is not umm.captioner.learner:
+        image_finetune.attach(image_policy.learner, keep_reference=False)
+        image_policy.learner.network.requires_grad_(False)
 
 
 def _explorer(umm: UMM, exploration: Exploration | None) -> ImagePolicy[Any]:

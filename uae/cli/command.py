@@ -9,6 +9,7 @@ Hyper-parameters stored in a checkpoint never override the configuration. Runs w
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import uae.strategy  # noqa: F401  registers "fsdp2"
 from uae.checkpoints.files import CheckpointFiles
+from uae.cli import stages
 from uae.cli.callbacks_package import share_callbacks
 from uae.cli.config_file import check_config_file
 from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, one_line_errors
@@ -116,6 +118,14 @@ class CLI(LightningCLI):
             default="run",
             help=f"Results go to {OUTPUTS}/<run_name>, or to <run_name>-2, -3, ... if other runs are there. "
             f"--trainer.default_root_dir replaces {OUTPUTS}.",
+        )
+        parser.add_argument(
+            stages.OPTION,
+            type=str | None,
+            default=None,
+            metavar="'FILE [--key value ...]'",
+            help="A stage of fit: its configuration file, then options of this stage only. Given several times, the stages run one "
+            "after the other; each starts from what the one before exported.",
         )
         parser.add_argument("--label", type=Labels, default=Labels(), help="What TensorBoard shows behind the run's name.")
         parser.add_argument(
@@ -260,6 +270,10 @@ def main(args: list[str] | None = None) -> CLI:
     Args:
         args: Command-line arguments; None reads them from ``sys.argv``.
     """
+    arguments = sys.argv[1:] if args is None else args
     with one_line_errors():
+        if any(word.partition("=")[0] == stages.OPTION for word in arguments):
+            last: CLI = stages.run_stages(arguments, CLI)
+            return last
         return CLI(args)
 

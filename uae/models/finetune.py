@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from uae.files.locations import locate
 from uae.learner import FrozenAdapter, FrozenCopy, Learner, WithoutAdapter, switch_dropout_off
+from uae.weights.state import load_into, read_state
 
 LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids; Emu3's is named text_model
     r".*\b(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
@@ -30,6 +32,12 @@ class Finetune:
 
     key = "model.init_args.finetune.init_args"
     """Where the configuration holds the arguments, for error messages."""
+
+    weights: str | None = None
+    """Folder of a whole model whose weights replace the network's before anything else; None keeps the network's own."""
+
+    adapter: str | None = None
+    """Folder of an adapter that training starts from; None starts from a new one, or needs none."""
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Freeze and unfreeze ``learner.network`` in place, and set ``learner.start``.
@@ -55,6 +63,8 @@ class LoRA(Finetune):
             ``adapter``, or the linear layers of the language model, or the attention of a diffusers denoiser.
         adapter: Folder or hub id of a PEFT adapter to start from; the reference is then a frozen copy of that adapter. What
             is given of the other arguments must be as in its ``adapter_config.json``.
+        weights: Folder of a whole model that `callbacks.export.Export` wrote; its weights replace those of the system, and the
+            adapter comes on top of them. None keeps the system's.
     """
 
     def __init__(
@@ -63,8 +73,10 @@ class LoRA(Finetune):
         alpha: int | None = None,
         target_modules: str | None = None,
         adapter: str | None = None,
+        weights: str | None = None,
     ) -> None:
-        self.rank, self.alpha, self.target_modules, self.adapter = rank, alpha, target_modules, adapter
+        self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
+        self.adapter, self.weights = adapter, weights
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Wrap the model in a PeftModel. Dropout is 0, because with dropout the policy ratio would not start at one.
@@ -73,6 +85,8 @@ class LoRA(Finetune):
             FileNotFoundError, ValueError: There is no LoRA at ``adapter``, or it fits neither the model nor the other arguments.
         """
         network = learner.network
+        if self.weights is not None:
+            load_exported(network.model, self.weights, f"{self.key}.weights")
         model = network.model.requires_grad_(False)
         if self.adapter is None:
             network.model, learner.start = self._new(model, network.never_adapted()), WithoutAdapter()
@@ -150,18 +164,22 @@ class Full(Finetune):
     Args:
         trainable: Regular expression that is searched in parameter names; parameters without a match stay frozen. The
             default freezes the image tower.
+        weights: Folder of a whole model that `callbacks.export.Export` wrote; its weights replace those of the system before
+            training. None keeps the system's.
     """
 
-    def __init__(self, trainable: str = IMAGE_TOWER_ASIDE) -> None:
-        self.trainable = trainable
+    def __init__(self, trainable: str = IMAGE_TOWER_ASIDE, weights: str | None = None) -> None:
+        self.trainable, self.weights = trainable, weights
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Unfreeze the parameters that match, and copy the initial weights if a reference is asked for.
 
         Raises:
-            ValueError: No parameter matches.
+            FileNotFoundError, ValueError: No parameter matches, or ``weights`` is no model of the same kind.
         """
         network = learner.network
+        if self.weights is not None:
+            load_exported(network.model, self.weights, f"{self.key}.weights")
         if keep_reference:
             learner.start = FrozenCopy(copy.deepcopy(network).requires_grad_(False).eval())
         names = [name for name, _ in network.model.named_parameters() if re.search(self.trainable, name)]
@@ -172,6 +190,39 @@ class Full(Finetune):
             )
         for name, parameter in network.model.named_parameters():
             parameter.requires_grad_(name in names)
+
+
+def load_exported(model: nn.Module, folder: str, key: str) -> None:
+    """Replace all weights of a model by those that `callbacks.export.Export` wrote of one like it.
+
+    Args:
+        model: A model of transformers or diffusers, or a module of one's own.
+        folder: Folder of the exported model.
+        key: The setting that holds the folder, for error messages.
+
+    Raises:
+        FileNotFoundError, ValueError: The folder holds no such model, or weights are missing in it.
+    """
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+    at, path = f"{key}={folder!r}", locate(folder)
+    if Path(path, "adapter_config.json").is_file():
+        raise ValueError(
+            f"{at} is an adapter, and a whole model is needed here; allowed: uae.models.finetune.LoRA with {key.rpartition('.')[0]}"
+            ".adapter, or an export with merge: true of callbacks.export.Export"
+        )
+    if not isinstance(model, PreTrainedModel | ModelMixin):
+        load_into(model, read_state(path), at, key)
+        return
+    kind: Any = type(model)
+    with _explained(at):  # the library maps names on disk to names in the module
+        loaded, report = kind.from_pretrained(path, output_loading_info=True, local_files_only=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{at} lacks {len(report['missing_keys'])} weights (e.g. {min(report['missing_keys'])}): correct {key}")
+    load_into(model, loaded.state_dict(), at, key)
+    if isinstance(model, PreTrainedModel):
+        model.name_or_path = folder  # an adapter that is trained on it names it
 
 
 def check_resolution(networks: Mapping[str, nn.Module | None]) -> None:

@@ -114,7 +114,7 @@ class FlowMatchingObjective(Objective):
 
 
 def some_detail(rng: random.Random, shuffle: bool, error: float = 0.0) -> Detail:
-    """Any of size, place and background, each said value wrong by chance. Tiny objects are left out only where nothing but color and shape is said."""
+    """Any of size, place and background. Tiny objects are left out only where nothing but color and shape is said."""
     size, position, background = (rng.random() < 0.5 for _ in range(3))
     omit = 0.0 if size or position or background else 0.85
     return Detail(size, position, background, omit_tiny=omit, error=error, shuffle=shuffle)
