@@ -99,7 +99,8 @@ def test_an_adapter_is_trained_on_exported_weights(folder):
     callbacks = [{"class_path": "callbacks.export.Export", "init_args": {"merge": True}}]
     (folder / "merged.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     merged, adapter = f"{CAPTIONS} merged.yaml", f"{CAPTIONS}"
-    cli.main([*WORDS, "--stage", merged, "--stage", adapter, "--stage", merged, "--run_name=chain"])
+    rate = "--model.init_args.optimizer.init_args.lr=1e-3"
+    cli.main([*WORDS, rate, "--stage", merged, "--stage", adapter, "--stage", merged, "--run_name=chain"])
     first, second, third = (folder / "outputs/chain" / part / "export" for part in ("", f"2-{CAPTIONS.stem}", THIRD))
     assert json.loads((second / "adapter_config.json").read_text())["base_model_name_or_path"] == str(first.relative_to(folder))
     plain = AutoModelForImageTextToText.from_pretrained(first)
@@ -109,7 +110,7 @@ def test_an_adapter_is_trained_on_exported_weights(folder):
     final = AutoModelForImageTextToText.from_pretrained(third).state_dict()[name]
     assert not torch.equal(start, adapted)
     assert not torch.equal(adapted, final)
-    torch.testing.assert_close(adapted, final, atol=0.1, rtol=0)  # the third stage goes on from both
+    torch.testing.assert_close(adapted, final, atol=0.02, rtol=0)  # the third stage goes on from both
 
 
 def test_one_network_has_one_adapter(folder):
@@ -121,9 +122,10 @@ def test_one_network_has_one_adapter(folder):
 
 
 def test_an_interrupted_chain_goes_on_to_the_same_weights(folder):
-    longer = [f"--stage={CAPTIONS} --trainer.max_steps=4", f"--stage={IMAGES} --model.init_args.reconstructions=2 --trainer.max_steps=4"]
+    images = f"--stage={IMAGES} --model.init_args.reconstructions=2"
+    longer = [f"--stage={CAPTIONS} --trainer.max_steps=4", f"{images} --trainer.max_steps=4"]
     cli.main([*WORDS, *longer, "--run_name=whole"])
-    shorter = [longer[0], longer[1].replace("max_steps=4", "max_steps=2")]
+    shorter = [longer[0], f"{images} --trainer.max_steps=2"]
     cli.main([*WORDS, *shorter, "--run_name=parts"])
     cli.main([*WORDS, *longer, "--run_name=parts", "--ckpt_path=last"])
     whole, parts = (folder / "outputs" / name / SECOND / "export" for name in ("whole", "parts"))

@@ -264,6 +264,19 @@ class CLI(LightningCLI):
             interrupted(f"interrupted at step {self.trainer.global_step}" if self.trainer.is_global_zero else "")
 
 
+class Parsed(CLI):
+    """The command line, read and checked, but not run."""
+
+    def _set_seed(self) -> None:
+        """Leave the generators alone."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
 def main(args: list[str] | None = None) -> CLI:
     """Run the command line.
 
@@ -273,7 +286,7 @@ def main(args: list[str] | None = None) -> CLI:
     arguments = sys.argv[1:] if args is None else args
     with one_line_errors():
         if any(word.partition("=")[0] == stages.OPTION for word in arguments):
-            last: CLI = stages.run_stages(arguments, CLI)
+            last: CLI = stages.run_stages(arguments, CLI, Parsed)
             return last
         return CLI(args)
 

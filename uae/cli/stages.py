@@ -94,19 +94,21 @@ def value_of(arguments: Sequence[str], option: str) -> str | None:
     return found
 
 
-def run_stages(arguments: Sequence[str], run: Callable[[list[str]], Any]) -> Any:
+def run_stages(arguments: Sequence[str], run: Callable[[list[str]], Any], read: Callable[[list[str]], Any]) -> Any:
     """Run all stages one after the other.
 
     Args:
         arguments: The command line, with ``--stage`` at least once.
         run: Runs one command line, and returns the `uae.cli.command.CLI` that did.
+        read: Reads one command line, and stops with an error of one line if it cannot be run.
 
     Returns:
         The command line of the last stage.
     """
     before, stages, after = split(arguments)
-    whole = [*before, *after]
-    check(whole)
+    check([*before, *after])
+    for stage in stages:
+        read([*before, *stage.words, *after])
     cli: Any = None
     folders: dict[str, Path] = {}  # of the stages that are done, by number and label
     root: list[str] = []
