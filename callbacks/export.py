@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from uae.checkpoints.files import partial_of, publish, remove
+from uae.files.locations import local_folder
 from uae.learner import Network
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.flow.network import FlowNetwork
+from uae.module import UnifiedGRPO
 from uae.trainer import is_dry_run
 from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
 from uae.weights.state import save_state
@@ -24,6 +27,8 @@ class Export(Callback):
     """Writes the trained weights at the end of ``fit``: a PEFT adapter after LoRA, a Hugging Face model after full finetuning.
 
     A renderer that trained weights of its own goes to the subfolder ``renderer``: an adapter, or a denoiser that diffusers loads.
+    A half that did not train, but started from what an earlier run exported, is copied from there, so that this folder has all
+    that was learnt.
 
     ``peft.PeftModel.from_pretrained(base, folder)`` or ``AutoModelForImageTextToText.from_pretrained(folder)`` reads it.
 
@@ -69,8 +74,10 @@ class Export(Callback):
         renderer = trained(getattr(pl_module, "image_policy", None))
         if renderer is not None:
             self._write(folder / "renderer", renderer, trainer.is_global_zero)
-        if trainer.is_global_zero and folder.is_dir():
-            publish(folder, final)
+        if trainer.is_global_zero:
+            copy_untrained(pl_module, folder)
+            if folder.is_dir():
+                publish(folder, final)
 
     def _write(self, folder: Path, policy: Network, here: bool, processor: Any = None) -> None:
         """Write one policy in the layout of its library; one of no library as ``model.safetensors``."""
@@ -92,6 +99,20 @@ class Export(Callback):
         else:
             save_model(folder, policy.base, whole)
             processor.save_pretrained(folder)
+
+
+def copy_untrained(module: LightningModule, folder: Path) -> None:
+    """Copy what an earlier run exported of a half that did not train in this one."""
+    if not isinstance(module, UnifiedGRPO):
+        return
+    halves = ((module.policy, module.finetune, folder), (module.image_policy, module.image_finetune, folder / "renderer"))
+    for policy, finetune, place in halves:
+        if trained(policy) is None and finetune is not None and finetune.origin is not None:
+            key = f"{finetune.key}.{'weights' if finetune.adapter is None else 'adapter'}"
+            place.mkdir(parents=True, exist_ok=True)
+            for file in local_folder(finetune.origin, key).iterdir():
+                if file.is_file():  # the subfolder is of the other half
+                    shutil.copyfile(file, place / file.name)
 
 
 def save_model(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
