@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 
+from uae.files.tiles import Tile, grid, wrapped
 from uae.rollout import Experience, roll_out
 from uae.types import ImageBatch
-
-TILE = 160  # side of an image and height of the caption under it, in pixels
-LINE = 12
-WIDTH = 26  # characters of Pillow's default font that fit in a tile
 
 
 class RolloutPanels(Callback):
@@ -108,32 +102,16 @@ def _logger(trainer: Trainer) -> TensorBoardLogger | None:
 
 def panel(sources_BCHW: Tensor, experience: Experience, columns: int) -> Tensor:
     """One uint8 image ``[3, H, W]``: a row per source, its reconstructions beside it, numbers and captions below."""
-    group = experience.rollout.group
-    shown = min(group, columns)
-    texts = [
-        textwrap.wrap(text, WIDTH, max_lines=12, placeholder=" ...") or ["(empty)"] for text in experience.rollout.texts
-    ]
-    height = TILE + LINE * (2 + max(map(len, texts)))
-    canvas = Image.new("RGB", ((TILE + 8) * (shown + 1), height * len(sources_BCHW)), "white")
+    group, rows = experience.rollout.group, []
     for b, source in enumerate(sources_BCHW):
-        _tile(canvas, 0, b * height, source, ["source"])
-        for g in range(shown):
+        row: list[Tile] = [(source, ["source"])]
+        for g in range(min(group, columns)):
             n = b * group + g
             reward, advantage = (float(x[b, g]) for x in (experience.rewards.reward_BG, experience.advantage_BG))
-            lines = [f"reward {reward:.3f}  adv {advantage:+.2f}", *texts[n]]
-            _tile(canvas, (TILE + 8) * (g + 1), b * height, experience.reconstructions_NCHW[n], lines)
-    return pil_to_tensor(canvas)
-
-
-def _tile(canvas: Image.Image, left: int, top: int, image_CHW: Tensor, lines: Sequence[str]) -> None:
-    """An image, scaled to fit, above its text. Small images keep hard pixels: blur would hide what the model drew."""
-    image = to_pil_image(image_CHW.float().nan_to_num().clamp(0, 1).cpu())
-    scale = TILE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    canvas.paste(image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC), (left, top))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
-    for i, line in enumerate(lines):
-        draw.text((left + 2, top + TILE + 2 + LINE * i), line, fill="black", font=font)
+            lines = [f"reward {reward:.3f}  adv {advantage:+.2f}", *wrapped(experience.rollout.texts[n])]
+            row.append((experience.reconstructions_NCHW[n], lines))
+        rows.append(row)
+    return pil_to_tensor(grid(rows))
 
 
 def markdown(experience: Experience) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from callbacks.checkpoint import NotSavedError, save
-from uae.trainer import at_last_step
+from uae.trainer import at_last_step, note_preempted
 
 SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 NAME = "preempted.ckpt"
@@ -68,6 +68,12 @@ class Preemption(Callback):
         trainer.should_stop = True
         trainer.limit_val_batches = 0  # Lightning would validate once more; the machine may be gone by then
         trainer.state.status = TrainerStatus.INTERRUPTED
+        note_preempted(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell whoever goes on after this run that a rank got a request that came too late to stop the run."""
+        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            note_preempted(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the earlier signal handlers, also in the record from which Lightning restores them later."""

@@ -67,26 +67,31 @@ class AutoEncoder(LightningModule):
             raise RuntimeError("the system is not built yet: a trainer's configure_model builds it")
         return self._umm
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Caption, reconstruct, score. An image that comes again, on whatever process, does not count again."""
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
+        """Caption, reconstruct, score. An image that comes again, on whatever process, does not count again.
+
+        Returns:
+            What `predict_step` returns, for callbacks.
+        """
         result = self.predict_step(batch)
         if self.unified_score is not None:
             self.unified_score.update(result["reconstruction"], batch["image"], batch["id"])
         rows = self.once.new(batch["id"])
         if not rows:
-            return
+            return result
         self.mean_reward.update(result["reward"][rows])
         captions = [result["caption"][row] for row in rows]
         for metric in self._more_metrics():
             metric.update(captions, result["reconstruction"][rows], part_of(batch, rows))
+        return result
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all ranks and reset them."""
         self._log_metrics("val")
 
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
         """As in validation."""
-        self.validation_step(batch, batch_idx)
+        return self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """As in validation."""

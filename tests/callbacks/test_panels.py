@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from callbacks.panels import LINE, TILE, RolloutPanels, markdown, panel
+from callbacks.panels import RolloutPanels, markdown, panel
+from uae.files.tiles import LINE, TILE
 from uae.miniature.data import SceneData
 from uae.rollout import roll_out
 

@@ -4,11 +4,14 @@ The first ``--config`` is a complete run. Further files and options override par
 Hyper-parameters stored in a checkpoint never override the configuration. Runs write to ``outputs/<run_name>``, see
 `uae.cli.run_folder`.
 
+``fit`` trains in stages with ``--stage "FILE OPTIONS"``, once for each, see `uae.cli.stages`.
+
 ``UAE_DEBUG=1`` shows tracebacks and the parser's full reports.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +33,8 @@ from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, o
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
+from uae.cli.stages.arguments import OPTION, asks_for_stages
+from uae.cli.stages.chain import train_in_stages
 from uae.cli.values import check_values
 from uae.files.settings import make_parser_strict
 from uae.trainer import is_dry_run
@@ -109,7 +114,7 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_name``, ``--label``, ``--print_plan`` and ``--memory_gib``."""
+        """Add ``--run_name``, ``--label``, ``--stage``, ``--print_plan`` and ``--memory_gib``."""
         parser.add_argument(
             "--run_name",
             type=str,
@@ -118,6 +123,13 @@ class CLI(LightningCLI):
             f"--trainer.default_root_dir replaces {OUTPUTS}.",
         )
         parser.add_argument("--label", type=Labels, default=Labels(), help="What TensorBoard shows behind the run's name.")
+        parser.add_argument(
+            OPTION,
+            type=str | None,
+            default=None,
+            help="Of fit: a stage of training, as configuration files and then options that hold in this stage only, all in one "
+            "pair of quotes. Given several times, the stages are trained one after the other.",
+        )
         parser.add_argument(
             "--print_plan", action="store_true", help="Print the memory that fit needs on a GPU, part by part, and stop."
         )
@@ -131,7 +143,10 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, and refuse values that types let pass."""
         super().parse_arguments(parser, args)
-        check_values(self.config[self.config["subcommand"]])
+        settings = self.config[self.config["subcommand"]]
+        if settings[OPTION.removeprefix("--")] is not None:
+            fail(f"{OPTION} is an option of fit on the command line, which trains; give the file of a stage as --config")
+        check_values(settings)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing. Lightning would let hyper-parameters in the checkpoint override the configuration."""
@@ -254,12 +269,29 @@ class CLI(LightningCLI):
             interrupted(f"interrupted at step {self.trainer.global_step}" if self.trainer.is_global_zero else "")
 
 
+class Parsed(CLI):
+    """The configuration of a command of which nothing is made and nothing run."""
+
+    def _set_seed(self) -> None:
+        """Seed nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
 def main(args: list[str] | None = None) -> CLI:
     """Run the command line.
 
     Args:
         args: Command-line arguments; None reads them from ``sys.argv``.
+
+    Returns:
+        The run, or that of the last stage.
     """
     with one_line_errors():
-        return CLI(args)
+        words = sys.argv[1:] if args is None else args
+        return train_in_stages(words, CLI, Parsed) if asks_for_stages(words) else CLI(args)
 

@@ -48,8 +48,9 @@ def _state(model: Any, folder: Path, source: str) -> dict[str, Tensor]:
         return read_state(folder)
     dtypes = {weight.dtype for weight in model.parameters()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds all others exactly
+    library: Any = type(model)
     try:
-        loaded, found = type(model).from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
+        loaded, found = library.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{source} cannot be loaded into this model: {' '.join(str(error).split())[:300]}") from error
     for fault, names in (("lacks", found["missing_keys"]), ("has other weights than this model:", found["unexpected_keys"])):

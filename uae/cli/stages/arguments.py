@@ -1,0 +1,172 @@
+"""What a command with ``--stage`` asks for, and what of it could only fail after the first stage has been trained."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+
+from uae.cli.errors import fail
+from uae.cli.explain import named
+
+OPTION = "--stage"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+OF_THE_CHAIN = ("--run_name", "--ckpt_path", "--trainer.default_root_dir", "--print_plan")  # no stage has its own
+TRAINS = {"finetune": ("captions", "both"), "image_finetune": ("images", "both")}  # by the key below model.init_args
+LORA, FULL = "uae.models.finetune.LoRA", "uae.models.finetune.Full"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a command.
+
+    Args:
+        number: Its number, from 1.
+        files: Configuration files that are put on top of those of the command.
+        options: Options that hold in this stage only.
+    """
+
+    number: int
+    files: list[str]
+    options: list[str]
+
+    @property
+    def name(self) -> str:
+        """Name of its folder below the folder of the first stage."""
+        return f"{self.number}-{Path(self.files[0]).stem}"
+
+    @property
+    def words(self) -> list[str]:
+        """What stands in the command where ``--stage`` stood."""
+        return [*(word for file in self.files for word in ("--config", file)), *self.options]
+
+
+def asks_for_stages(words: list[str]) -> bool:
+    """Whether a command line trains in stages."""
+    subcommand = next((word for word in words if word in SUBCOMMANDS), None)
+    return subcommand == "fit" and any(word == OPTION or word.startswith(f"{OPTION}=") for word in words)
+
+
+
+def split(words: list[str]) -> tuple[list[str], list[Stage], list[str]]:
+    """The command before its first stage, its stages, and the rest of the command."""
+    values: list[str] = []
+    kept: list[list[str]] = [[]]
+    rest = iter(words)
+    for word in rest:
+        if word != OPTION and not word.startswith(f"{OPTION}="):
+            kept[-1].append(word)
+            continue
+        values.append(next(rest, "") if word == OPTION else word.removeprefix(f"{OPTION}="))
+        kept.append([])
+    return kept[0], [_stage(number, value) for number, value in enumerate(values, 1)], sum(kept[1:], [])
+
+
+def _stage(number: int, value: str) -> Stage:
+    at = f"{OPTION} {value!r} (stage {number})"
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        fail(f"{at} cannot be read ({error}); allowed: configuration files, then options of this stage, all in one pair of quotes")
+    first = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    if not first:
+        fail(f"{at} names no configuration file; allowed: files, then options of this stage, all in one pair of quotes")
+    for file in words[:first]:
+        if not Path(file).is_file():
+            fail(f"{at}: there is no file {file!r}; the options of a stage stand behind its files, all in one pair of quotes")
+    for word in words[first:]:
+        if word.split("=")[0] in OF_THE_CHAIN:
+            fail(f"{at}: {word.split('=')[0]} is of the whole command, which gives every stage a folder; write it outside of {OPTION}")
+    return Stage(number, words[:first], words[first:])
+
+
+def check(stages: list[Namespace]) -> None:
+    """Refuse what would fail only after the first stage has been trained.
+
+    Args:
+        stages: The settings of every stage.
+    """
+    for number, settings in enumerate(stages, 1):
+        _check_command(number, settings)
+        if not settings["trainer.fast_dev_run"]:
+            _check_callbacks(number, settings, last=number == len(stages))
+    for half in TRAINS:
+        _check_half(half, stages)
+
+
+def _check_command(number: int, settings: Namespace) -> None:
+    if settings["print_plan"]:
+        fail(f"--print_plan is of one run: give the file of a stage as --config instead of {OPTION}")
+    if settings["ckpt_path"] not in (None, "last"):
+        fail(f"--ckpt_path {settings['ckpt_path']} with {OPTION}; allowed: last, which continues the stages where they stopped")
+    path = settings["model.class_path"]
+    if not is_a(path, "uae.module.UnifiedGRPO"):
+        fail(f"stage {number} has model.class_path={path}; allowed in {OPTION}: uae.module.UnifiedGRPO; run that by itself, before")
+
+
+def _check_callbacks(number: int, settings: Namespace, last: bool) -> None:
+    export = _export_of(settings)
+    if export is None and not last:
+        fail(f"stage {number} exports nothing that the next could start from: add callbacks.export.Export to trainer.callbacks")
+    if export is not None and export.get("folder"):
+        fail(f"folder={export['folder']!r} of callbacks.export.Export would be that of every stage; allowed with {OPTION}: null")
+    for callback in settings["trainer.callbacks"] or ():
+        if dirpath := arguments(callback).get("dirpath"):
+            fail(f"dirpath={dirpath!r} of {callback.class_path} would be that of every stage; allowed with {OPTION}: null")
+
+
+def _check_half(half: str, stages: list[Namespace]) -> None:
+    """Refuse stages whose start in one half of the model would be another one than what the stages before have exported."""
+    exporting, adapting = 0, 0  # the stages that have last exported this half, and an adapter of it
+    for number, settings in enumerate(stages, 1):
+        finetune = settings[f"model.init_args.{half}"]
+        given = arguments(finetune)
+        for name in ("adapter", "weights"):
+            if exporting and given.get(name):
+                key = f"model.init_args.{half}.init_args.{name}"
+                fail(
+                    f"stage {number} has {key}={given[name]}, but starts from what stage {exporting} exports: give {key} among the "
+                    f"options of the first {OPTION} only"
+                )
+        if adapting and is_a(class_of(settings, half), FULL):
+            refuse_adapter(half, f"stage {number}", f"stage {adapting}")
+        if settings["model.init_args.train"] in TRAINS[half]:
+            adapts = is_a(class_of(settings, half), LORA) and not (_export_of(settings) or {}).get("merge")
+            exporting, adapting = number, number if adapts else 0
+        elif given.get("adapter") or given.get("weights"):
+            exporting, adapting = number, number if given.get("adapter") else 0
+
+
+def _export_of(settings: Namespace) -> dict[str, Any] | None:
+    """The arguments of the callback that exports, or None if there is none."""
+    callbacks = settings["trainer.callbacks"] or ()
+    return next((arguments(one) for one in callbacks if is_a(one.class_path, "callbacks.export.Export")), None)
+
+
+def arguments(of_class: Namespace | None) -> dict[str, Any]:
+    """The arguments of a class that a configuration names, or none."""
+    given = None if of_class is None else of_class.get("init_args")
+    return {} if given is None else vars(given)
+
+
+def is_a(class_path: str | None, base: str) -> bool:
+    """Whether a dotted name is that of a class, or of a subclass of it."""
+    found = named(class_path) if class_path else None
+    return isinstance(found, type) and any(f"{one.__module__}.{one.__qualname__}" == base for one in found.__mro__)
+
+
+def class_of(settings: Namespace, half: str) -> str | None:
+    """The class that finetunes a half of the model."""
+    finetune: Namespace | None = settings[f"model.init_args.{half}"]
+    return None if finetune is None else str(finetune.class_path)
+
+
+def refuse_adapter(half: str, who: str, where: str) -> NoReturn:
+    """Refuse to start full finetuning from an adapter."""
+    fail(
+        f"{who} has model.init_args.{half}={FULL}, which starts from whole weights, but {where} exports an adapter: set "
+        "merge: true of callbacks.export.Export"
+    )
