@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from uae.checkpoints.files import partial_of, publish, remove
 from uae.files.locations import local_folder
@@ -85,6 +86,7 @@ class Export(Callback):
         alone = policy.adapted and not self.merge
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
         weights: dict[str, Any] = get_model_state_dict(policy.model, options=options)
+        weights |= frozen_factors(policy.model) if alone else {}
         if not here:
             return
         if alone:
@@ -126,6 +128,13 @@ def save_model(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
     finally:
         model.generation_config = settings
     settings.to_json_file(folder / "generation_config.json")
+
+
+def frozen_factors(model: Any) -> dict[str, Tensor]:
+    """The factors of the adapter that did not train, as only the other half of the model uses them. Collective."""
+    frozen = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
+    factors = {name: one for name, one in frozen.items() if "lora_" in name and ".default" in name}
+    return {name: (one.full_tensor() if isinstance(one, DTensor) else one).cpu() for name, one in factors.items()}
 
 
 def trained(policy: Any) -> Network | None:
