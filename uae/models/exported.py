@@ -38,6 +38,7 @@ def load_exported(network: Network, name: str, key: str) -> None:
             "uae.models.finetune.LoRA), or export whole weights with merge: true of callbacks.export.Export"
         )
     load_into(model, _state(model, folder, source), source, key)
+    _rename(model, str(folder))
 
 
 def _state(model: Any, folder: Path, source: str) -> dict[str, Tensor]:
@@ -58,3 +59,14 @@ def _state(model: Any, folder: Path, source: str) -> dict[str, Tensor]:
             raise ValueError(f"{source} {fault} {len(names)} weights (e.g. {min(names)}): correct the folder")
     state: dict[str, Tensor] = loaded.state_dict()
     return state
+
+
+def _rename(model: Any, folder: str) -> None:
+    """Let an adapter that is exported later name these weights as its base."""
+    from diffusers import ConfigMixin
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        model.name_or_path = folder
+    elif isinstance(model, ConfigMixin):
+        model.register_to_config(_name_or_path=folder)
