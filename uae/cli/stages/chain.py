@@ -43,13 +43,14 @@ def train_in_stages(words: list[str], run: Callable[[list[str]], R], parse: Call
         What ``run`` returned of the last stage that was run.
     """
     before, stages, after = split(words)
-    check([_settings(parse([*before, *stage.words, *after])) for stage in stages])
+    asked = [_settings(parse([*before, *stage.words, *after])) for stage in stages]
+    check(asked)
     done: list[Trained] = []
     starts: dict[str, Start] = {}
-    for stage in stages:
+    for stage, settings in zip(stages, asked, strict=True):
         say(f"stage {stage.number} of {len(stages)}: {' '.join(stage.files)}")
-        given = [*before, *stage.words, *after, *(_below(done[0].folder, stage) if done else ())]
-        command = run([*given, *start_options(starts, _settings(parse(given)))])
+        below = _below(done[0].folder, stage) if done else []
+        command = run([*before, *stage.words, *after, *below, *start_options(starts, settings)])
         dry, settings = is_dry_run(command.trainer), _settings(command)
         folder = Path(command.trainer.log_dir or ".")  # a broadcast, so that all processes have written what they write
         done.append(Trained(f"{stage.number} {settings['model.init_args.train']}", stage.files, folder))
