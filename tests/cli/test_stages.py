@@ -128,7 +128,8 @@ def test_each_stage_goes_on_from_the_one_before(chain):
     assert table[0].split() == ["start", "1", "captions", "2", "images", "3", "captions"]
     assert max(map(len, table)) <= 100
     assert (folder / "stages.md").read_text().startswith("| metric | start | 1 captions | 2 images | 3 captions |\n")
-    assert Image.open(folder / "stages.png").width == 5 * (TILE + GAP)
+    with Image.open(folder / "stages.png") as picture:
+        assert picture.width == 5 * (TILE + GAP)
 
 
 def test_a_chain_is_what_a_user_does_by_hand(chain, fit):
@@ -245,6 +246,7 @@ def two(rank, folder):
     cli.main(["fit", *words, "--config=few.yaml", f"--config={ROOT}/configs/debug/two_cpu_processes.yaml", *STAGES[:2]])
 
 
+@pytest.mark.slow
 def test_two_processes_go_through_all_stages_together(start, tmp_path):
     with pytest.raises(SystemExit):
         start(tmp_path, "--stage=")  # writes the configuration

@@ -28,7 +28,7 @@ def exported(tmp_path):
     captioner, denoiser = umm.captioner.learner.network, umm.renderer.pipe.transformer
     tied = moved(captioner.model)
     tied["lm_head.weight"] = tied["model.language_model.embed_tokens.weight"]
-    save_model(tmp_path / "captioner", captioner.model, tied)
+    save_model(tmp_path / "captioner", captioner.model, dict(tied))
     other = moved(denoiser)
     denoiser.save_config(tmp_path / "denoiser")
     save_state(tmp_path / "denoiser", "diffusion_pytorch_model", other)

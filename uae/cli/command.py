@@ -33,8 +33,7 @@ from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, o
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
-from uae.cli.stages.arguments import OPTION, asks_for_stages
-from uae.cli.stages.chain import train_in_stages
+from uae.cli.stages import OPTION, asks_for_stages, train_in_stages
 from uae.cli.values import check_values
 from uae.files.settings import make_parser_strict
 from uae.trainer import is_dry_run

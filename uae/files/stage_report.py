@@ -1,4 +1,4 @@
-"""What all stages together have changed: a table and a picture in the folder of the first."""
+"""What several stages of training have changed together: a table and a picture, in the folder of the first."""
 
 from __future__ import annotations
 
