@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from uae.checkpoints.files import newest, partial_of, publish, remove, tidy
-from uae.trainer import current_metrics, is_dry_run
+from uae.trainer import at_last_step, current_metrics, is_dry_run
 
 
 class NotSavedError(Exception):
@@ -43,7 +44,8 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     A checkpoint does not contain the rollout. So a run could not continue exactly from the middle of one.
 
-    The last step of a run is always saved, also between two intervals and inside a rollout. ``ckpt_path: last`` is the
+    The last step of a run is always saved, also between two intervals and inside a rollout, and after everything else that
+    ends a run (summary, export): a run that is killed before has a step left, and ends again. ``ckpt_path: last`` is the
     furthest checkpoint of the run's folder that can be loaded, also one written at a preemption. A checkpoint that cannot be
     written (disk full) is a warning: the run goes on and keeps the ones it has.
 
@@ -63,6 +65,9 @@ class RolloutCheckpoint(ModelCheckpoint):
         self.failures = 0  # in a row; the same on all ranks
         self._failed_at = -1  # the step of the last one
         self._written_at = -1  # the step of the newest checkpoint, by whatever name
+        self._position: dict[str, Any] = {}  # of the run's last step: Lightning counts on until it ends
+        self._ranked: dict[str, Any] | None = None  # what the checkpoint of the last step will be ranked by
+        self._ending = False  # whether everything else has ended, so that the last step can be saved
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an interval that never meets the end of a rollout."""
@@ -80,6 +85,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         """Remove incomplete checkpoints of killed processes. The checkpoint to resume from has been read before."""
         super().on_train_start(trainer, pl_module)
         self._written_at = trainer.global_step  # the checkpoint that the run is resumed from
+        self._position, self._ranked, self._ending = {}, None, False
         if trainer.is_global_zero:
             assert self.dirpath is not None
             tidy(Path(self.dirpath))
@@ -88,17 +94,17 @@ class RolloutCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save at the end of a rollout if a checkpoint is due, by the interval or at the end of an epoch or of the run."""
+        if at_last_step(trainer):
+            connector: Any = trainer._checkpoint_connector
+            self._position = copy.deepcopy({"loops": connector._get_loops_state_dict(), "epoch": trainer.current_epoch})
         if not getattr(pl_module, "at_rollout_boundary", True):
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         due = self.interval and trainer.global_step % self.interval == 0 and self.save_last
         if due and self._defer_save_until_validation and self._written_at != trainer.global_step:
             self._write_last(trainer, self._monitor_candidates(trainer))
-        ends = 0 < trainer.max_steps <= trainer.global_step
-        if self.every_n_epochs and (trainer.is_last_batch or ends):
+        if self.every_n_epochs and (trainer.is_last_batch or self._position):
             super().on_train_epoch_end(trainer, pl_module)
-        if ends or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs):
-            self._save_the_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing. Resumed from a checkpoint of this hook, Lightning would use the image order of another epoch."""
@@ -112,18 +118,22 @@ class RolloutCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step if it is not saved yet: the run was stopped by time, or inside a rollout."""
-        self._save_the_end(trainer)
-
-    def _save_the_end(self, trainer: Trainer) -> None:
+        """Save the last step. The callbacks that come before this one have done their part."""
         if is_dry_run(trainer) or trainer.interrupted or not (self.save_top_k or self.save_last):
             return
-        candidates = self._monitor_candidates(trainer)
+        self._ending = True
+        candidates = self._ranked or self._monitor_candidates(trainer)
+        if self._ranked:
+            self._save_topk_checkpoint(trainer, candidates)
         if self.monitor is None and trainer.global_step not in (self._written_at, self._failed_at):
             self._save_topk_checkpoint(trainer, candidates)
         if trainer.global_step not in (self._written_at, self._failed_at):
             self._write_last(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the last step as it was when it was taken. Continued at a later position, a run would begin another epoch."""
+        checkpoint |= self._position
 
     # ------------------------------------------------------------------------------------------- what Lightning calls
 
@@ -142,14 +152,24 @@ class RolloutCheckpoint(ModelCheckpoint):
         return set()
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        if self.monitor in monitor_candidates and trainer.training and self.monitor not in current_metrics(trainer):
+        ranked = self._ending or not trainer.training or self.monitor in current_metrics(trainer)
+        if self.monitor in monitor_candidates and not ranked:
             self._defer_save_until_validation = True  # the value is that of an earlier step
-            return
+        elif self._waits():
+            self._ranked = monitor_candidates
+        else:
+            self._write_ranked(trainer, monitor_candidates)
+
+    def _waits(self) -> bool:
+        """Whether this is the last step, which is saved when everything else has ended."""
+        return bool(self._position) and not self._ending
+
+    def _write_ranked(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         with self._surviving(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        if not self.save_last or self._failed_at == trainer.global_step:
+        if not self.save_last or self._failed_at == trainer.global_step or self._waits():
             return
         if self.save_last == "link" and self._written_at != trainer.global_step:  # nothing to link to
             self._write_last(trainer, monitor_candidates)
@@ -158,6 +178,8 @@ class RolloutCheckpoint(ModelCheckpoint):
             super()._save_last_checkpoint(trainer, monitor_candidates)
 
     def _write_last(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if self._waits():
+            return
         with self._surviving(trainer):
             self.last_model_path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
             self._save_checkpoint(trainer, self.last_model_path)

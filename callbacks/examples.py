@@ -1,37 +1,31 @@
-"""Shows what became of the same images: source, reconstruction before the training, reconstruction after it."""
+"""Shows the same validation images before and after the training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from uae.pictures import Drawn, draw_columns
+from uae.files import examples
 from uae.trainer import is_dry_run
-from uae.types import ImageBatch
 
 
 class Examples(Callback):
-    """Writes ``examples.png`` to the log directory: a row per image, with its greedy captions and what was drawn of them.
+    """Writes ``examples.png``, with a row per image: the source, and its reconstruction before and after, above the caption.
 
-    The images are the first of the first validation batch, as validation captions and draws them. ``examples.pt`` beside it
-    holds the same as tensors and strings. Checkpoints contain the reconstructions before the training, so a resumed run
-    shows the original start.
+    Captions are those of the validation, greedy unless ``model.init_args.validation_temperature`` is above 0. Checkpoints
+    contain the images before, so a resumed run compares with the original start. ``examples.pt`` holds the same as tensors.
 
     Args:
-        images: Number of images to show.
+        images: Number of images, the first ones of the validation.
     """
 
     def __init__(self, images: int = 6) -> None:
         if images < 1:
             raise ValueError(f"images={images} of callbacks.examples.Examples; allowed: 1 or more")
         self.images = images
-        self.before: Drawn | None = None
-        self.after: Drawn | None = None
-        self._source = torch.empty(0)
+        self.before, self.after, self._seen = examples.none(), examples.none(), examples.none()
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -39,42 +33,39 @@ class Examples(Callback):
         self._folder = Path(trainer.log_dir) if trainer.log_dir and not is_dry_run(trainer) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What was drawn before the training, for checkpoints."""
+        """The start of the run, for checkpoints."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it in a resumed run."""
+        """Restore the start of a resumed run."""
         self.before = state_dict["before"]
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the validation before."""
+        self._seen = examples.none()
+
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the first images of the first batch."""
-        if batch_idx or dataloader_idx or not isinstance(outputs, dict) or "reconstruction" not in outputs:
+        """Keep the first images of this process."""
+        if not isinstance(outputs, dict) or "reconstruction" not in outputs:  # of a module that draws nothing
             return
-        self._source = _kept(batch["image"], self.images)
-        self.after = {
-            "reconstruction": _kept(outputs["reconstruction"], self.images),
-            "caption": list(outputs["caption"][: self.images]),
-        }
+        seen, missing = self._seen, self.images - len(self._seen["caption"])
+        seen["source"] += [examples.small(image) for image in outputs["image"][:missing]]
+        seen["reconstruction"] += [examples.small(image) for image in outputs["reconstruction"][:missing]]
+        seen["caption"] += outputs["caption"][:missing]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first validation is the start."""
         if trainer.sanity_checking:
-            self.before = self.after
+            self.before = self._seen
+        else:
+            self.after = self._seen
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the picture."""
-        if not trainer.is_global_zero or self._folder is None or self.after is None:
+        """Write and draw."""
+        if not trainer.is_global_zero or self._folder is None or trainer.interrupted or not self.after["caption"]:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        shown = {"source": self._source, "before": self.before, "after": self.after}
-        torch.save(shown, self._folder / "examples.pt")
-        draw_columns(self._source, {"before": self.before, "after": self.after}).save(self._folder / "examples.png")
-
-
-def _kept(images_BCHW: Tensor, count: int) -> Tensor:
-    return images_BCHW[:count].detach().float().cpu().clone()
+        examples.save(self._folder / "examples.pt", self.before, self.after)
+        examples.comparison({"before": self.before, "after": self.after}).save(self._folder / "examples.png")

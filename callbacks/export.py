@@ -9,13 +9,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from uae.checkpoints.files import partial_of, publish, remove
-from uae.files.locations import locate
+from uae.files.locations import local_folder
 from uae.learner import Network
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.finetune import Finetune
 from uae.models.flow.network import FlowNetwork
+from uae.module import UnifiedGRPO
 from uae.trainer import is_dry_run
 from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
 from uae.weights.state import save_state
@@ -28,8 +30,8 @@ class Export(Callback):
     """Writes the trained weights at the end of ``fit``: a PEFT adapter after LoRA, a Hugging Face model after full finetuning.
 
     A renderer that trained weights of its own goes to the subfolder ``renderer``: an adapter, or a denoiser that diffusers loads.
-    A half that did not train, but started from an adapter or from weights of an earlier stage, is copied from there. So the
-    last of several stages exports what all of them have trained.
+    A half that did not train, but started from what an earlier run exported, is copied from there, so that this folder has all
+    that was learnt.
 
     ``peft.PeftModel.from_pretrained(base, folder)`` or ``AutoModelForImageTextToText.from_pretrained(folder)`` reads it.
 
@@ -76,11 +78,11 @@ class Export(Callback):
             keep(getattr(pl_module, "finetune", None), folder)
         renderer = trained(getattr(pl_module, "image_policy", None))
         if renderer is not None:
-            self._write(folder / RENDERER, renderer, trainer.is_global_zero)
-        elif trainer.is_global_zero:
-            keep(getattr(pl_module, "image_finetune", None), folder / RENDERER)
-        if trainer.is_global_zero and folder.is_dir():
-            publish(folder, final)
+            self._write(folder / "renderer", renderer, trainer.is_global_zero)
+        if trainer.is_global_zero:
+            copy_untrained(pl_module, folder)
+            if folder.is_dir():
+                publish(folder, final)
 
     def _write(self, folder: Path, policy: Network, here: bool, processor: Any = None) -> None:
         """Write one policy in the layout of its library; one of no library as ``model.safetensors``."""
@@ -88,6 +90,7 @@ class Export(Callback):
         alone = policy.adapted and not self.merge
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
         weights: dict[str, Any] = get_model_state_dict(policy.model, options=options)
+        weights |= frozen_factors(policy.model) if alone else {}
         if not here:
             return
         if alone:
@@ -104,11 +107,18 @@ class Export(Callback):
             processor.save_pretrained(folder)
 
 
-def keep(finetune: Finetune | None, folder: Path) -> None:
-    """Copy what a half started from that does not train in this stage."""
-    start = None if finetune is None else finetune.adapter or finetune.weights
-    if start is not None:
-        shutil.copytree(locate(start), folder, ignore=shutil.ignore_patterns(RENDERER), dirs_exist_ok=True)
+def copy_untrained(module: LightningModule, folder: Path) -> None:
+    """Copy what an earlier run exported of a half that did not train in this one."""
+    if not isinstance(module, UnifiedGRPO):
+        return
+    halves = ((module.policy, module.finetune, folder), (module.image_policy, module.image_finetune, folder / "renderer"))
+    for policy, finetune, place in halves:
+        if trained(policy) is None and finetune is not None and finetune.origin is not None:
+            key = f"{finetune.key}.{'weights' if finetune.adapter is None else 'adapter'}"
+            place.mkdir(parents=True, exist_ok=True)
+            for file in local_folder(finetune.origin, key).iterdir():
+                if file.is_file():  # the subfolder is of the other half
+                    shutil.copyfile(file, place / file.name)
 
 
 def save_model(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
@@ -122,6 +132,13 @@ def save_model(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
     finally:
         model.generation_config = settings
     settings.to_json_file(folder / "generation_config.json")
+
+
+def frozen_factors(model: Any) -> dict[str, Tensor]:
+    """The factors of the adapter that did not train, as only the other half of the model uses them. Collective."""
+    frozen = {name: one.detach() for name, one in model.named_parameters() if not one.requires_grad}
+    factors = {name: one for name, one in frozen.items() if "lora_" in name and ".default" in name}
+    return {name: (one.full_tensor() if isinstance(one, DTensor) else one).cpu() for name, one in factors.items()}
 
 
 def trained(policy: Any) -> Network | None:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from uae.pictures import Tile, draw_tiles, wrapped
+from uae.files.tiles import Tile, grid, wrapped
 from uae.rollout import Experience, roll_out
 from uae.types import ImageBatch
 
@@ -102,17 +102,16 @@ def _logger(trainer: Trainer) -> TensorBoardLogger | None:
 
 def panel(sources_BCHW: Tensor, experience: Experience, columns: int) -> Tensor:
     """One uint8 image ``[3, H, W]``: a row per source, its reconstructions beside it, numbers and captions below."""
-    group = experience.rollout.group
-    rows = []
+    group, rows = experience.rollout.group, []
     for b, source in enumerate(sources_BCHW):
-        row = [Tile(source, ["source"])]
+        row: list[Tile] = [(source, ["source"])]
         for g in range(min(group, columns)):
             n = b * group + g
             reward, advantage = (float(x[b, g]) for x in (experience.rewards.reward_BG, experience.advantage_BG))
             lines = [f"reward {reward:.3f}  adv {advantage:+.2f}", *wrapped(experience.rollout.texts[n])]
-            row.append(Tile(experience.reconstructions_NCHW[n], lines))
+            row.append((experience.reconstructions_NCHW[n], lines))
         rows.append(row)
-    return pil_to_tensor(draw_tiles(rows))
+    return pil_to_tensor(grid(rows))
 
 
 def markdown(experience: Experience) -> str:

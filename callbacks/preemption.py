@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from callbacks.checkpoint import NotSavedError, save
+from uae.trainer import at_last_step, note_preempted
 
 SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 NAME = "preempted.ckpt"
@@ -22,7 +23,8 @@ class Preemption(Callback):
 
     The signal handler only remembers the request. At the end of the next rollout all ranks agree whether one of them got a
     request. A request during a validation or before the first step waits until then. The process ends with status 0,
-    without a last validation or an export, and ``--ckpt_path last`` continues the run. Further signals have no effect.
+    without a last validation or an export, and ``--ckpt_path last`` continues the run. Further signals have no effect. A run
+    that has taken its last step is not stopped: saved there, it would have no step left, and never be exported.
 
     Lightning's own handlers are replaced, because they run collective operations inside the signal handler (on SLURM to save
     and requeue), and then several processes can wait for each other without end.
@@ -54,7 +56,7 @@ class Preemption(Callback):
 
     def _vote(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and stop at the end of a rollout, all ranks together."""
-        if trainer.interrupted or not getattr(pl_module, "at_rollout_boundary", True):
+        if trainer.interrupted or at_last_step(trainer) or not getattr(pl_module, "at_rollout_boundary", True):
             return
         if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             return
@@ -66,6 +68,12 @@ class Preemption(Callback):
         trainer.should_stop = True
         trainer.limit_val_batches = 0  # Lightning would validate once more; the machine may be gone by then
         trainer.state.status = TrainerStatus.INTERRUPTED
+        note_preempted(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell whoever goes on after this run that a rank got a request that came too late to stop the run."""
+        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            note_preempted(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the earlier signal handlers, also in the record from which Lightning restores them later."""

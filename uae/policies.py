@@ -11,7 +11,9 @@ from torch import nn
 
 from uae.learner import Learner, Network
 from uae.models.finetune import Finetune
+from uae.models.flow.network import FlowNetwork
 from uae.models.flow.policy import Exploration, FlowPolicy
+from uae.models.pipelines.contracts import denoiser_of, install_denoiser
 from uae.models.renderers.diffusers import DiffusersRenderer
 from uae.rollout import Train
 from uae.types import UMM, ImagePolicy
@@ -32,8 +34,8 @@ def prepare(
         train: Which policies learn from rewards: "captions", "images" or "both".
         references: Segments ("caption", "image") whose loss has a KL term against the initial weights.
         finetune: Which weights train in the captioner, or in the one network that both captions and draws.
-        image_finetune: Which weights train in a renderer that has a network of its own. If only captions train, the renderer
-            draws with the weights or the adapter that it starts from, frozen.
+        image_finetune: Which weights train in a renderer that has a network of its own. Where captions alone train, an
+            adapter or weights in it are what the renderer draws with, frozen; else it has no effect.
         exploration: Which denoising steps of a diffusion renderer are random; without random steps it has no log-probs.
             Renderers that draw image tokens do not need it.
 
@@ -41,11 +43,14 @@ def prepare(
         The system. If images train, its renderer is a policy with log-probs.
 
     Raises:
-        ValueError: The renderer cannot learn, or ``image_finetune`` or ``exploration`` is missing.
+        ValueError: The renderer cannot learn, or ``image_finetune`` or ``exploration`` is missing; or ``image_finetune`` has an
+            adapter or weights for a renderer that cannot start from them.
     """
     references = {*references, *(["caption"] if umm.needs_reference else [])}
     learner = umm.captioner.learner
     if train == "captions":
+        if image_finetune is not None and image_finetune.origin is not None:
+            _draw_as_exported(umm, image_finetune)
         finetune.attach(learner, keep_reference="caption" in references)
         _freeze_unreached(learner.network, train)
         if image_finetune is not None and (image_finetune.adapter or image_finetune.weights):
@@ -54,6 +59,8 @@ def prepare(
     image_policy = _explorer(umm, exploration)
     umm = replace(umm, renderer=image_policy)
     if image_policy.learner is learner:
+        if image_finetune is not None and image_finetune.origin is not None:
+            raise _no_start(image_finetune, "the captioner's network draws, too")
         finetune.attach(learner, keep_reference=bool(references))
         _freeze_unreached(learner.network, train)
         return umm
@@ -67,6 +74,33 @@ def prepare(
         )
     image_finetune.attach(image_policy.learner, keep_reference="image" in references)
     return umm
+
+
+def _draw_as_exported(umm: UMM, image_finetune: Finetune) -> None:
+    """Let a renderer that does not train draw with what an earlier run made of its network.
+
+    Raises:
+        ValueError: The renderer has no network of its own that could take it.
+    """
+    policy, renderer = umm.image_policy, umm.renderer
+    if policy is not None and policy.learner is umm.captioner.learner:
+        raise _no_start(image_finetune, "the captioner's network draws, too")
+    if policy is not None:
+        learner = policy.learner
+    elif isinstance(renderer, DiffusersRenderer):
+        if renderer.rendering.placement.dtype == "float8":
+            raise _no_start(image_finetune, "model.init_args.system.init_args.rendering.placement.dtype=float8 would round it")
+        learner = Learner(FlowNetwork(denoiser_of(renderer.pipe)))
+        install_denoiser(renderer.pipe, learner.network)
+    else:
+        raise _no_start(image_finetune, f"{type(renderer).__name__} has no network of its own that could start from it")
+    image_finetune.attach(learner, keep_reference=False)
+    learner.network.requires_grad_(False).eval()
+
+
+def _no_start(image_finetune: Finetune, reason: str) -> ValueError:
+    name = "weights" if image_finetune.adapter is None else "adapter"
+    return ValueError(f"{image_finetune.key}.{name}={image_finetune.origin}, but {reason}; allowed: null")
 
 
 def learners(umm: UMM, train: Train) -> dict[str, Learner[Any]]:

@@ -13,6 +13,22 @@ def is_dry_run(trainer: Trainer) -> bool:
     return bool(_of(trainer).fast_dev_run)
 
 
+def at_last_step(trainer: Trainer) -> bool:
+    """Whether the batch that has just been used is the last one of the run, by ``max_steps`` or ``max_epochs``."""
+    last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+    return 0 < trainer.max_steps <= trainer.global_step or (trainer.is_last_batch and last_epoch)
+
+
+def note_preempted(trainer: Trainer) -> None:
+    """Remember that a run was asked to stop. ``trainer.interrupted`` is forgotten when ``fit`` returns."""
+    _of(trainer).preempted = True
+
+
+def was_preempted(trainer: Trainer) -> bool:
+    """Whether `note_preempted` was called for a run."""
+    return "preempted" in vars(trainer)
+
+
 def overfit_batches(trainer: Trainer) -> float:
     """``trainer.overfit_batches``: a share or a number of training batches to repeat, 0 for none."""
     return float(_of(trainer).overfit_batches)

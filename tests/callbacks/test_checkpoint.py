@@ -144,6 +144,33 @@ def test_a_finished_run_that_is_continued_goes_on_from_its_end(build, trainer, t
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+class Watching(Callback):
+    """Looks at the checkpoints when a run ends, before and after it has been exported."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def on_train_end(self, run, module):
+        self.seen = saved_steps(self.folder)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"monitor": "score", "mode": "max"}, {"every_n_train_steps": None, "every_n_epochs": 1}], ids=str
+)
+@pytest.mark.parametrize("end", [{"max_steps": 6}, {"max_epochs": 1, "max_steps": -1}], ids=["steps", "epochs"])
+def test_the_last_step_is_saved_after_everything_else(build, trainer, tmp_path, options, end):
+    """A run that is killed before its export has a step left, and its export is made when it goes on."""
+    every = {"every_n_train_steps": 2, "filename": "{step}", "save_top_k": -1, "save_last": True, **options}
+    watching = Watching(tmp_path)
+    run = trainer(
+        callbacks=[Validated(), RolloutCheckpoint(dirpath=tmp_path, **every), watching], enable_checkpointing=True,
+        plugins=[CheckpointFiles()], limit_val_batches=1, val_check_interval=2, check_val_every_n_epoch=None, **end,
+    )  # fmt: skip
+    run.fit(build(mini_batches=2), SceneData(batch_size=2, train_size=6, val_size=2))
+    assert max(watching.seen, default=0) == 4
+    assert saved_steps(tmp_path)[-2:] == [6, 6]  # its own, and the last
+
+
 class Validated(Callback):
     """Logs the step as a metric of the validation."""
 
@@ -167,7 +194,7 @@ def test_a_checkpoint_is_ranked_by_the_validation_of_its_own_step(build, trainer
     assert {Path(path).name: float(score) for path, score in checkpoint.best_k_models.items()} == {
         f"step={step}.ckpt": step for step in (4, 8, 12)
     }
-    assert [step for step, name in seen if name == "last.ckpt"] == list(range(interval, 13, interval))  # nothing is lost meanwhile
+    assert [step for step, name in seen if name == "last.ckpt"] == list(range(interval, 12, interval))  # nothing is lost meanwhile
     assert {path.name: read(path)["global_step"] for path in tmp_path.iterdir()} == {
         "step=4.ckpt": 4, "step=8.ckpt": 8, "step=12.ckpt": 12, "last.ckpt": 12,
     }  # fmt: skip

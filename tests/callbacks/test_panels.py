@@ -8,6 +8,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from callbacks.panels import RolloutPanels, markdown, panel
+from uae.files.tiles import LINE, TILE
 from uae.miniature.data import SceneData
 from uae.rollout import roll_out
 

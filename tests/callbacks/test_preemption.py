@@ -93,6 +93,14 @@ def test_a_run_nobody_stopped_hands_the_signals_back(fit, handlers, tmp_path):
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
 
 
+def test_a_run_that_has_taken_its_last_step_ends_as_if_nobody_had_asked(fit, tmp_path):
+    """Stopped there, it would have no step left when it goes on, and never be exported."""
+    scheduler = Scheduler("on_train_batch_start", 3)
+    assert fit(scheduler, max_steps=4) == 4
+    assert (tmp_path / "export").exists()
+    assert not (tmp_path / "checkpoints/preempted.ckpt").exists()
+
+
 def test_slurm_does_not_save_in_a_handler(fit, tmp_path, monkeypatch):
     """Lightning's own handler would save where it stands, call scontrol, and train on."""
     for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):

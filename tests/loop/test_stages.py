@@ -134,3 +134,41 @@ def test_stage_three_of_real_systems(fit, mirrored, name):
     )  # fmt: skip
     assert learnt(module.image_policy)
     assert not learnt(module.policy)
+
+
+@pytest.fixture
+def decoder(fit, tmp_path):
+    """The adapter that a stage of images exported, and the images that its end saw."""
+    fit("understanding_for_generation", "--run_name=decoder")
+    return str(tmp_path / "outputs/decoder/export/renderer")
+
+
+START = "--model.init_args.image_finetune.init_args.adapter"
+
+
+def test_captions_are_drawn_with_the_adapter_of_an_earlier_stage_which_stays_as_it_is(fit, decoder, tmp_path):
+    module = fit("generation_for_understanding", "--model.init_args.image_finetune=uae.models.finetune.LoRA", f"{START}={decoder}")
+    network = module.umm.renderer.pipe.transformer
+    adapter = load_file(Path(decoder, "adapter_model.safetensors"))
+    held = {name.replace(".default", ""): weight for name, weight in network.model.state_dict().items() if "lora_" in name}
+    assert all(torch.equal(held[name], weight) for name, weight in adapter.items())
+    assert not any(weight.requires_grad for weight in network.parameters())
+    assert module.image_policy is None  # neither optimizer nor checkpoint nor strategy knows it
+    ended, begun = (json.loads((tmp_path / f"outputs/{run}/summary.json").read_text()) for run in ("decoder", "tiny"))
+    assert begun["before"]["val_reward/mean"] == pytest.approx(ended["after"]["val_reward/mean"], abs=1e-6)
+    again = tmp_path / "outputs/tiny/export/renderer/adapter_model.safetensors"
+    assert again.read_bytes() == Path(decoder, "adapter_model.safetensors").read_bytes()
+
+
+def test_a_start_for_a_network_that_there_is_not_is_refused(fit, capsys):
+    words = ["--model.init_args.image_finetune=uae.models.finetune.LoRA", f"{START}=somewhere"]
+    for stage in ("generation_for_understanding", "understanding_for_generation"):
+        with pytest.raises(SystemExit):
+            fit(stage, *words, base="configs/tiny_janus.yaml")
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line == f"error: {START[2:]}=somewhere, but the captioner's network draws, too; allowed: null"
+
+
+def test_a_finetuning_without_a_start_changes_nothing_where_the_renderer_does_not_learn(fit):
+    module = fit("generation_for_understanding", "--model.init_args.image_finetune=uae.models.finetune.LoRA")
+    assert isinstance(module.umm.renderer.pipe.transformer, type(Tiny().build().renderer.pipe.transformer))

@@ -4,6 +4,8 @@ The first ``--config`` is a complete run. Further files and options override par
 Hyper-parameters stored in a checkpoint never override the configuration. Runs write to ``outputs/<run_name>``, see
 `uae.cli.run_folder`.
 
+``fit`` trains in stages with ``--stage "FILE OPTIONS"``, once for each, see `uae.cli.stages`.
+
 ``UAE_DEBUG=1`` shows tracebacks and the parser's full reports.
 """
 
@@ -32,6 +34,7 @@ from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, o
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
+from uae.cli.stages import OPTION, asks_for_stages, train_in_stages
 from uae.cli.values import check_values
 from uae.files.settings import make_parser_strict
 from uae.trainer import is_dry_run
@@ -111,7 +114,7 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_name``, ``--label``, ``--print_plan`` and ``--memory_gib``."""
+        """Add ``--run_name``, ``--label``, ``--stage``, ``--print_plan`` and ``--memory_gib``."""
         parser.add_argument(
             "--run_name",
             type=str,
@@ -129,6 +132,13 @@ class CLI(LightningCLI):
         )
         parser.add_argument("--label", type=Labels, default=Labels(), help="What TensorBoard shows behind the run's name.")
         parser.add_argument(
+            OPTION,
+            type=str | None,
+            default=None,
+            help="Of fit: a stage of training, as configuration files and then options that hold in this stage only, all in one "
+            "pair of quotes. Given several times, the stages are trained one after the other.",
+        )
+        parser.add_argument(
             "--print_plan", action="store_true", help="Print the memory that fit needs on a GPU, part by part, and stop."
         )
         parser.add_argument(
@@ -141,7 +151,10 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, and refuse values that types let pass."""
         super().parse_arguments(parser, args)
-        check_values(self.config[self.config["subcommand"]])
+        settings = self.config[self.config["subcommand"]]
+        if settings[OPTION.removeprefix("--")] is not None:
+            fail(f"{OPTION} is an option of fit on the command line, which trains; give the file of a stage as --config")
+        check_values(settings)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing. Lightning would let hyper-parameters in the checkpoint override the configuration."""
@@ -265,13 +278,13 @@ class CLI(LightningCLI):
 
 
 class Parsed(CLI):
-    """The command line, read and checked, but not run."""
+    """The configuration of a command of which nothing is made and nothing run."""
 
     def _set_seed(self) -> None:
-        """Leave the generators alone."""
+        """Seed nothing."""
 
     def instantiate_classes(self) -> None:
-        """Build nothing."""
+        """Make nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
@@ -282,11 +295,12 @@ def main(args: list[str] | None = None) -> CLI:
 
     Args:
         args: Command-line arguments; None reads them from ``sys.argv``.
+
+    Returns:
+        The run, or that of the last stage.
     """
     arguments = sys.argv[1:] if args is None else args
     with one_line_errors():
-        if any(word.partition("=")[0] == stages.OPTION for word in arguments):
-            last: CLI = stages.run_stages(arguments, CLI, Parsed)
-            return last
-        return CLI(args)
+        words = sys.argv[1:] if args is None else args
+        return train_in_stages(words, CLI, Parsed) if asks_for_stages(words) else CLI(args)
 

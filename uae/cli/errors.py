@@ -34,6 +34,7 @@ _EXPECTED_WARNINGS = (
     r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",  # one command starts and continues a run
     r"Couldn't infer the batch indices fetched",  # predictions are written by name
     r"It is recommended to use `self\.log\(.*sync_dist=True",  # they are reduced before they are logged
+    r"LightningCLI's args parameter is intended",  # the stages of a command get their own
     r"The '\w+' does not have many workers",  # drawing a scene takes less time than sending it between processes
 )
 _REFUSED_WRITING = (

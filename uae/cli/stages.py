@@ -1,203 +1,290 @@
-r"""Several stages by one command, each starting from what the one before exported: ``fit ... --stage A --stage B``.
+"""Several stages of training by one command: ``fit --config RUN --stage "FILE OPTIONS" --stage "FILE OPTIONS"``.
 
-    python -m uae.cli fit --config configs/uae.yaml \
-        --stage configs/stages/generation_for_understanding.yaml \
-        --stage "configs/stages/understanding_for_generation.yaml --trainer.max_steps 500"
-
-A stage is one or more configuration files, and options that hold in it alone. The first stage is an ordinary run; the others
-write below its folder. Both halves go on from the export of the stage before, whether or not they train in a stage.
+Each stage is a run of its own, in the same process. The first has a folder like any run, the others have theirs below it. A
+stage starts from what the one before exported, so the last export holds all that was learnt.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from uae.cli.errors import fail
-from uae.pictures import draw_columns
-from uae.trainer import is_dry_run
+from uae.cli.explain import named
+from uae.files.stage_report import Trained, report
+from uae.trainer import is_dry_run, was_preempted
 
 OPTION = "--stage"
-EXPORT = "export"  # as callbacks.export.Export names it
-LORA = "uae.models.finetune.LoRA"
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+OF_THE_CHAIN = ("--run_name", "--ckpt_path", "--trainer.default_root_dir", "--print_plan")  # no stage has its own
+TRAINS = {"finetune": ("captions", "both"), "image_finetune": ("images", "both")}  # by the key below model.init_args
+LORA, FULL = "uae.models.finetune.LoRA", "uae.models.finetune.Full"
+HALVES = {"finetune": "", "image_finetune": "renderer"}  # the key below model.init_args, and the subfolder of an export
+R = TypeVar("R", bound=LightningCLI)
+say = rank_zero_only(print)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the training.
+    """One stage of a command.
 
     Args:
-        files: Configuration files.
+        number: Its number, from 1.
+        files: Configuration files that are put on top of those of the command.
         options: Options that hold in this stage only.
     """
 
-    files: tuple[str, ...]
-    options: tuple[str, ...]
-
-    @classmethod
-    def of(cls, text: str) -> Stage:
-        """Read ``FILE [FILE ...] [--key value ...]``, or stop with an error of one line."""
-        words = shlex.split(text)
-        count = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
-        files, options = tuple(words[:count]), tuple(words[count:])
-        if not files:
-            fail(f"{OPTION} {text!r} names no file; allowed: a configuration file, then options of this stage")
-        for file in files:
-            if not Path(file).is_file():
-                fail(f"{OPTION} {text!r}: there is no file {file!r}; correct {OPTION}")
-        if any(option.partition("=")[0] in ("--run_name", "--ckpt_path", "--trainer.default_root_dir") for option in options):
-            fail(f"{OPTION} {text!r} has an option of the whole command; give run_name, ckpt_path and default_root_dir outside of it")
-        return cls(files, options)
-
-    @property
-    def words(self) -> list[str]:
-        """The stage as arguments of a single run."""
-        return [*(word for file in self.files for word in ("--config", file)), *self.options]
+    number: int
+    files: list[str]
+    options: list[str]
 
     @property
     def name(self) -> str:
-        """The first file's name, without its ending."""
-        return Path(self.files[0]).stem
+        """Name of its folder below the folder of the first stage."""
+        return f"{self.number}-{Path(self.files[0]).stem}"
+
+    @property
+    def words(self) -> list[str]:
+        """What stands in the command where ``--stage`` stood."""
+        return [*(word for file in self.files for word in ("--config", file)), *self.options]
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[Stage], list[str]]:
-    """The arguments before the first ``--stage``, the stages, and the arguments after it."""
-    before: list[str] = []
-    after: list[str] = []
-    stages: list[Stage] = []
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != OPTION:
-            (after if stages else before).append(word)
+@dataclass(frozen=True)
+class Start:
+    """What a half of the model starts from: exports of earlier stages; neither is what the configuration gives."""
+
+    adapter: str | None = None
+    weights: str | None = None
+
+
+def asks_for_stages(words: list[str]) -> bool:
+    """Whether a command line trains in stages."""
+    subcommand = next((word for word in words if word in SUBCOMMANDS), None)
+    return subcommand == "fit" and any(word == OPTION or word.startswith(f"{OPTION}=") for word in words)
+
+
+
+def train_in_stages(words: list[str], run: Callable[[list[str]], R], parse: Callable[[list[str]], LightningCLI]) -> R:
+    """Run all stages of a command, one after the other.
+
+    Args:
+        words: The command line.
+        run: Runs a command line of one stage.
+        parse: Parses one, without making anything of it.
+
+    Returns:
+        What ``run`` returned of the last stage that was run.
+    """
+    before, stages, after = split(words)
+    asked = [_settings(parse([*before, *stage.words, *after])) for stage in stages]
+    check(asked)
+    done: list[Trained] = []
+    starts: dict[str, Start] = {}
+    for stage, settings in zip(stages, asked, strict=True):
+        say(f"stage {stage.number} of {len(stages)}: {' '.join(stage.files)}")
+        below = _below(done[0].folder, stage) if done else []
+        command = run([*before, *stage.words, *after, *below, *start_options(starts, settings)])
+        dry, settings = is_dry_run(command.trainer), _settings(command)
+        folder = Path(command.trainer.log_dir or ".")  # a broadcast, so that all processes have written what they write
+        done.append(Trained(f"{stage.number} {settings['model.init_args.train']}", stage.files, folder))
+        if was_preempted(command.trainer):
+            say(f"stopped in stage {stage.number} of {len(stages)}: the same command with --ckpt_path last goes on")
+            return command
+        if stage.number == len(stages):
+            if command.trainer.is_global_zero and not dry:
+                report(done)
+            return command
+        starts = {} if dry else exported(starts, settings, folder, stage.number)
+        del command
+        gc.collect()  # the networks of this stage, before those of the next are loaded
+        torch.cuda.empty_cache()
+    raise AssertionError("there is always a last stage")
+
+
+# ------------------------------------------------------------------------------------------------- what is asked for
+
+
+def split(words: list[str]) -> tuple[list[str], list[Stage], list[str]]:
+    """The command before its first stage, its stages, and the rest of the command."""
+    values: list[str] = []
+    kept: list[list[str]] = [[]]
+    rest = iter(words)
+    for word in rest:
+        if word != OPTION and not word.startswith(f"{OPTION}="):
+            kept[-1].append(word)
             continue
-        if not equals:
-            value = next(words, "")
-        stages.append(Stage.of(value))
-    return before, stages, after
+        values.append(next(rest, "") if word == OPTION else word.removeprefix(f"{OPTION}="))
+        kept.append([])
+    return kept[0], [_stage(number, value) for number, value in enumerate(values, 1)], sum(kept[1:], [])
 
 
-def value_of(arguments: Sequence[str], option: str) -> str | None:
-    """The value that an option has on the command line, or None."""
-    found = None
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name == option:
-            found = value if equals else following
+def _stage(number: int, value: str) -> Stage:
+    at = f"{OPTION} {value!r} (stage {number})"
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        fail(f"{at} cannot be read ({error}); allowed: configuration files, then options of this stage, all in one pair of quotes")
+    first = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    if not first:
+        fail(f"{at} names no configuration file; allowed: files, then options of this stage, all in one pair of quotes")
+    for file in words[:first]:
+        if not Path(file).is_file():
+            fail(f"{at}: there is no file {file!r}; the options of a stage stand behind its files, all in one pair of quotes")
+    for word in words[first:]:
+        if word.split("=")[0] in OF_THE_CHAIN:
+            fail(f"{at}: {word.split('=')[0]} is of the whole command, which gives every stage a folder; write it outside of {OPTION}")
+    return Stage(number, words[:first], words[first:])
+
+
+def check(stages: list[Namespace]) -> None:
+    """Refuse what would fail only after the first stage has been trained.
+
+    Args:
+        stages: The settings of every stage.
+    """
+    for number, settings in enumerate(stages, 1):
+        _check_command(number, settings)
+        if not settings["trainer.fast_dev_run"]:
+            _check_callbacks(number, settings, last=number == len(stages))
+    for half in TRAINS:
+        _check_half(half, stages)
+
+
+def _check_command(number: int, settings: Namespace) -> None:
+    if settings["print_plan"]:
+        fail(f"--print_plan is of one run: give the file of a stage as --config instead of {OPTION}")
+    if settings["ckpt_path"] not in (None, "last"):
+        fail(f"--ckpt_path {settings['ckpt_path']} with {OPTION}; allowed: last, which continues the stages where they stopped")
+    path = settings["model.class_path"]
+    if not _is_a(path, "uae.module.UnifiedGRPO"):
+        fail(f"stage {number} has model.class_path={path}; allowed in {OPTION}: uae.module.UnifiedGRPO; run that by itself, before")
+
+
+def _check_callbacks(number: int, settings: Namespace, last: bool) -> None:
+    export = _export_of(settings)
+    if export is None and not last:
+        fail(f"stage {number} exports nothing that the next could start from: add callbacks.export.Export to trainer.callbacks")
+    if export is not None and export.get("folder"):
+        fail(f"folder={export['folder']!r} of callbacks.export.Export would be that of every stage; allowed with {OPTION}: null")
+    for callback in settings["trainer.callbacks"] or ():
+        if dirpath := _arguments(callback).get("dirpath"):
+            fail(f"dirpath={dirpath!r} of {callback.class_path} would be that of every stage; allowed with {OPTION}: null")
+
+
+def _check_half(half: str, stages: list[Namespace]) -> None:
+    """Refuse stages whose start in one half of the model would be another one than what the stages before have exported."""
+    exporting, adapting = 0, 0  # the stages that have last exported this half, and an adapter of it
+    for number, settings in enumerate(stages, 1):
+        finetune = settings[f"model.init_args.{half}"]
+        given = _arguments(finetune)
+        for name in ("adapter", "weights"):
+            if exporting and given.get(name):
+                key = f"model.init_args.{half}.init_args.{name}"
+                fail(
+                    f"stage {number} has {key}={given[name]}, but starts from what stage {exporting} exports: give {key} among the "
+                    f"options of the first {OPTION} only"
+                )
+        if adapting and _is_a(_class_of(settings, half), FULL):
+            _refuse_adapter(half, f"stage {number}", f"stage {adapting}")
+        if settings["model.init_args.train"] in TRAINS[half]:
+            adapts = _is_a(_class_of(settings, half), LORA) and not (_export_of(settings) or {}).get("merge")
+            exporting, adapting = number, number if adapts else 0
+        elif given.get("adapter") or given.get("weights"):
+            exporting, adapting = number, number if given.get("adapter") else 0
+
+
+def _export_of(settings: Namespace) -> dict[str, Any] | None:
+    """The arguments of the callback that exports, or None if there is none."""
+    callbacks = settings["trainer.callbacks"] or ()
+    return next((_arguments(one) for one in callbacks if _is_a(one.class_path, "callbacks.export.Export")), None)
+
+
+def _arguments(of_class: Namespace | None) -> dict[str, Any]:
+    """The arguments of a class that a configuration names, or none."""
+    given = None if of_class is None else of_class.get("init_args")
+    return {} if given is None else vars(given)
+
+
+def _is_a(class_path: str | None, base: str) -> bool:
+    """Whether a dotted name is that of a class, or of a subclass of it."""
+    found = named(class_path) if class_path else None
+    return isinstance(found, type) and any(f"{one.__module__}.{one.__qualname__}" == base for one in found.__mro__)
+
+
+def _class_of(settings: Namespace, half: str) -> str | None:
+    """The class that finetunes a half of the model."""
+    finetune: Namespace | None = settings[f"model.init_args.{half}"]
+    return None if finetune is None else str(finetune.class_path)
+
+
+def _refuse_adapter(half: str, who: str, where: str) -> NoReturn:
+    """Refuse to start full finetuning from an adapter."""
+    fail(
+        f"{who} has model.init_args.{half}={FULL}, which starts from whole weights, but {where} exports an adapter: set "
+        "merge: true of callbacks.export.Export"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- from stage to stage
+
+
+def _settings(command: LightningCLI) -> Namespace:
+    settings: Namespace = command.config[str(command.config["subcommand"])]
+    return settings
+
+
+def _below(first: Path, stage: Stage) -> list[str]:
+    return [f"--trainer.default_root_dir={first}", f"--run_name={stage.name}"]
+
+
+def exported(starts: dict[str, Start], settings: Namespace, folder: Path, number: int) -> dict[str, Start]:
+    """What the next stage starts from.
+
+    Args:
+        starts: What this stage started from.
+        settings: The settings of this stage.
+        folder: The folder of this stage.
+        number: Its number, for errors.
+    """
+    export, found = folder / "export", dict(starts)
+    if not export.is_dir():
+        fail(
+            f"stage {number} has left nothing in {str(export)!r} for the next one to start from: raise its trainer.max_steps by "
+            "one rollout, and go on with --ckpt_path last"
+        )
+    for half, subfolder in HALVES.items():
+        place = export / subfolder
+        if (place / "adapter_config.json").is_file():
+            below = _arguments(settings[f"model.init_args.{half}"]).get("weights")
+            found[half] = Start(adapter=str(place), weights=below)
+        elif place.is_dir() and any(file.is_file() for file in place.iterdir()):
+            found[half] = Start(weights=str(place))
     return found
 
 
-def run_stages(arguments: Sequence[str], run: Callable[[list[str]], Any], read: Callable[[list[str]], Any]) -> Any:
-    """Run all stages one after the other.
+def start_options(starts: dict[str, Start], settings: Namespace) -> list[str]:
+    """The options by which a stage starts from what the one before exported.
 
     Args:
-        arguments: The command line, with ``--stage`` at least once.
-        run: Runs one command line, and returns the `uae.cli.command.CLI` that did.
-        read: Reads one command line, and stops with an error of one line if it cannot be run.
-
-    Returns:
-        The command line of the last stage.
+        starts: By half.
+        settings: The settings of the stage without them.
     """
-    before, stages, after = split(arguments)
-    check([*before, *after])
-    for stage in stages:
-        read([*before, *stage.words, *after])
-    cli: Any = None
-    folders: dict[str, Path] = {}  # of the stages that are done, by number and label
-    root: list[str] = []
-    starts: list[str] = []
-    for number, stage in enumerate(stages, start=1):
-        cli = None  # with its model, before the next one is loaded
-        gc.collect()
-        torch.cuda.empty_cache()
-        cli = run([*before, *stage.words, *after, *root, *starts])
-        if cli.trainer.is_global_zero:
-            print(f"stage {number} of {len(stages)} is done: {stage.name}", flush=True)
-        if is_dry_run(cli.trainer):
-            continue
-        if cli.trainer.interrupted:
-            fail(f"stopped in stage {number} of {len(stages)}; the same command with --ckpt_path last goes on")
-        folder = Path(str(cli.trainer.log_dir))
-        folders[f"{number} {cli.config[cli.subcommand].label.stage or stage.name}"] = folder
-        if number < len(stages):
-            root = [f"--trainer.default_root_dir={next(iter(folders.values()))}", f"--run_name={number + 1}-{stages[number].name}"]
-            starts = list(starting(folder / EXPORT, starts))
-    if folders and cli.trainer.is_global_zero:
-        report(folders)
-    return cli
-
-
-def check(arguments: Sequence[str]) -> None:
-    """Refuse a command that cannot have stages."""
-    if arguments[:1] != ["fit"]:
-        fail(f"{OPTION} is of fit, not of {arguments[0] if arguments else 'no subcommand'}: leave it out")
-    if any(word.partition("=")[0] == "--print_plan" for word in arguments):
-        fail(f"--print_plan is the plan of one stage: give the stage's file as --config instead of {OPTION}")
-    checkpoint = value_of(arguments, "--ckpt_path")
-    if checkpoint not in (None, "last"):
-        fail(f"--ckpt_path {checkpoint!r} is of one run; with {OPTION}, allowed: last, which continues all stages")
-
-
-def starting(export: Path, earlier: Sequence[str]) -> Iterator[str]:
-    """Options with which a stage starts from the export of the one before.
-
-    Args:
-        export: Folder of the export; the renderer's half is in its subfolder ``renderer``.
-        earlier: Options with which the exporting stage started. The weights below an adapter come from there.
-    """
-    if not export.is_dir():
-        fail(
-            f"there is no {str(export)!r} for the next stage to start from: the configuration needs callbacks.export.Export without "
-            "a folder of its own; if the stage was killed while it wrote it, raise trainer.max_steps and use --ckpt_path last"
-        )
-    for key, folder in (("finetune", export), ("image_finetune", export / "renderer")):
-        arguments = f"--model.init_args.{key}.init_args"
-        if (folder / "adapter_config.json").is_file():
-            below = [word for word in earlier if word.startswith(f"{arguments}.weights=")]
-            if key == "image_finetune":
-                yield f"--model.init_args.{key}={LORA}"
-            yield from (*below, f"{arguments}.adapter={folder}")
-        elif any(folder.glob("*.safetensors")):
-            if key == "image_finetune":
-                yield f"--model.init_args.{key}=uae.models.finetune.Full"
-            yield f"{arguments}.weights={folder}"
-
-
-def report(folders: Mapping[str, Path]) -> None:
-    """Print and write what all stages changed: ``stages.md``, ``stages.json`` and ``stages.png`` in the first stage's folder."""
-    first = next(iter(folders.values()))
-    summaries = {name: json.loads(found.read_text()) for name, found in existing(folders, "summary.json")}
-    if len(summaries) == len(folders):
-        columns = {"start": next(iter(summaries.values()))["before"], **{name: one["after"] for name, one in summaries.items()}}
-        (first / "stages.json").write_text(json.dumps(columns, indent=2) + "\n")
-        (first / "stages.md").write_text(table(columns) + "\n")
-        print(table(columns))
-    shown = {name: torch.load(found) for name, found in existing(folders, "examples.pt")}
-    if len(shown) == len(folders):
-        start = next(iter(shown.values()))
-        draw_columns(start["source"], {"start": start["before"], **{name: one["after"] for name, one in shown.items()}}).save(
-            first / "stages.png"
-        )
-        print(f"before and after each stage: {first / 'stages.png'}")
-
-
-def existing(folders: Mapping[str, Path], name: str) -> list[tuple[str, Path]]:
-    """The files of a name in the stages' folders, where they are."""
-    return [(stage, folder / name) for stage, folder in folders.items() if (folder / name).is_file()]
-
-
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """A Markdown table: a row per metric, a column per stage."""
-    names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
-    widths = [max(map(len, names)), *(max(len(title), 7) for title in columns)]
-    lines = [["", *columns], ["-" * width for width in widths]]
-    for name in names:
-        lines.append([name, *(f"{scores[name]:.3f}" if name in scores else "" for scores in columns.values())])
-    return "\n".join("| " + " | ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)) + " |" for line in lines)
+    options = []
+    for half, start in starts.items():
+        key, kind = f"--model.init_args.{half}", _class_of(settings, half)
+        if start.adapter and _is_a(kind, FULL):
+            _refuse_adapter(half, "the next stage", start.adapter)
+        if kind is None:
+            options.append(f"{key}={LORA if start.adapter else FULL}")
+        options += [f"{key}.init_args.adapter={start.adapter}"] if start.adapter else []
+        options += [f"{key}.init_args.weights={start.weights}"] if start.weights else []
+    return options

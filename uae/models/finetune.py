@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from uae.files.locations import locate
-from uae.learner import FrozenAdapter, FrozenCopy, Learner, WithoutAdapter, switch_dropout_off
-from uae.weights.state import load_into, read_state
+from uae.learner import FrozenAdapter, FrozenCopy, Learner, Network, WithoutAdapter, switch_dropout_off
+from uae.models.exported import load_exported
 
 LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids; Emu3's is named text_model
     r".*\b(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
@@ -33,11 +33,21 @@ class Finetune:
     key = "model.init_args.finetune.init_args"
     """Where the configuration holds the arguments, for error messages."""
 
-    weights: str | None = None
-    """Folder of a whole model whose weights replace the network's before anything else; None keeps the network's own."""
-
     adapter: str | None = None
-    """Folder of an adapter that training starts from; None starts from a new one, or needs none."""
+    """Folder or hub id of an adapter to start from."""
+
+    weights: str | None = None
+    """Folder or hub id of a whole model to start from, as an earlier run exported it; below ``adapter``, if both are given."""
+
+    @property
+    def origin(self) -> str | None:
+        """What the start is read from, if it is not the system's own: the adapter, or else the weights."""
+        return self.adapter or self.weights
+
+    def _start(self, network: Network) -> None:
+        """Load the weights of the start, if there are other ones than the system's."""
+        if self.weights is not None:
+            load_exported(network, self.weights, f"{self.key}.weights")
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Freeze and unfreeze ``learner.network`` in place, and set ``learner.start``.
@@ -63,8 +73,8 @@ class LoRA(Finetune):
             ``adapter``, or the linear layers of the language model, or the attention of a diffusers denoiser.
         adapter: Folder or hub id of a PEFT adapter to start from; the reference is then a frozen copy of that adapter. What
             is given of the other arguments must be as in its ``adapter_config.json``.
-        weights: Folder of a whole model that `callbacks.export.Export` wrote; its weights replace those of the system, and the
-            adapter comes on top of them. None keeps the system's.
+        weights: Folder or hub id of a whole model, as `callbacks.export.Export` writes it with ``merge: true`` or after full
+            finetuning. It replaces the system's weights below the adapter.
     """
 
     def __init__(
@@ -82,11 +92,11 @@ class LoRA(Finetune):
         """Wrap the model in a PeftModel. Dropout is 0, because with dropout the policy ratio would not start at one.
 
         Raises:
-            FileNotFoundError, ValueError: There is no LoRA at ``adapter``, or it fits neither the model nor the other arguments.
+            FileNotFoundError, ValueError: There is no LoRA at ``adapter``, or it fits neither the model nor the other arguments;
+                or ``weights`` are not those of the model.
         """
         network = learner.network
-        if self.weights is not None:
-            load_exported(network.model, self.weights, f"{self.key}.weights")
+        self._start(network)
         model = network.model.requires_grad_(False)
         if self.adapter is None:
             network.model, learner.start = self._new(model, network.never_adapted()), WithoutAdapter()
@@ -164,8 +174,7 @@ class Full(Finetune):
     Args:
         trainable: Regular expression that is searched in parameter names; parameters without a match stay frozen. The
             default freezes the image tower.
-        weights: Folder of a whole model that `callbacks.export.Export` wrote; its weights replace those of the system before
-            training. None keeps the system's.
+        weights: Folder or hub id of a whole model to start from, as `callbacks.export.Export` writes it.
     """
 
     def __init__(self, trainable: str = IMAGE_TOWER_ASIDE, weights: str | None = None) -> None:
@@ -175,11 +184,10 @@ class Full(Finetune):
         """Unfreeze the parameters that match, and copy the initial weights if a reference is asked for.
 
         Raises:
-            FileNotFoundError, ValueError: No parameter matches, or ``weights`` is no model of the same kind.
+            FileNotFoundError, ValueError: No parameter matches, or ``weights`` are not those of the model.
         """
         network = learner.network
-        if self.weights is not None:
-            load_exported(network.model, self.weights, f"{self.key}.weights")
+        self._start(network)
         if keep_reference:
             learner.start = FrozenCopy(copy.deepcopy(network).requires_grad_(False).eval())
         names = [name for name, _ in network.model.named_parameters() if re.search(self.trainable, name)]

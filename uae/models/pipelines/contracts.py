@@ -92,6 +92,11 @@ def denoiser_of(pipe: Any) -> Any:
     return getattr(pipe, "unet", None) if transformer is None else transformer
 
 
+def install_denoiser(pipe: Any, network: Any) -> None:
+    """Let another network take the denoising steps of a pipeline."""
+    setattr(pipe, "unet" if getattr(pipe, "transformer", None) is None else "transformer", network)
+
+
 def text_encoders_of(pipe: Any) -> dict[str, Any]:
     """The networks that read the prompt, by component name."""
     parts = pipe.components.items()
