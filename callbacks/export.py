@@ -15,14 +15,12 @@ from uae.checkpoints.files import partial_of, publish, remove
 from uae.files.locations import local_folder
 from uae.learner import Network
 from uae.models.captioners.captioner import HFCaptioner
-from uae.models.finetune import Finetune
 from uae.models.flow.network import FlowNetwork
 from uae.module import UnifiedGRPO
 from uae.trainer import is_dry_run
 from uae.weights.low_rank import check_low_rank, merge_adapter, split_adapter
 from uae.weights.state import save_state
 
-RENDERER = "renderer"
 WRAPPER = "base_model.model."  # prefix that PEFT puts before the names of the wrapped model
 
 
@@ -74,8 +72,6 @@ class Export(Callback):
             captioner = module.umm.captioner
             processor = captioner.processor if isinstance(captioner, HFCaptioner) else None
             self._write(folder, policy, trainer.is_global_zero, processor)
-        elif trainer.is_global_zero:
-            keep(getattr(pl_module, "finetune", None), folder)
         renderer = trained(getattr(pl_module, "image_policy", None))
         if renderer is not None:
             self._write(folder / "renderer", renderer, trainer.is_global_zero)

@@ -53,8 +53,6 @@ def prepare(
             _draw_as_exported(umm, image_finetune)
         finetune.attach(learner, keep_reference="caption" in references)
         _freeze_unreached(learner.network, train)
-        if image_finetune is not None and (image_finetune.adapter or image_finetune.weights):
-            _draw_with(umm, image_finetune)
         return umm
     image_policy = _explorer(umm, exploration)
     umm = replace(umm, renderer=image_policy)
@@ -130,14 +128,6 @@ def _freeze_unreached(network: Network, train: Train) -> None:
             for name, parameter in network.named_parameters():
                 if re.search(pattern, name):
                     parameter.requires_grad_(False)
-
-
-def _draw_with(umm: UMM, image_finetune: Finetune) -> None:
-    """Let the renderer draw with what it learnt in an earlier stage. Nothing of it trains."""
-    image_policy = _explorer(umm, Exploration())
-    if image_policy.learner is not umm.captioner.learner:
-        image_finetune.attach(image_policy.learner, keep_reference=False)
-        image_policy.learner.network.requires_grad_(False)
 
 
 def _explorer(umm: UMM, exploration: Exploration | None) -> ImagePolicy[Any]:

@@ -28,12 +28,12 @@ def test_panels_show_the_same_sources_before_training_and_after(events):
     images = events.Images("panel/rollouts")
     assert [image.step for image in images] == [0, 3, 4]
     first, *_, last = [picture(image) for image in images]
-    assert first.shape[2] == (4 + 1) * (SIDE + 8)  # the source and a group of four
+    assert first.shape[2] == (4 + 1) * (TILE + 8)  # the source and a group of four
     expected = pil_to_tensor(
-        to_pil_image(next(iter(SceneData(val_size=8).val_dataloader()))["image"][0]).resize((SIDE, SIDE), 0)
+        to_pil_image(next(iter(SceneData(val_size=8).val_dataloader()))["image"][0]).resize((TILE, TILE), 0)
     )
-    assert torch.equal(first[:, :SIDE, :SIDE], expected)
-    assert torch.equal(last[:, :SIDE, :SIDE], expected)
+    assert torch.equal(first[:, :TILE, :TILE], expected)
+    assert torch.equal(last[:, :TILE, :TILE], expected)
     assert not torch.equal(first, last)
 
 
@@ -59,17 +59,17 @@ def test_every_tile_is_its_reconstruction(experience):
     batch, experience = experience
     image = panel(batch["image"], experience, columns=2)
     height = image.shape[1] // 2
-    assert height >= SIDE + 2 * LINE
+    assert height >= TILE + 2 * LINE
     for b in range(2):
         for g in range(2):  # of three: columns limits them
             expected = to_pil_image(experience.reconstructions_NCHW[b * 3 + g]).resize(
-                (SIDE, SIDE), Image.Resampling.NEAREST
+                (TILE, TILE), Image.Resampling.NEAREST
             )
-            left = (g + 1) * (SIDE + 8)
-            assert torch.equal(image[:, b * height : b * height + SIDE, left : left + SIDE], pil_to_tensor(expected))
-            text = image[:, b * height + SIDE : (b + 1) * height, left : left + SIDE]
+            left = (g + 1) * (TILE + 8)
+            assert torch.equal(image[:, b * height : b * height + TILE, left : left + TILE], pil_to_tensor(expected))
+            text = image[:, b * height + TILE : (b + 1) * height, left : left + TILE]
             assert (text < 128).any()  # something is written
-    assert image.shape[2] == 3 * (SIDE + 8)
+    assert image.shape[2] == 3 * (TILE + 8)
 
 
 def test_no_caption_breaks_the_table(experience):

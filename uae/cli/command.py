@@ -27,7 +27,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import uae.strategy  # noqa: F401  registers "fsdp2"
 from uae.checkpoints.files import CheckpointFiles
-from uae.cli import stages
 from uae.cli.callbacks_package import share_callbacks
 from uae.cli.config_file import check_config_file
 from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, one_line_errors
@@ -121,14 +120,6 @@ class CLI(LightningCLI):
             default="run",
             help=f"Results go to {OUTPUTS}/<run_name>, or to <run_name>-2, -3, ... if other runs are there. "
             f"--trainer.default_root_dir replaces {OUTPUTS}.",
-        )
-        parser.add_argument(
-            stages.OPTION,
-            type=str | None,
-            default=None,
-            metavar="'FILE [--key value ...]'",
-            help="A stage of fit: its configuration file, then options of this stage only. Given several times, the stages run one "
-            "after the other; each starts from what the one before exported.",
         )
         parser.add_argument("--label", type=Labels, default=Labels(), help="What TensorBoard shows behind the run's name.")
         parser.add_argument(
@@ -299,7 +290,6 @@ def main(args: list[str] | None = None) -> CLI:
     Returns:
         The run, or that of the last stage.
     """
-    arguments = sys.argv[1:] if args is None else args
     with one_line_errors():
         words = sys.argv[1:] if args is None else args
         return train_in_stages(words, CLI, Parsed) if asks_for_stages(words) else CLI(args)

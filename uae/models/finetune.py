@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -198,39 +197,6 @@ class Full(Finetune):
             )
         for name, parameter in network.model.named_parameters():
             parameter.requires_grad_(name in names)
-
-
-def load_exported(model: nn.Module, folder: str, key: str) -> None:
-    """Replace all weights of a model by those that `callbacks.export.Export` wrote of one like it.
-
-    Args:
-        model: A model of transformers or diffusers, or a module of one's own.
-        folder: Folder of the exported model.
-        key: The setting that holds the folder, for error messages.
-
-    Raises:
-        FileNotFoundError, ValueError: The folder holds no such model, or weights are missing in it.
-    """
-    from diffusers import ModelMixin
-    from transformers import PreTrainedModel
-
-    at, path = f"{key}={folder!r}", locate(folder)
-    if Path(path, "adapter_config.json").is_file():
-        raise ValueError(
-            f"{at} is an adapter, and a whole model is needed here; allowed: uae.models.finetune.LoRA with {key.rpartition('.')[0]}"
-            ".adapter, or an export with merge: true of callbacks.export.Export"
-        )
-    if not isinstance(model, PreTrainedModel | ModelMixin):
-        load_into(model, read_state(path), at, key)
-        return
-    kind: Any = type(model)
-    with _explained(at):  # the library maps names on disk to names in the module
-        loaded, report = kind.from_pretrained(path, output_loading_info=True, local_files_only=True)
-    if report["missing_keys"]:
-        raise ValueError(f"{at} lacks {len(report['missing_keys'])} weights (e.g. {min(report['missing_keys'])}): correct {key}")
-    load_into(model, loaded.state_dict(), at, key)
-    if isinstance(model, PreTrainedModel):
-        model.name_or_path = folder  # an adapter that is trained on it names it
 
 
 def check_resolution(networks: Mapping[str, nn.Module | None]) -> None:
