@@ -22,14 +22,13 @@ COLUMNS = {
     "caption/tiny_full": "tiny full", "reconstruction/whole": "whole", "reconstruction/faithful": "caption -> image, strict",
     "generation/overall": "mini-GenEval, strict",
 }  # fmt: skip
-GENERATION = ("--trainer.callbacks+=uae.miniature.callbacks.mini_geneval.MiniGenEval", "--trainer.callbacks.prompts=64")
 
 
 def janus(args: argparse.Namespace) -> None:
     """Captions, images or both of the one network."""
     runs = {
         what: [
-            Run(f"janus_{what}", seed, (), (*GENERATION, f"--model.init_args.train={what}", *args.extra), "configs/tiny_janus.yaml")
+            Run(f"janus_{what}", seed, (), (f"--model.init_args.train={what}", *args.extra), "configs/tiny_janus.yaml")
             for seed in args.seeds
         ]
         for what in ("captions", "images", "both")
@@ -40,15 +39,15 @@ def janus(args: argparse.Namespace) -> None:
 
 def decoder(args: argparse.Namespace) -> None:
     """Stage 2; from its captioner, stage 3 and, for comparison, more of stage 2."""
-    second = [Run("stage2", seed, (), (*GENERATION,)) for seed in args.seeds]
+    second = [Run("stage2", seed, (), ()) for seed in args.seeds]
     train(second, args.jobs)
     third, more = [], []
     for run in second:
         start = f"--model.init_args.finetune.init_args.adapter={run.folder / 'export'}"
-        options = (*GENERATION, start, f"--trainer.max_steps={args.steps}", *args.extra)
+        options = (start, f"--trainer.max_steps={args.steps}", *args.extra)
         stage = "configs/stages/understanding_for_generation.yaml"
         third.append(Run("stage3", run.seed, (stage,), options))
-        more.append(Run("more_of_stage2", run.seed, (), options[:3]))
+        more.append(Run("more_of_stage2", run.seed, (), options[:1]))
     train([*third, *more], args.jobs)
     rows = {"stage 2": second, "then stage 3": third, "then more of stage 2": more}
     report("decoder", {name: [summary(run) for run in runs] for name, runs in rows.items()})
