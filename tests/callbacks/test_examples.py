@@ -41,7 +41,7 @@ def test_they_are_of_several_batches_and_a_resumed_run_keeps_the_start(build, tr
 
     first, second = fit(1), fit(2)
     assert [len(one["caption"]) for one in first.values()] == [3, 3]
-    assert first["before"]["caption"] == second["before"]["caption"] != second["after"]["caption"]
+    assert first["before"]["caption"] == second["before"]["caption"]  # there was no validation before the second part
     assert all(map(torch.equal, first["before"]["reconstruction"], second["before"]["reconstruction"]))
 
 
