@@ -16,10 +16,13 @@ $(READY): pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev,notebooks]"
 	@touch $(READY)
 
-demo: $(READY)  ## train the miniature by reconstruction reward (minutes, two CPU cores)
-	$(RUN) -m uae.cli fit --config configs/tiny.yaml
+STAGES := configs/stages
+demo: $(READY)  ## train the miniature by reconstruction reward: captions, then images (minutes, two CPU cores)
+	$(RUN) -m uae.cli fit --config configs/tiny.yaml --trainer.val_check_interval 160 \
+		--stage "$(STAGES)/generation_for_understanding.yaml --trainer.max_steps 160" \
+		--stage "$(STAGES)/understanding_for_generation.yaml --trainer.max_steps 80"
 
-demo-janus: $(READY)  ## train the miniature that captions and draws with one network (minutes, two CPU cores)
+demo-janus: $(READY)  ## train the miniature that captions and draws with one network, both at once (minutes, two CPU cores)
 	$(RUN) -m uae.cli fit --config configs/tiny_janus.yaml
 
 test: lint types unit  ## everything CI runs
@@ -58,11 +61,11 @@ pretrain: $(READY)  ## rebuild the miniature's cold-start weights from nothing (
 pretrain-janus: pretrain.janus  ## rebuild the weights of the miniature of UMM-2 (one CPU core)
 	$(RUN) benchmarks/gate.py janus
 
-pretrain.decoder: STAGES := autoencoder sharpen decoder refine
-pretrain.encoders: STAGES := captioner clip judge
-pretrain.janus: STAGES := janus_autoencoder janus janus_refine
+pretrain.decoder: PARTS := autoencoder sharpen decoder refine
+pretrain.encoders: PARTS := captioner clip judge
+pretrain.janus: PARTS := janus_autoencoder janus janus_refine
 pretrain.decoder pretrain.encoders pretrain.janus: $(READY)
-	for stage in $(STAGES); do OMP_NUM_THREADS=1 $(RUN) -m uae.cli fit --config configs/pretrain/$$stage.yaml || exit 1; done
+	for part in $(PARTS); do OMP_NUM_THREADS=1 $(RUN) -m uae.cli fit --config configs/pretrain/$$part.yaml || exit 1; done
 
 gate: $(READY)  ## how good both miniatures are before any reward
 	$(RUN) benchmarks/gate.py tiny

@@ -18,25 +18,32 @@ from uae.miniature.metrics.scenes import SceneScore, shows
 from uae.miniature.scenes import Scene, detect, is_detailed, parse, render, scene_of
 from uae.miniature.tiny import Tiny, TinyCLIP, TinyJudge
 from uae.miniature.tiny_janus import TinyJanus
-from uae.models.finetune import LoRA
+from uae.models.finetune import Full, LoRA
 from uae.models.flow.policy import FlowPolicy
 from uae.types import UMM, Sampling
 
 Scores = dict[str, float]
-SYSTEMS = {"tiny": Tiny, "janus": TinyJanus}
+SYSTEMS: dict[str, Any] = {"tiny": Tiny, "janus": TinyJanus}
 ROWS = 64  # images at a time
 
 
-def trained(family: str, export: Path | None = None) -> UMM:
-    """A miniature with the adapters that a run exported; without a run, as it was cold-started."""
-    umm: UMM = SYSTEMS[family]().build()
-    if export is None:
-        return umm
-    if (export / "adapter_config.json").is_file():
+def trained(family: str, export: Path | None = None, weights: Path | None = None, guidance: float = 1.0) -> UMM:
+    """A miniature with the adapters that a run exported.
+
+    Args:
+        family: Which miniature.
+        export: Folder of the adapters; None is the miniature as it was cold-started.
+        weights: Folder of the weights below the adapters; None is the package's.
+        guidance: Classifier-free guidance of the renderer.
+    """
+    umm: UMM = SYSTEMS[family](weights=None if weights is None else str(weights), guidance=guidance).build()
+    if export is not None and (export / "adapter_config.json").is_file():
         LoRA(adapter=str(export)).attach(umm.captioner.learner, keep_reference=False)
-    if (export / "renderer").is_dir():
+    if export is not None and (export / "renderer").is_dir():
         renderer: Any = umm.renderer
-        LoRA(adapter=str(export / "renderer")).attach(FlowPolicy(renderer).learner, keep_reference=False)
+        drawn = export / "renderer"
+        half = LoRA(adapter=str(drawn)) if (drawn / "adapter_config.json").is_file() else Full(weights=str(drawn))
+        half.attach(FlowPolicy(renderer).learner, keep_reference=False)
     return umm
 
 
