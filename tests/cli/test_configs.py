@@ -72,8 +72,9 @@ def test_fragments_are_deltas_that_take_effect(parse, file, monkeypatch):
 
 
 def leaves(node, path=()):
-    if isinstance(node, dict):
-        for key, value in node.items():
+    listed = isinstance(node, list) and any(isinstance(value, dict) for value in node)  # callbacks get their defaults
+    if isinstance(node, dict) or listed:
+        for key, value in enumerate(node) if listed else node.items():
             yield from leaves(value, (*path, key))
     else:
         yield path, node
