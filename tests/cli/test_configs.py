@@ -121,7 +121,7 @@ def test_full_finetuning_replaces_lora_and_back(parse):
     lora, full = CONFIGS / "finetune" / "lora.yaml", CONFIGS / "finetune" / "full.yaml"
     run = parse(CONFIGS / "tiny.yaml", full)
     assert isinstance(run.model.finetune, Full)
-    assert set(run.config.fit.model.init_args.finetune.init_args.as_dict()) == {"trainable"}
+    assert set(run.config.fit.model.init_args.finetune.init_args.as_dict()) == {"trainable", "weights"}
     run = parse(CONFIGS / "tiny.yaml", full, lora)
     assert isinstance(run.model.finetune, LoRA)
     assert run.model.finetune.rank == 16
