@@ -72,8 +72,9 @@ def test_fragments_are_deltas_that_take_effect(parse, file, monkeypatch):
 
 
 def leaves(node, path=()):
-    if isinstance(node, dict):
-        for key, value in node.items():
+    listed = isinstance(node, list) and any(isinstance(value, dict) for value in node)  # callbacks get their defaults
+    if isinstance(node, dict) or listed:
+        for key, value in enumerate(node) if listed else node.items():
             yield from leaves(value, (*path, key))
     else:
         yield path, node
@@ -120,7 +121,7 @@ def test_full_finetuning_replaces_lora_and_back(parse):
     lora, full = CONFIGS / "finetune" / "lora.yaml", CONFIGS / "finetune" / "full.yaml"
     run = parse(CONFIGS / "tiny.yaml", full)
     assert isinstance(run.model.finetune, Full)
-    assert set(run.config.fit.model.init_args.finetune.init_args.as_dict()) == {"trainable"}
+    assert set(run.config.fit.model.init_args.finetune.init_args.as_dict()) == {"trainable", "weights"}
     run = parse(CONFIGS / "tiny.yaml", full, lora)
     assert isinstance(run.model.finetune, LoRA)
     assert run.model.finetune.rank == 16

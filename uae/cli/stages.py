@@ -72,7 +72,6 @@ def asks_for_stages(words: list[str]) -> bool:
     return subcommand == "fit" and any(word == OPTION or word.startswith(f"{OPTION}=") for word in words)
 
 
-
 def train_in_stages(words: list[str], run: Callable[[list[str]], R], parse: Callable[[list[str]], LightningCLI]) -> R:
     """Run all stages of a command, one after the other.
 

@@ -35,8 +35,8 @@ class Finetune:
     adapter: str | None = None
     """Folder or hub id of an adapter to start from."""
 
-    weights: str | None = None
-    """Folder or hub id of a whole model to start from, as an earlier run exported it; below ``adapter``, if both are given."""
+    def __init__(self, weights: str | None = None) -> None:
+        self.weights = weights  # a whole model to start from; below ``adapter``, if both are given
 
     @property
     def origin(self) -> str | None:
@@ -84,8 +84,8 @@ class LoRA(Finetune):
         adapter: str | None = None,
         weights: str | None = None,
     ) -> None:
-        self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
-        self.adapter, self.weights = adapter, weights
+        super().__init__(weights)
+        self.rank, self.alpha, self.target_modules, self.adapter = rank, alpha, target_modules, adapter
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Wrap the model in a PeftModel. Dropout is 0, because with dropout the policy ratio would not start at one.
@@ -177,7 +177,8 @@ class Full(Finetune):
     """
 
     def __init__(self, trainable: str = IMAGE_TOWER_ASIDE, weights: str | None = None) -> None:
-        self.trainable, self.weights = trainable, weights
+        super().__init__(weights)
+        self.trainable = trainable
 
     def attach(self, learner: Learner[Any], keep_reference: bool) -> None:
         """Unfreeze the parameters that match, and copy the initial weights if a reference is asked for.
