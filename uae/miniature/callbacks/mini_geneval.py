@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from uae.evaluation import AutoEncoder
 from uae.miniature.metrics.mini_geneval import mini_geneval
 
 
@@ -23,10 +22,11 @@ class MiniGenEval(Callback):
         self.prompts, self.seed = prompts, seed
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All ranks draw the same images, so there is nothing to reduce."""
-        module: Any = pl_module
-        with module.whole_policies():
-            scores = mini_geneval(module.umm, self.prompts, self.seed)
+        """All ranks draw the same images, so there is nothing to reduce. A cold start has its own scores, and none of these."""
+        if not isinstance(pl_module, AutoEncoder):
+            return
+        with pl_module.whole_policies():
+            scores = mini_geneval(pl_module.umm, self.prompts, self.seed)
         pl_module.log_dict({f"generation/{task}": score for task, score in scores.items()})
 
     on_test_epoch_end = on_validation_epoch_end

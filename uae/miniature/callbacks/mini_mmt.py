@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from uae.evaluation import AutoEncoder
 from uae.miniature.metrics.mini_mmt import LETTERS, likelihood, mini_mmt
 from uae.miniature.scenes import Split
 from uae.strategy import unsharded
@@ -26,11 +25,12 @@ class MiniMMT(Callback):
         self.questions, self.seed = questions, seed
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All ranks answer the same questions, so there is nothing to reduce."""
-        module: Any = pl_module
+        """All ranks answer the same questions, so there is nothing to reduce. A cold start has its own scores, and none of these."""
+        if not isinstance(pl_module, AutoEncoder):
+            return
         split: Split = "test" if trainer.testing else "val"
-        with unsharded(module.policy):
-            found = mini_mmt(likelihood(module.umm.captioner), self.questions, self.seed, split)
+        with unsharded(pl_module.policy):
+            found = mini_mmt(likelihood(pl_module.umm.captioner), self.questions, self.seed, split)
         pl_module.log_dict({f"understanding/{subtask}": one.value for subtask, one in found.items()})
 
     on_test_epoch_end = on_validation_epoch_end
