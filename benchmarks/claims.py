@@ -57,6 +57,8 @@ class Family:
         captions, images: Optimizer steps of the stages in turn.
         image_cost, joint_cost: What an optimizer step of images, or of both, costs; a step of captions costs 1. Measured on
             one thread, rollout and update together.
+        image_files: Configuration files behind that of stage 3.
+        image_options: Options of stage 3.
     """
 
     base: str
@@ -64,36 +66,39 @@ class Family:
     images: int
     image_cost: float
     joint_cost: float
+    image_files: tuple[str, ...] = ()
+    image_options: tuple[str, ...] = ()
 
     @property
     def cases(self) -> list[Case]:
         """All cases. Those that are compared with each other cost the same."""
         total = self.captions + self.images * self.image_cost
-        half, rest = even(self.captions / 2), even(self.images / 2)
+        half, rest, images = even(self.captions / 2), even(self.images / 2), (IMAGES, *self.image_files)
         return [
             Case("captions", (CAPTIONS,), self.captions),
-            Case("captions, images", (IMAGES,), self.images, "captions"),
+            Case("captions, images", images, self.images, "captions"),
             Case("more captions", (CAPTIONS,), even(self.images * self.image_cost), "captions"),
             Case("joint", (JOINT,), even(total / self.joint_cost)),
             Case("random reward, captions", (CAPTIONS, RANDOM), self.captions),
-            Case("random reward, images", (IMAGES, RANDOM), self.images, "captions"),
-            Case("images alone", (IMAGES,), even(total / self.image_cost)),
+            Case("random reward, images", (*images, RANDOM), self.images, "captions"),
+            Case("images alone", images, even(total / self.image_cost)),
             Case("turn 1: captions", (CAPTIONS,), half),
-            Case("turn 2: images", (IMAGES,), rest, "turn 1: captions"),
+            Case("turn 2: images", images, rest, "turn 1: captions"),
             Case("turn 3: captions", (CAPTIONS,), half, "turn 2: images"),
-            Case("turn 4: images", (IMAGES,), rest, "turn 3: captions"),
+            Case("turn 4: images", images, rest, "turn 3: captions"),
         ]
 
 
+JANUS_IMAGES = ("--model.init_args.optimizer.init_args.lr=1e-3", "--data.init_args.batch_size=4")
 FAMILIES = {
-    "tiny": Family("configs/tiny.yaml", captions=240, images=120, image_cost=1.5, joint_cost=2.0),
-    "janus": Family("configs/tiny_janus.yaml", captions=120, images=120, image_cost=1.5, joint_cost=2.0),
+    "tiny": Family("configs/tiny.yaml", 160, 120, 1.6, 4.0, image_files=("configs/stages/miniature_images.yaml",)),
+    "janus": Family("configs/tiny_janus.yaml", 160, 160, 1.4, 3.0, image_options=JANUS_IMAGES),
 }
 
 
 def even(steps: float) -> int:
-    """The nearest number of steps of which each rollout takes two."""
-    return 2 * round(steps / 2)
+    """The nearest number of steps that whole rollouts take, two or four each."""
+    return 4 * round(steps / 4)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ class Job:
         """The training, and those before it."""
         case = self._case
         start = None if case.after is None else Job(self.family, case.after, self.seed).run
-        return Run(case.name, self.seed, FAMILIES[self.family].base, case.configs, case.steps, start=start)
+        family = FAMILIES[self.family]
+        options = family.image_options if IMAGES in case.configs else ()
+        return Run(case.name, self.seed, family.base, case.configs, case.steps, options, start)
 
     @property
     def _case(self) -> Case:

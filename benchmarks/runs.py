@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNS = Path("outputs/claims")
-QUIET = ("--trainer.num_sanity_val_steps=0", "--data.init_args.val_size=64", "--trainer.enable_progress_bar=false")
+QUIET = ("--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false")  # what is reported is measured afterwards
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
             return self
         files = [part for config in (self.base, *self.configs) for part in ("--config", config)]
         name = f"--run_name={self.folder.relative_to('outputs').as_posix()}"
-        length = (f"--trainer.max_steps={self.steps}", f"--trainer.val_check_interval={self.steps}", "--ckpt_path=last")
+        length = (f"--trainer.max_steps={self.steps}", "--ckpt_path=last")
         options = (name, f"--seed_everything={self.seed}", *length, *QUIET, *self.options, *self._adapters())
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("a") as log:

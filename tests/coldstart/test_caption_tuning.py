@@ -95,7 +95,7 @@ def test_the_loss_falls_and_gradients_reach_what_trains(checkpoints, finetune):
 
 @pytest.mark.parametrize("name", ["tiny", "uae", "metaquery"])
 def test_three_steps_from_the_command_line(name, tmp_path):
-    run = runs.fit(name, "cold_start_captions", "model.init_args.learning_rate=0.01")
+    run = runs.fit(name, "cold_start_captions", "model.init_args.learning_rate=0.003")
     folder = tmp_path / "outputs" / name
     (umm,) = run.model.objective.frozen
     before, again = runs.started_from(run, folder / "cold_start")
