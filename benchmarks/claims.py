@@ -91,8 +91,8 @@ class Family:
 
 JANUS_IMAGES = ("--model.init_args.optimizer.init_args.lr=1e-3", "--data.init_args.batch_size=4")
 FAMILIES = {
-    "tiny": Family("configs/tiny.yaml", 160, 120, 1.6, 4.0, image_files=("configs/stages/miniature_images.yaml",)),
-    "janus": Family("configs/tiny_janus.yaml", 160, 160, 1.4, 3.0, image_options=JANUS_IMAGES),
+    "tiny": Family("configs/tiny.yaml", 160, 120, 1.1, 6.2, image_files=("configs/stages/miniature_images.yaml",)),
+    "janus": Family("configs/tiny_janus.yaml", 160, 160, 0.75, 3.5, image_options=JANUS_IMAGES),
 }
 
 
