@@ -104,8 +104,8 @@ def measure(run: Run, count: int) -> Measured:
 def main(arguments: argparse.Namespace) -> None:
     """Train, measure, write."""
     rows = [row for seed in arguments.seeds for row in settings(seed)]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in rows}
     rows.sort(key=lambda row: row[1].start is not None)  # stage 2 before stage 3
-    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in settings(arguments.seeds[0])}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         measured = pool.map(measure, [run for _, run in rows], [arguments.scenes] * len(rows))
         for (name, run), scores in zip(rows, measured, strict=True):

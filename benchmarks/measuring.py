@@ -12,7 +12,7 @@ import torch
 
 from uae.encoders import LayoutEncoder
 from uae.metrics.unified_score import UnifiedScore
-from uae.miniature.metrics.mini_geneval import TASKS, prompts
+from uae.miniature.metrics.mini_geneval import mini_geneval
 from uae.miniature.metrics.mini_mmt import likelihood, mini_mmt
 from uae.miniature.metrics.scenes import SceneScore, shows
 from uae.miniature.scenes import Scene, detect, is_detailed, parse, render, scene_of
@@ -107,17 +107,10 @@ def generation(umm: UMM, count: int, seed: int = 0, tries: int = 1) -> Scores:
     Args:
         umm: The system; its captioner is not used.
         count: Number of prompts per task.
-        seed: Random seed of prompts and noise.
+        seed: Random seed of the prompts.
         tries: Images per prompt, of which one has to be right. More than one is a selection by the truth.
     """
-    scores = {}
-    for task in TASKS:
-        texts = prompts(task, count, seed)
-        repeated = [text for text in texts for _ in range(tries)]
-        seen = detect(draw(umm, repeated, list(range(len(repeated)))))
-        right = [(said := parse(text)) is not None and shows(one, said) for one, text in zip(seen, repeated, strict=True)]
-        scores[f"generation/{task}"] = sum(any(right[n * tries : (n + 1) * tries]) for n in range(count)) / count
-    return {**scores, "generation/overall": sum(scores.values()) / len(scores)}
+    return {f"generation/{task}": share for task, share in mini_geneval(umm, count, seed, tries).items()}
 
 
 def best_of(umm: UMM, scenes: list[Scene], texts: list[str], tries: int) -> Scores:
@@ -154,18 +147,16 @@ def everything(umm: UMM, count: int, seed: int) -> dict[str, Scores]:
     }
 
 
-def controls(family: str, captions: list[str] | None, count: int, seed: int) -> dict[str, Scores]:
+def controls(family: str, captions: list[str], count: int, seed: int) -> dict[str, Scores]:
     """What the cold-started model reaches by selection alone.
 
     Args:
         family: Which miniature.
-        captions: Captions of a trained captioner that the starting decoder draws several times; None leaves that out.
+        captions: Captions of a trained captioner that the starting decoder draws several times.
         count: Number of scenes.
         seed: Random seed of samples and of noise.
     """
     umm, scenes = trained(family), scenes_of_test(count)
     found = {name: reconstruction(umm, scenes, texts, seed) for name, texts in style_controls(umm, scenes, seed).items()}
-    if captions is not None:
-        found["best of 8"] = {**best_of(umm, scenes, captions, 8), **generation(umm, count // 4, seed, tries=8)}
-    return found
+    return {**found, "best of 8": {**best_of(umm, scenes, captions, 8), **generation(umm, count // 4, seed, tries=8)}}
 
