@@ -2,7 +2,8 @@
 
     python benchmarks/ablations.py --seeds 0 1 2
 
-Stage 3 starts from stage 2 of benchmarks/claims.py with the same seed, which is trained if it is not there. Results go to
+Stage 3 starts from stage 2 of benchmarks/claims.py with the same seed, which is trained if it is not there. Stage 3 and the
+joint stage are half as long as there. All rows of a stage draw the same number of images per optimizer step. Results go to
 benchmarks/results/ablations.json and ablations.md.
 """
 
@@ -19,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from claims import FAMILIES, Job, Measured, remembered
+from claims import FAMILIES, Job, Measured, even, remembered
 from claims_table import cell
-from measuring import everything, trained
+from measuring import caption, generation, reconstruction, scenes_of_test, trained
 from results import write
 from runs import RUNS, Run
 
@@ -29,6 +30,7 @@ from uae.miniature.tiny import WEIGHTS
 
 TINY = FAMILIES["tiny"]
 MODEL = "--model.init_args"
+ERRORS = (0.1, 0.2, 0.3)
 COLUMNS = {
     "unified_score/held_out": "held out", "caption/full": "caption full", "caption/precision": "precision",
     "generation/overall": "mini-GenEval", "reconstruction/faithful": "drawn as it says", "reconstruction/whole": "whole",
@@ -44,49 +46,65 @@ GUIDED = f"{MODEL}.system.init_args.guidance=2.0"
 def settings(seed: int) -> Iterator[tuple[str, Run]]:
     """Every row of the table: what is changed, and the run."""
     captions, images, joint = (Job("tiny", name, seed).run for name in ("captions", "captions, images", "joint"))
+    images = replace(images, name="ablated images", steps=even(images.steps / 2))
+    joint = replace(joint, name="ablated joint", steps=even(joint.steps / 2))
 
-    def with_options(run: Run, name: str, *options: str) -> Run:
-        return replace(run, name=name, options=(*run.options, *options))
+    def having(run: Run, name: str, *options: str) -> Run:
+        return replace(run, name=f"{run.name} {name}", options=(*run.options, *options))
 
     yield "stage 2", captions
-    yield "stage 2: KL .02", with_options(captions, "captions kl", f"{MODEL}.loss.beta=0.02")
+    yield "stage 2: KL .02", having(captions, "kl", f"{MODEL}.loss.beta=0.02")
     yield "stage 3", images
-    for error in (0.1, 0.2, 0.3):
-        weights = f"{MODEL}.system.init_args.weights={decoder_of(error)}"
-        second = with_options(captions, f"captions error {error}", weights)
-        yield f"error rate {error}: stage 2", second
-        yield f"error rate {error}: stage 3", replace(with_options(images, f"images error {error}", weights), start=second)
-    for count in (2, 4):
-        yield f"stage 3: M {count}", with_options(images, f"m {count}", f"{MODEL}.reconstructions={count}")
+    yield from errors(captions, images)
+    for count in (2, 4, 8):
+        options = (f"{MODEL}.reconstructions={count}", f"--data.init_args.batch_size={64 // count}")
+        yield f"stage 3: M {count}, batch {64 // count}", having(images, f"m {count}", *options)
     for level in (0.3, 1.0):
-        yield f"stage 3: noise {level}", with_options(images, f"noise {level}", f"{MODEL}.exploration.noise_level={level}")
-    for window in (1, 2):
-        options = (f"{MODEL}.exploration.window={window}", f"{MODEL}.exploration.start=random")
-        yield f"stage 3: window {window}, anywhere", with_options(images, f"window {window}", *options)
-    yield "stage 3: KL .01", with_options(images, "images kl", f"{MODEL}.image_loss.init_args.beta=0.01")
+        yield f"stage 3: noise {level}", having(images, f"noise {level}", f"{MODEL}.exploration.noise_level={level}")
+    for window, start in ((1, "0"), (1, "random"), (2, "random")):
+        options = (f"{MODEL}.exploration.window={window}", f"{MODEL}.exploration.start={start}")
+        where = "anywhere" if start == "random" else "the first"
+        yield f"stage 3: window {window}, {where}", having(images, f"window {window} {start}", *options)
+    yield "stage 3: window all", having(images, "window all", f"{MODEL}.exploration.window=null", f"{MODEL}.exploration.start=0")
+    yield "stage 3: KL .01", having(images, "kl", f"{MODEL}.image_loss.init_args.beta=0.01")
     full = f"{MODEL}.image_finetune=uae.models.finetune.Full"
-    yield "stage 3: full, rate 1e-4", with_options(images, "images full", full, f"{MODEL}.image_lr=1.0e-4")
-    yield "stage 3: reward with layout", with_options(images, "images layout", *LAYOUT)
+    yield "stage 3: full, rate 1e-4", having(images, "full", full, f"{MODEL}.image_lr=1.0e-4")
+    yield "stage 3: reward with layout", having(images, "layout", *LAYOUT)
     for update in ("guided", "conditional"):
         option = f"{MODEL}.exploration.guidance_in_update={update}"
-        yield f"stage 3: guidance 2, {update} update", with_options(images, f"guidance {update}", GUIDED, option)
+        yield f"stage 3: guidance 2, {update} update", having(images, f"guidance {update}", GUIDED, option)
     yield "joint", joint
     for weight in (0.5, 2.0):
-        yield f"joint: image_weight {weight}", with_options(joint, f"joint weight {weight}", f"{MODEL}.image_weight={weight}")
+        yield f"joint: image_weight {weight}", having(joint, f"weight {weight}", f"{MODEL}.image_weight={weight}")
 
 
-def decoder_of(error: float) -> Path:
-    """The miniature with a decoder continued on captions with another error rate; made if it is not there."""
-    folder = RUNS / f"weights-error-{error}"
-    if not (folder / "done").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(WEIGHTS, folder)
-        options = ("--trainer.max_steps=240", f"{MODEL}.folder={folder}", f"--run_name=claims/decoder-error-{error}")
-        objective = f"{MODEL}.objective.init_args.error={error}"
-        command = [sys.executable, "-m", "uae.cli", "fit", "--config", "configs/pretrain/refine.yaml", *options, objective]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        (folder / "done").touch()
-    return folder
+def errors(captions: Run, images: Run) -> Iterator[tuple[str, Run]]:
+    """Rows of decoders that learnt from captions with other error rates."""
+    for error in ERRORS:
+        weights = f"{MODEL}.system.init_args.weights={decoder(error)}"
+        second = replace(captions, name=f"captions error {error}", options=(weights,))
+        third = replace(images, name=f"images error {error}", options=(*images.options, weights), start=second)
+        yield f"error rate {error}: stage 2", second
+        yield f"error rate {error}: stage 3", third
+
+
+def decoder(error: float) -> Path:
+    """The folder of the miniature whose decoder was continued on captions with an error rate."""
+    return RUNS / f"weights-error-{error}"
+
+
+def make_decoder(error: float) -> None:
+    """Continue the decoder on captions with another error rate, unless it has been done."""
+    folder = decoder(error)
+    if (folder / "done").is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(WEIGHTS, folder)
+    options = ("--trainer.max_steps=200", f"{MODEL}.folder={folder}", f"--run_name=claims/decoder-error-{error}")
+    objective = f"{MODEL}.objective.init_args.error={error}"
+    command = [sys.executable, "-m", "uae.cli", "fit", "--config", "configs/pretrain/refine.yaml", *options, objective]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (folder / "done").touch()
 
 
 def measure(run: Run, count: int) -> Measured:
@@ -95,21 +113,27 @@ def measure(run: Run, count: int) -> Measured:
     if run.start is not None:
         run.start()
     run()
-    weights = next((Path(o.partition("=")[2]) for o in run.options if o.startswith(f"{MODEL}.system.init_args.weights")), None)
-    guidance = 2.0 if GUIDED in run.options else 1.0
-    path = run.folder / f"measured_{count}.json"
-    return remembered(path, lambda: everything(trained("tiny", run.export, weights=weights, guidance=guidance), count, run.seed))
+
+    def greedy() -> Measured:
+        weights = [Path(option.partition("=")[2]) for option in run.options if ".system.init_args.weights=" in option]
+        umm = trained("tiny", run.export, *weights, guidance=2.0 if GUIDED in run.options else 1.0)
+        scenes = scenes_of_test(count)
+        texts = caption(umm, scenes, 0.0)
+        return {**generation(umm, count // 4, run.seed), **reconstruction(umm, scenes, texts, run.seed)}
+
+    return remembered(run.folder / f"ablated_{count}.json", greedy)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Train, measure, write."""
     rows = [row for seed in arguments.seeds for row in settings(seed)]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in rows}
-    rows.sort(key=lambda row: row[1].start is not None)  # stage 2 before stage 3
+    rows.sort(key=lambda row: row[1].start is not None)  # stage 2 before stage 3, so that no two processes train it
+    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in settings(arguments.seeds[0])}
     with ProcessPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(make_decoder, ERRORS))
         measured = pool.map(measure, [run for _, run in rows], [arguments.scenes] * len(rows))
         for (name, run), scores in zip(rows, measured, strict=True):
-            found[name].append(scores["greedy"])
+            found[name].append(scores)
             print(f"seed {run.seed}: {name}", flush=True)
     table = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, scores in found.items():
@@ -121,6 +145,6 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=256, help="scenes and questions; a multiple of 4")
+    parser.add_argument("--scenes", type=int, default=512, help="scenes; a multiple of 8")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one thread")
     main(parser.parse_args())

@@ -57,8 +57,9 @@ class Family:
         captions, images: Optimizer steps of the stages in turn.
         image_cost, joint_cost: What an optimizer step of images, or of both, costs; a step of captions costs 1. Measured on
             one thread, rollout and update together.
-        image_files: Configuration files behind that of stage 3.
+        image_files: Configuration files behind that of stage 3, or of both halves at once.
         image_options: Options of stage 3.
+        caption_options: Options of stage 2.
     """
 
     base: str
@@ -68,6 +69,7 @@ class Family:
     joint_cost: float
     image_files: tuple[str, ...] = ()
     image_options: tuple[str, ...] = ()
+    caption_options: tuple[str, ...] = ()
 
     @property
     def cases(self) -> list[Case]:
@@ -78,7 +80,7 @@ class Family:
             Case("captions", (CAPTIONS,), self.captions),
             Case("captions, images", images, self.images, "captions"),
             Case("more captions", (CAPTIONS,), even(self.images * self.image_cost), "captions"),
-            Case("joint", (JOINT,), even(total / self.joint_cost)),
+            Case("joint", (JOINT, *self.image_files), even(total / self.joint_cost)),
             Case("random reward, captions", (CAPTIONS, RANDOM), self.captions),
             Case("random reward, images", (*images, RANDOM), self.images, "captions"),
             Case("images alone", images, even(total / self.image_cost)),
@@ -89,10 +91,12 @@ class Family:
         ]
 
 
-JANUS_IMAGES = ("--model.init_args.optimizer.init_args.lr=1e-3", "--data.init_args.batch_size=4")
+JANUS_CAPTIONS = ("--model.init_args.optimizer.init_args.lr=3e-4", "--data.init_args.batch_size=8")
 FAMILIES = {
-    "tiny": Family("configs/tiny.yaml", 160, 120, 1.1, 6.2, image_files=("configs/stages/miniature_images.yaml",)),
-    "janus": Family("configs/tiny_janus.yaml", 160, 160, 0.75, 3.5, image_options=JANUS_IMAGES),
+    "tiny": Family(
+        "configs/tiny.yaml", 160, 160, 1.1, 1.9, ("configs/stages/miniature.yaml",), ("--model.init_args.reconstructions=16",)
+    ),
+    "janus": Family("configs/tiny_janus.yaml", 160, 160, 0.75, 1.8, caption_options=JANUS_CAPTIONS),
 }
 
 
@@ -115,7 +119,7 @@ class Job:
         case = self._case
         start = None if case.after is None else Job(self.family, case.after, self.seed).run
         family = FAMILIES[self.family]
-        options = family.image_options if IMAGES in case.configs else ()
+        options = {IMAGES: family.image_options, CAPTIONS: family.caption_options, JOINT: ()}[case.configs[0]]
         return Run(case.name, self.seed, family.base, case.configs, case.steps, options, start)
 
     @property
@@ -198,6 +202,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--cases", nargs="+", default=None, help="names of cases; all if not given")
-    parser.add_argument("--scenes", type=int, default=512, help="scenes and questions; a multiple of 4")
+    parser.add_argument("--scenes", type=int, default=512, help="scenes; a multiple of 8")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one thread")
     main(parser.parse_args())

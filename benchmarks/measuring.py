@@ -18,8 +18,9 @@ from uae.miniature.metrics.scenes import SceneScore, shows
 from uae.miniature.scenes import Scene, detect, is_detailed, parse, render, scene_of
 from uae.miniature.tiny import Tiny, TinyCLIP, TinyJudge
 from uae.miniature.tiny_janus import TinyJanus
+from uae.models.exported import ADAPTER
 from uae.models.finetune import Full, LoRA
-from uae.models.flow.policy import FlowPolicy
+from uae.policies import prepare
 from uae.types import UMM, Sampling
 
 Scores = dict[str, float]
@@ -37,14 +38,11 @@ def trained(family: str, export: Path | None = None, weights: Path | None = None
         guidance: Classifier-free guidance of the renderer.
     """
     umm: UMM = SYSTEMS[family](weights=None if weights is None else str(weights), guidance=guidance).build()
-    if export is not None and (export / "adapter_config.json").is_file():
-        LoRA(adapter=str(export)).attach(umm.captioner.learner, keep_reference=False)
-    if export is not None and (export / "renderer").is_dir():
-        renderer: Any = umm.renderer
-        drawn = export / "renderer"
-        half = LoRA(adapter=str(drawn)) if (drawn / "adapter_config.json").is_file() else Full(weights=str(drawn))
-        half.attach(FlowPolicy(renderer).learner, keep_reference=False)
-    return umm
+    if export is None:
+        return umm
+    captions, drawn = LoRA(adapter=str(export) if (export / ADAPTER).is_file() else None), export / "renderer"
+    images = LoRA(adapter=str(drawn)) if (drawn / ADAPTER).is_file() else Full(weights=str(drawn)) if drawn.is_dir() else None
+    return prepare(umm, "captions", (), captions, images)
 
 
 def scenes_of_test(count: int) -> list[Scene]:
@@ -136,11 +134,11 @@ def everything(umm: UMM, count: int, seed: int) -> dict[str, Scores]:
 
     Args:
         umm: The system.
-        count: Number of scenes, and of questions per subtask (a multiple of 4); a quarter of it is the number of prompts per task.
+        count: Number of scenes; half of it (a multiple of 4) is the number of questions per subtask, and of prompts per task.
         seed: Random seed of sampled captions, of prompts and of noise.
     """
     scenes = scenes_of_test(count)
-    alone = {**generation(umm, count // 4, seed), **understanding(umm, count)}
+    alone = {**generation(umm, count // 2, seed), **understanding(umm, count // 2)}
     return {
         name: {**reconstruction(umm, scenes, caption(umm, scenes, temperature, seed), seed), **alone}
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
@@ -158,5 +156,5 @@ def controls(family: str, captions: list[str], count: int, seed: int) -> dict[st
     """
     umm, scenes = trained(family), scenes_of_test(count)
     found = {name: reconstruction(umm, scenes, texts, seed) for name, texts in style_controls(umm, scenes, seed).items()}
-    return {**found, "best of 8": {**best_of(umm, scenes, captions, 8), **generation(umm, count // 4, seed, tries=8)}}
+    return {**found, "best of 8": {**best_of(umm, scenes, captions, 8), **generation(umm, count // 8, seed, tries=8)}}
 
