@@ -81,7 +81,9 @@ def of(measured: Measured, case: str, how: str, tag: str) -> list[float] | None:
 def grid(measured: Measured, how: str, columns: Sequence[str]) -> list[str]:
     """One table: a row per score, a column per case."""
     columns = [case for case in columns if case in measured]
-    lines = ["| | " + " | ".join(columns) + " | *published, the paper's models* |", "|---" * (len(columns) + 2) + "|"]
+    seeds = {case: len(next(iter(measured[case].values()))) for case in columns}
+    heads = [case if seeds[case] == max(seeds.values()) else f"{case} ({seeds[case]} seeds)" for case in columns]
+    lines = ["| | " + " | ".join(heads) + " | *published, the paper's models* |", "|---" * (len(columns) + 2) + "|"]
     for tag, (title, published) in ROWS.items():
         values = [of(measured, case, how, tag) for case in columns]
         if any(values):
@@ -91,17 +93,18 @@ def grid(measured: Measured, how: str, columns: Sequence[str]) -> list[str]:
 
 
 def differences(measured: Measured) -> list[str]:
-    """Paired by seed: how much a case is above another, and whether their intervals touch."""
-    lines = ["| | against | captions | score | difference | intervals |", "|---" * 6 + "|"]
+    """Paired by seed: how much a case is above another, and whether their intervals touch. A case may lack the last seeds."""
+    lines = ["| | against | captions | score | seeds | difference | intervals |", "|---" * 7 + "|"]
     for case, against, how, tags in CLAIMS:
         for tag in tags:
             these, those = of(measured, case, how, tag), of(measured, against, how, tag)
-            if these and those and len(these) == len(those):
-                mean, half = interval([a - b for a, b in zip(these, those, strict=True)])
+            if these and those:
+                pairs = list(zip(these, those, strict=False))
+                mean, half = interval([a - b for a, b in pairs])
                 (one, wide), (two, other) = interval(these), interval(those)
                 apart = "" if wide != wide else "apart" if abs(one - two) > wide + other else "touch"
                 shown = f"{mean:+.3f}" + (f" ±{half:.3f}" if half == half else "")
-                lines.append(f"| {case} | {against} | {how} | {ROWS[tag][0]} | {shown} | {apart} |")
+                lines.append(f"| {case} | {against} | {how} | {ROWS[tag][0]} | {len(pairs)} | {shown} | {apart} |")
     return lines
 
 
@@ -109,7 +112,7 @@ def markdown(measured: Mapping[str, Measured], families: Mapping[str, Any]) -> s
     """All tables of all families."""
     parts = []
     for family, scores in measured.items():
-        seeds = len(next(iter(next(iter(scores.values())).values())))
+        seeds = max(len(found) for case in scores.values() for found in case.values())
         parts += [f"# {family}: {seeds} seeds, mean and 95 % interval", ""]
         parts += ["Optimizer steps: " + ", ".join(f"{case.name} {case.steps}" for case in families[family].cases) + ".", ""]
         for how in ("greedy", "sampled"):

@@ -134,11 +134,12 @@ def everything(umm: UMM, count: int, seed: int) -> dict[str, Scores]:
 
     Args:
         umm: The system.
-        count: Number of scenes; half of it (a multiple of 4) is the number of questions per subtask, and of prompts per task.
+        count: Number of scenes. A quarter of it (a multiple of 4) is the number of questions per subtask, and half of it is the
+            number of prompts per task.
         seed: Random seed of sampled captions, of prompts and of noise.
     """
     scenes = scenes_of_test(count)
-    alone = {**generation(umm, count // 2, seed), **understanding(umm, count // 2)}
+    alone = {**generation(umm, count // 2, seed), **understanding(umm, count // 4)}
     return {
         name: {**reconstruction(umm, scenes, caption(umm, scenes, temperature, seed), seed), **alone}
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0))

@@ -61,4 +61,4 @@ def test_intervals_and_differences(claims):
         "captions, images": {"greedy": [{**scores, "reconstruction/whole": 0.1 * n + 0.5} for n in range(3)]},
     }
     lines = [line for line in differences(measured) if "right in everything" in line]
-    assert lines == ["| captions, images | start | greedy | image right in everything | +0.500 ±0.000 | apart |"]
+    assert lines == ["| captions, images | start | greedy | image right in everything | 3 | +0.500 ±0.000 | apart |"]
