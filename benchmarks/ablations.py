@@ -2,9 +2,9 @@
 
     python benchmarks/ablations.py --seeds 0 1 2
 
-Stage 3 starts from stage 2 of benchmarks/claims.py with the same seed, which is trained if it is not there. Stage 3 and the
-joint stage are half as long as there. All rows of a stage draw the same number of images per optimizer step. Results go to
-benchmarks/results/ablations.json and ablations.md.
+All stages are half as long as in benchmarks/claims.py, whose first half of stage 2 is where stage 3 starts from, with the same
+seed. All rows of a stage draw the same number of images per optimizer step. Results go to benchmarks/results/ablations.json and
+ablations.md, of the seeds that are complete; what has been done is not done again.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ GUIDED = f"{MODEL}.system.init_args.guidance=2.0"
 
 def settings(seed: int) -> Iterator[tuple[str, Run]]:
     """Every row of the table: what is changed, and the run."""
-    captions, images, joint = (Job("tiny", name, seed).run for name in ("captions", "captions, images", "joint"))
-    images = replace(images, name="ablated images", steps=even(images.steps / 2))
+    captions, images, joint = (Job("tiny", name, seed).run for name in ("turn 1: captions", "turn 2: images", "joint"))
     joint = replace(joint, name="ablated joint", steps=even(joint.steps / 2))
 
     def having(run: Run, name: str, *options: str) -> Run:
@@ -125,21 +124,27 @@ def measure(run: Run, count: int) -> Measured:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Train, measure, write."""
-    rows = [row for seed in arguments.seeds for row in settings(seed)]
-    rows.sort(key=lambda row: row[1].start is not None)  # stage 2 before stage 3, so that no two processes train it
-    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in settings(arguments.seeds[0])}
+    """Train, measure, write, one seed after the other."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in settings(0)}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         list(pool.map(make_decoder, ERRORS))
-        measured = pool.map(measure, [run for _, run in rows], [arguments.scenes] * len(rows))
-        for (name, run), scores in zip(rows, measured, strict=True):
-            found[name].append(scores)
-            print(f"seed {run.seed}: {name}", flush=True)
-    table = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+        for number, seed in enumerate(arguments.seeds, 1):
+            rows = sorted(settings(seed), key=lambda row: row[1].start is not None)  # no two processes train the same stage 2
+            measured = pool.map(measure, [run for _, run in rows], [arguments.scenes] * len(rows))
+            for (name, _), scores in zip(rows, measured, strict=True):
+                found[name].append(scores)
+                print(f"seed {seed}: {name}", flush=True)
+            report = {"scenes": arguments.scenes, "seeds": arguments.seeds[:number], "rows": found}
+            write("ablations", report, markdown(found, number))
+
+
+def markdown(found: dict[str, list[dict[str, float]]], seeds: int) -> str:
+    """Means and 95 % intervals of all rows."""
+    lines = [f"{seeds} seeds, mean and 95 % interval, greedy captions.", ""]
+    lines += ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, scores in found.items():
-        table.append(f"| {name} | " + " | ".join(cell(tag, [one[tag] for one in scores]) for tag in COLUMNS) + " |")
-    print("\n".join(table))
-    write("ablations", {"scenes": arguments.scenes, "seeds": arguments.seeds, "rows": found}, "\n".join(table))
+        lines.append(f"| {name} | " + " | ".join(cell(tag, [one[tag] for one in scores]) for tag in COLUMNS) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

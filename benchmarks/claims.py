@@ -62,6 +62,7 @@ class Family:
         image_files: Configuration files behind that of stage 3, or of both halves at once.
         image_options: Options of stage 3.
         caption_options: Options of stage 2.
+        in_turns: Whether other orders of the stages are tried, too.
     """
 
     base: str
@@ -72,34 +73,39 @@ class Family:
     image_files: tuple[str, ...] = ()
     image_options: tuple[str, ...] = ()
     caption_options: tuple[str, ...] = ()
+    in_turns: bool = False
 
     @property
     def cases(self) -> list[Case]:
         """All cases. Those that are compared with each other cost the same."""
         total = self.captions + self.images * self.image_cost
         half, rest, images = even(self.captions / 2), even(self.images / 2), (IMAGES, *self.image_files)
-        return [
+        claims = [
             Case("captions", (CAPTIONS,), self.captions),
             Case("captions, images", images, self.images, "captions"),
             Case("more captions", (CAPTIONS,), even(self.images * self.image_cost), "captions"),
             Case("joint", (JOINT, *self.image_files), even(total / self.joint_cost)),
             Case("random reward, captions", (CAPTIONS, RANDOM), self.captions),
             Case("random reward, images", (*images, RANDOM), self.images, "captions"),
+        ]
+        asides = [
             Case("images alone", images, even(total / self.image_cost), aside=True),
             Case("turn 1: captions", (CAPTIONS,), half, aside=True),
             Case("turn 2: images", images, rest, "turn 1: captions", aside=True),
             Case("turn 3: captions", (CAPTIONS,), half, "turn 2: images", aside=True),
             Case("turn 4: images", images, rest, "turn 3: captions", aside=True),
         ]
+        return [*claims, *asides] if self.in_turns else claims
 
 
 JANUS_CAPTIONS = ("--model.init_args.optimizer.init_args.lr=3e-4", "--data.init_args.batch_size=8")
 FAMILIES = {
     "tiny": Family(
-        "configs/tiny.yaml", 160, 160, 1.1, 1.9, ("configs/stages/miniature.yaml",), ("--model.init_args.reconstructions=16",)
+        "configs/tiny.yaml", 160, 160, 1.1, 1.9, ("configs/stages/miniature.yaml",), ("--model.init_args.reconstructions=16",),
+        in_turns=True,
     ),
     "janus": Family("configs/tiny_janus.yaml", 160, 160, 0.75, 1.8, caption_options=JANUS_CAPTIONS),
-}
+}  # fmt: skip
 
 
 def even(steps: float) -> int:

@@ -48,7 +48,7 @@ class Run:
 
     def __call__(self) -> Run:
         """Train, unless it has been done; continue what was interrupted."""
-        if (self.folder / "summary.json").is_file():
+        if self.export.is_dir():  # written by a run that has ended, not by one that was interrupted
             return self
         files = [part for config in (self.base, *self.configs) for part in ("--config", config)]
         name = f"--run_name={self.folder.relative_to('outputs').as_posix()}"

@@ -32,7 +32,7 @@ def test_cases_that_are_compared_cost_the_same(claims, family):
         return case.steps * rate + (cost(case.after) if case.after else 0.0)
 
     whole = cost("captions, images")
-    for name in ("more captions", "joint", "images alone", "turn 4: images"):
+    for name in {"more captions", "joint", "images alone", "turn 4: images"} & set(cases):
         assert cost(name) == pytest.approx(whole, abs=4 * settings.joint_cost + 8), name
     assert all(case.steps % 4 == 0 for case in cases.values())
 
