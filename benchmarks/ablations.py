@@ -53,6 +53,7 @@ def settings(seed: int) -> Iterator[tuple[str, Run]]:
 
     yield "stage 2", captions
     yield "stage 2: KL .02", having(captions, "kl", f"{MODEL}.loss.beta=0.02")
+    yield "stage 2, drawn with guidance 2", replace(captions, options=(GUIDED,))  # the same training
     yield "stage 3", images
     yield from errors(captions, images)
     for count in (2, 4, 8):
@@ -113,14 +114,16 @@ def measure(run: Run, count: int) -> Measured:
         run.start()
     run()
 
+    guidance = 2.0 if GUIDED in run.options else 1.0
+
     def greedy() -> Measured:
         weights = [Path(option.partition("=")[2]) for option in run.options if ".system.init_args.weights=" in option]
-        umm = trained("tiny", run.export, *weights, guidance=2.0 if GUIDED in run.options else 1.0)
+        umm = trained("tiny", run.export, *weights, guidance=guidance)
         scenes = scenes_of_test(count)
         texts = caption(umm, scenes, 0.0)
         return {**generation(umm, count // 4, run.seed), **reconstruction(umm, scenes, texts, run.seed)}
 
-    return remembered(run.folder / f"ablated_{count}.json", greedy)
+    return remembered(run.folder / f"ablated_{count}_guidance_{guidance}.json", greedy)
 
 
 def main(arguments: argparse.Namespace) -> None:
