@@ -2,8 +2,8 @@
 
     image --Captioner--> G captions --Conditioner--> condition --Renderer--> reconstructions --Reward--> r --> advantage
 
-`autoencode` is the left part of the figure, up to the reconstructions; `roll_out` is all of it, plus the log-probs that
-the loss compares with: of the captions, of what the renderer did, or of both. Nothing here has a gradient.
+`autoencode` is the left part of the figure, up to the reconstructions; `roll_out` is all of it; `split` cuts it into the
+mini-batches of the update, with the log-probs that the loss compares with. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -47,26 +47,25 @@ class Segment(Generic[A]):
     Args:
         policy: Who acted.
         actions: What it did.
-        old_logp_RS: Log-probs under the weights of the rollout, replayed as the update will compute them.
         advantage_R: Advantage of each row, shared by its actions.
         reference_logp_RS: Log-probs under the weights the run started from; None where the loss has no KL term.
+        old_logp_RS: Log-probs under the weights of the rollout, computed as the update computes them. None until they have
+            been computed, see `split`.
     """
 
     policy: Policy[A]
     actions: A
-    old_logp_RS: Tensor
     advantage_R: Tensor
     reference_logp_RS: Tensor | None = None
+    old_logp_RS: Tensor | None = None
 
     def logprobs(self) -> Tensor:
         """Log-probs ``[R, S]`` of the actions under the policy's current weights, with gradient."""
         return self.policy.logprobs(self.actions)
 
-    @property
-    def sampler_gap(self) -> float:
-        """Largest |ratio - 1| between the replay and what the sampler saw."""
-        ratio_RS = (self.old_logp_RS - self.actions.logp_RS).exp()
-        return (ratio_RS - 1).abs().masked_fill(self.actions.mask_RS == 0, 0.0).max().item()
+    def since(self, logp_RS: Tensor) -> Segment[A]:
+        """The same segment, with these as its old log-probs if it has none yet."""
+        return replace(self, old_logp_RS=logp_RS.detach()) if self.old_logp_RS is None else self
 
     def of(self, images: Sequence[int], per_image: int) -> Segment[A]:
         """The segment of some images, each with ``per_image`` rows."""
@@ -74,9 +73,9 @@ class Segment(Generic[A]):
         return replace(
             self,
             actions=self.actions.of(images, per_image),
-            old_logp_RS=self.old_logp_RS[rows],
             advantage_R=self.advantage_R[rows],
             reference_logp_RS=None if self.reference_logp_RS is None else self.reference_logp_RS[rows],
+            old_logp_RS=None if self.old_logp_RS is None else self.old_logp_RS[rows],
         )
 
 
@@ -103,11 +102,6 @@ class Experience:
     segments: dict[str, Segment[Any]]
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def sampler_gap(self) -> float:
-        """Largest |ratio - 1| between replay and sampler, over all actions that train."""
-        return max((segment.sampler_gap for segment in self.segments.values()), default=0.0)
-
     def select(self, images: Sequence[int]) -> Experience:
         """The experience of some of its images; whole groups, in the order given."""
         images, count = list(images), len(self.id_B)
@@ -130,9 +124,6 @@ def roll_out(
 ) -> Experience:
     """Caption, reconstruct, reward, compare.
 
-    The update compares its log-probs with a *replay* by the same code on the same mini-batches, so that the ratio is
-    exactly one before the first update. The distance of the replay from what the sampler saw is ``sampler_gap``.
-
     Args:
         umm: Captioner, conditioner and renderer.
         reward: Scores reconstructions against their sources.
@@ -148,13 +139,11 @@ def roll_out(
         rewards, advantage_BG, drawn_advantage_R = credit(reward(batch["image"], reconstructions_NCHW, texts), plan)
 
     def recorded(name: str, policy: Policy[A], actions: A, advantage_R: Tensor) -> Segment[A]:
-        with watch("replay"):
-            old_RS = replay(policy, actions, len(batch["id"]), plan.mini_batches)
         reference_RS = None
         if name in references:
             with watch("reference"), policy.learner.reference():
                 reference_RS = replay(policy, actions, len(batch["id"]), plan.mini_batches)
-        return Segment(policy, actions, old_RS, advantage_R, reference_RS)
+        return Segment(policy, actions, advantage_R, reference_RS)
 
     segments: dict[str, Segment[Any]] = {}
     if plan.train != "images":
@@ -224,6 +213,28 @@ def compare(reward_BG: Tensor, scale: Literal["group", "batch", "none"]) -> Tens
     everyone = [torch.empty_like(reward_BG) for _ in range(distributed.get_world_size())]
     distributed.all_gather(everyone, reward_BG.contiguous())
     return group_advantages(torch.cat(everyone), scale).chunk(len(everyone))[distributed.get_rank()]
+
+
+@torch.no_grad()
+def split(experience: Experience, mini_batches: int, on_policy: Collection[int] = ()) -> list[Experience]:
+    """The mini-batches of the update, each with the log-probs of the weights of the rollout, or none where it begins with these.
+
+    The update compares its log-probs with a *replay* by the same code on the same mini-batch, so that the ratio is exactly one
+    before the first optimizer step. A mini-batch whose first pass comes before that step needs no replay: its old log-probs
+    are those of this pass, see `Segment.since`.
+
+    Args:
+        experience: One rollout. The time that the replay takes is added to its ``seconds``.
+        mini_batches: Number of parts.
+        on_policy: Numbers of the mini-batches whose first pass has the weights of the rollout.
+    """
+    found = [experience.select(part) for part in parts(len(experience.id_B), mini_batches)]
+    watch = Stopwatch(experience.seconds)
+    for number, one in enumerate(found):
+        if number not in on_policy:
+            with watch("replay"):
+                one.segments.update({name: segment.since(segment.logprobs()) for name, segment in one.segments.items()})
+    return found
 
 
 def replay(policy: Policy[A], actions: A, images: int, mini_batches: int) -> Tensor:
