@@ -146,13 +146,12 @@ class UnifiedGRPO(AutoEncoder):
         turn = batch_idx % self.batches_per_rollout
         if turn == 0 or self.experience is None:
             self._collect(batch, batch_idx)
-        losses, segments = [], self._mini_batch(batch, turn).segments
-        for name in segments:
-            logp_RS = segments[name].logprobs()
-            segments[name] = segment = segments[name].since(logp_RS)
+        losses = []
+        for name, segment in self._mini_batch(batch, turn).segments.items():
+            logp_RS = segment.logprobs()
             terms = self.losses[name](
                 logp_RS,
-                segment.old_logp_RS,
+                segment.old(logp_RS),
                 segment.advantage_R,
                 segment.actions.mask_RS,
                 segment.reference_logp_RS,

@@ -40,7 +40,7 @@ class Plan:
     reconstructions: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Segment(Generic[A]):
     """What the loss reads of one policy: its actions (R rows of S), how likely they were, and what they are worth.
 
@@ -63,9 +63,11 @@ class Segment(Generic[A]):
         """Log-probs ``[R, S]`` of the actions under the policy's current weights, with gradient."""
         return self.policy.logprobs(self.actions)
 
-    def since(self, logp_RS: Tensor) -> Segment[A]:
-        """The same segment, with these as its old log-probs if it has none yet."""
-        return replace(self, old_logp_RS=logp_RS.detach()) if self.old_logp_RS is None else self
+    def old(self, logp_RS: Tensor) -> Tensor:
+        """The old log-probs ``[R, S]``. The first ones given become them: nothing has been updated yet."""
+        if self.old_logp_RS is None:
+            self.old_logp_RS = logp_RS.detach()
+        return self.old_logp_RS
 
     def of(self, images: Sequence[int], per_image: int) -> Segment[A]:
         """The segment of some images, each with ``per_image`` rows."""
@@ -221,7 +223,7 @@ def split(experience: Experience, mini_batches: int, on_policy: Collection[int] 
 
     The update compares its log-probs with a *replay* by the same code on the same mini-batch, so that the ratio is exactly one
     before the first optimizer step. A mini-batch whose first pass comes before that step needs no replay: its old log-probs
-    are those of this pass, see `Segment.since`.
+    are those of this pass, see `Segment.old`.
 
     Args:
         experience: One rollout. The time that the replay takes is added to its ``seconds``.
@@ -233,7 +235,8 @@ def split(experience: Experience, mini_batches: int, on_policy: Collection[int] 
     for number, one in enumerate(found):
         if number not in on_policy:
             with watch("replay"):
-                one.segments.update({name: segment.since(segment.logprobs()) for name, segment in one.segments.items()})
+                for segment in one.segments.values():
+                    segment.old(segment.logprobs())
     return found
 
 

@@ -106,8 +106,9 @@ def test_old_log_probs_are_a_replay_or_those_of_the_first_pass(umm, reward, batc
     half = len(sampled_NT) // 2
     torch.testing.assert_close(second.old_logp_RS[kept[half:]], sampled_NT[half:][kept[half:]] + 0.1, atol=1e-5, rtol=0)
     logp_NT = first.logprobs()
-    assert torch.equal(first.since(logp_NT).old_logp_RS, logp_NT)
-    assert second.since(logp_NT) is second  # a later pass changes nothing
+    assert torch.equal(first.old(logp_NT), logp_NT)
+    assert torch.equal(first.old(logp_NT + 1), logp_NT)  # a later pass changes nothing
+    assert second.old(logp_NT) is second.old_logp_RS
     assert float(sampler_gap(second)) == pytest.approx(math.exp(0.1) - 1, abs=1e-4)
 
 

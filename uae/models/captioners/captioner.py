@@ -6,6 +6,7 @@ How to load one from a checkpoint is in `uae.models.captioners.loading`, its tra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +134,9 @@ class HFCaptioner:
         does not depend on its batch.
         """
         policy, temperature, device = self.learner.network, sampling.policy_temperature, self.device
-        prefix = policy.prefill(context).expand(group)
+        prompt = policy.prefill(context)
+        context = replace(context, features=prompt.features)
+        prefix = prompt.expand(group)
         hidden_ND, done_N = prefix.hidden_ND, torch.zeros(len(prefix.hidden_ND), dtype=torch.bool, device=device)
         uniform_NT = uniforms(seeds, sampling.max_tokens).to(device)
         ends = torch.tensor(self.end_ids, device=device)

@@ -6,6 +6,7 @@ the group. The result and its gradient are exact, and the image tower runs once 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from uae.grpo import selected_logprobs
 from uae.learner import Network
 from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
+from uae.models.captioners.features import ImageFeatures, kept, looking
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class VLMContext:
         patches: The ``pixel_values`` of each image, for models that concatenate the patches or tiles of all images; empty
             for other models, whose ``pixel_values`` are in ``rows``.
         images: The B source images ``[3, H, W]`` in [0, 1].
+        features: What a frozen image tower sees in them; None if it has to look.
     """
 
     rows: dict[str, Tensor]
     patches: tuple[Tensor, ...] = ()
     images: tuple[Tensor, ...] = ()
+    features: ImageFeatures | None = None
 
     def __len__(self) -> int:
         """B, the number of images."""
@@ -41,7 +45,8 @@ class VLMContext:
     def index(self, images: Sequence[int]) -> VLMContext:
         """The same context for a subset of its images."""
         rows = {key: value[list(images)] for key, value in self.rows.items()}
-        return VLMContext(rows, *(tuple(x[i] for i in images) if x else () for x in (self.patches, self.images)))
+        patches, sources = (tuple(x[i] for i in images) if x else () for x in (self.patches, self.images))
+        return VLMContext(rows, patches, sources, None if self.features is None else self.features.index(images))
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
@@ -56,11 +61,12 @@ class Prefix:
     hidden_ND: Tensor  # of the last prompt token
     mask_NP: Tensor
     offset_N: Tensor  # position of the first caption token
+    features: ImageFeatures | None = None  # of the images in the prompt, if later passes may use them
 
     def expand(self, group: int) -> Prefix:
         """Repeat every row ``group`` times. The cache is reused, so this object must not be used afterwards."""
-        rows = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
-        return Prefix(expand(self.cache, len(self.hidden_ND), group), *rows)
+        hidden_ND, mask_NP, offset_N = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
+        return Prefix(expand(self.cache, len(self.hidden_ND), group), hidden_ND, mask_NP, offset_N)
 
 
 class CaptionPolicy(Network):
@@ -117,14 +123,31 @@ class CaptionPolicy(Network):
         if not hasattr(self.base.model, "get_rope_index"):  # else left padding would shift the positions
             inputs["position_ids"] = (mask_BP.cumsum(1) - 1).clamp(min=0)
         cache = library_cache(self.base) if cache is None else cache
-        out = self.base.model(**inputs, **cache_argument(self.base.model, cache), use_cache=True)
+        with looking(self.base.model, context.features) as seen:
+            out = self.base.model(**inputs, **cache_argument(self.base.model, cache), use_cache=True)
         offset_B = mask_BP.sum(1)
         deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
         if deltas is None:  # newer versions keep it on the model
             deltas = getattr(self.base.model, "rope_deltas", None)
         if deltas is not None:
             offset_B = offset_B + deltas.view(-1).to(offset_B.device)
-        return Prefix(cache, out.last_hidden_state[:, -1], mask_BP, offset_B)
+        features = kept(seen, self._image_tokens(inputs)) if seen and not self.tower_learns else context.features
+        return Prefix(cache, out.last_hidden_state[:, -1], mask_BP, offset_B, features)
+
+    @property
+    def tower_learns(self) -> bool:
+        """Whether weights that learn take part in what the image tower sees, an adapter's included that is switched off."""
+        text = {id(p) for part in (self.base.get_decoder(), self.base.get_output_embeddings()) for p in part.parameters()}
+        aside = self.used_only_for.get("images")
+        return any(
+            (parameter.requires_grad or "lora_" in name) and id(parameter) not in text and not (aside and re.search(aside, name))
+            for name, parameter in self.named_parameters()
+        )
+
+    def _image_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
+        """Number of tokens that stand for each image."""
+        counts: list[int] = (inputs["input_ids"] == self.base.config.image_token_id).sum(1).tolist()
+        return counts
 
     def advance(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
         """Feed caption tokens after a prefix, whose cache grows, and return their final hidden states ``[N, T, D]``."""
