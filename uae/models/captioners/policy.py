@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uae.grpo import selected_logprobs
+from uae.grpo import logits, selected_logprobs
 from uae.learner import Network
 from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
 from uae.models.captioners.features import ImageFeatures, kept, looking
+from uae.models.captioners.fixed_cache import continued
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,22 @@ class Prefix:
     offset_N: Tensor  # position of the first caption token
     features: ImageFeatures | None = None  # of the images in the prompt, if later passes may use them
 
-    def expand(self, group: int) -> Prefix:
-        """Repeat every row ``group`` times. The cache is reused, so this object must not be used afterwards."""
+    def expand(self, group: int, drawing: bool = False) -> Prefix:
+        """Repeat every row ``group`` times. The cache is reused, so this object must not be used afterwards.
+
+        Args:
+            group: Captions per image.
+            drawing: Whether the captions come token by token, without gradient; else they come in one pass.
+        """
         hidden_ND, mask_NP, offset_N = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
-        return Prefix(expand(self.cache, len(self.hidden_ND), group), hidden_ND, mask_NP, offset_N)
+        cache = continued(self.cache, group) if drawing else expand(self.cache, len(self.hidden_ND), group)
+        return Prefix(cache, hidden_ND, mask_NP, offset_N)
+
+    def keep(self, rows_R: Tensor) -> None:
+        """Drop all rows but these, of a prefix that was expanded for drawing."""
+        for layer in self.cache.layers:
+            layer.reorder_cache(rows_R)
+        self.mask_NP, self.offset_N = self.mask_NP[rows_R], self.offset_N[rows_R]
 
 
 class CaptionPolicy(Network):
@@ -173,6 +186,6 @@ class CaptionPolicy(Network):
         return selected_logprobs(hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=bias_V)
 
     def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
-        """float32 logits ``[N, V]`` of the policy: temperature applied, banned tokens at -inf."""
-        logits_NV = self.base.get_output_embeddings()(hidden_ND).float() / temperature
-        return logits_NV.index_fill(1, self.banned_ids, -torch.inf)
+        """float32 logits ``[N, V]`` of the policy, as `score` computes them: temperature applied, banned tokens at -inf."""
+        head = self.base.get_output_embeddings()
+        return logits(hidden_ND, head.weight, temperature, self.banned_ids, getattr(head, "bias", None))
