@@ -8,7 +8,7 @@ mini-batches of the update, with the log-probs that the loss compares with. Noth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal
 
@@ -180,9 +180,29 @@ def autoencode(
             condition = condition.index([n for n in range(len(condition)) for _ in range(plan.reconstructions)])
         seeds = noise_seeds(plan, ids, step)
         if plan.train == "captions" or umm.image_policy is None:
-            return rollout, umm.renderer.render(condition, seeds), None
+            first, row_of = distinct(_made_from(rollout, seeds, plan))
+            drawn = umm.renderer.render(condition.index(first), [seeds[row] for row in first])
+            return rollout, drawn[row_of], None
         trajectory: Actions = umm.image_policy.sample(condition, seeds)
         return rollout, umm.image_policy.pixels(trajectory), trajectory
+
+
+def _made_from(rollout: Rollout[Any], seeds: Sequence[int], plan: Plan) -> list[tuple[Any, ...]]:
+    """What each reconstruction follows from: its image, the tokens of its caption, and its noise."""
+    captions = [
+        (n // rollout.group, *(token for token, mask in zip(tokens, masks, strict=True) if mask))
+        for n, (tokens, masks) in enumerate(zip(rollout.tokens_NT.tolist(), rollout.mask_RS.tolist(), strict=True))
+    ]
+    return [(captions[row // plan.reconstructions], seed) for row, seed in enumerate(seeds)]
+
+
+def distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Places of the first of each kind, and for every key its kind's number in that list."""
+    first: dict[Hashable, int] = {}
+    for place, key in enumerate(keys):
+        first.setdefault(key, place)
+    number = {key: kind for kind, key in enumerate(first)}
+    return list(first.values()), [number[key] for key in keys]
 
 
 def credit(each: Rewards, plan: Plan) -> tuple[Rewards, Tensor, Tensor]:

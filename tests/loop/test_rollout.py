@@ -9,7 +9,7 @@ from uae.measure import sampler_gap
 from uae.metrics import similarity
 from uae.miniature.data import SceneData
 from uae.rewards import RandomReward, WeightedReward
-from uae.rollout import Plan, autoencode, caption_seeds, noise_seeds, parts, replay, roll_out, split
+from uae.rollout import Plan, autoencode, caption_seeds, distinct, noise_seeds, parts, replay, roll_out, split
 from uae.seeds import seed_of
 from uae.types import Sampling
 
@@ -75,9 +75,9 @@ def test_shared_noise(umm, batch):
     """With one and the same caption, shared noise leaves nothing to tell rows of a group apart."""
     _, shared, _ = autoencode(umm, batch, PLAN, step=0)
     condition = umm.conditioner.encode(["a red ring"] * 12)
-    for plan, distinct in ((PLAN, 4), (replace(PLAN, shared_noise=False), 12)):
+    for plan, different in ((PLAN, 4), (replace(PLAN, shared_noise=False), 12)):
         seeds = noise_seeds(plan, batch["id"].tolist(), 0)
-        assert len(set(seeds)) == distinct
+        assert len(set(seeds)) == different
         images = umm.renderer.render(condition, seeds).view(4, 3, -1)
         assert torch.equal(images[:, 0], images[:, 1]) == (distinct == 4)
     _, own, _ = autoencode(umm, batch, replace(PLAN, shared_noise=False), step=0)
@@ -110,6 +110,21 @@ def test_old_log_probs_are_a_replay_or_those_of_the_first_pass(umm, reward, batc
     assert torch.equal(first.old(logp_NT + 1), logp_NT)  # a later pass changes nothing
     assert second.old(logp_NT) is second.old_logp_RS
     assert float(sampler_gap(second)) == pytest.approx(math.exp(0.1) - 1, abs=1e-4)
+
+
+def test_equal_captions_of_an_image_are_drawn_once(umm, batch, monkeypatch):
+    """Where they share their noise, so that the images would be equal, too."""
+    rows, render = [], umm.renderer.render
+    monkeypatch.setattr(umm.renderer, "render", lambda condition, seeds: rows.append(len(seeds)) or render(condition, seeds))
+    greedy = replace(PLAN, sampling=Sampling(temperature=0.0, max_tokens=6))
+    for plan, drawn in ((greedy, 4), (replace(greedy, shared_noise=False), 12), (replace(greedy, reconstructions=2), 8)):
+        rows.clear()
+        rollout, images_NCHW, _ = autoencode(umm, batch, plan, step=0)
+        assert sum(rows) == drawn
+        texts = [text for text in rollout.texts for _ in range(plan.reconstructions)]
+        plain_NCHW = render(umm.conditioner.encode(texts), noise_seeds(plan, batch["id"].tolist(), 0))
+        torch.testing.assert_close(images_NCHW, plain_NCHW, atol=1e-5, rtol=0)
+    assert distinct(["b", "a", "b", "c", "a"]) == ([0, 1, 3], [0, 1, 0, 2, 1])
 
 
 def test_parts_are_equal_contiguous_and_complete():

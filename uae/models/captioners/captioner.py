@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from uae.learner import Learner
 from uae.models.captioners.draws import draw, entropy, uniforms
 from uae.models.captioners.policy import CaptionPolicy, VLMContext
+from uae.models.merged import merged
 from uae.types import Rollout, Sampling
 
 SPECIAL_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -133,6 +134,12 @@ class HFCaptioner:
         Tokens come from the inverse of the cumulative distribution at one uniform number per row and step, so a sample
         does not depend on its batch. Rows that have ended leave the batch, a quarter of it at a time.
         """
+        with merged(self.learner.network.model):
+            return self._draw(context, group, sampling, seeds)
+
+    def _draw(
+        self, context: VLMContext, group: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Rollout[VLMContext]:
         policy, temperature, device = self.learner.network, sampling.policy_temperature, self.device
         prompt = policy.prefill(context)
         context, prefix = replace(context, features=prompt.features), prompt.expand(group, drawing=True)
