@@ -79,7 +79,7 @@ def test_shared_noise(umm, batch):
         seeds = noise_seeds(plan, batch["id"].tolist(), 0)
         assert len(set(seeds)) == different
         images = umm.renderer.render(condition, seeds).view(4, 3, -1)
-        assert torch.equal(images[:, 0], images[:, 1]) == (distinct == 4)
+        assert torch.equal(images[:, 0], images[:, 1]) == (different == 4)
     _, own, _ = autoencode(umm, batch, replace(PLAN, shared_noise=False), step=0)
     assert not torch.equal(shared, own)
 
