@@ -47,7 +47,10 @@ def _of_actions(policy: str, actions: Actions) -> dict[str, Tensor | float]:
 
 
 def _of_images(experience: Experience) -> dict[str, Tensor | float]:
-    """Log-likelihood and entropy of the renderer's actions, in nats per action (tokens) or per latent dimension (flows)."""
+    """Log-likelihood, as the sampler saw it, and entropy of the renderer's actions.
+
+    Both are in nats per action (tokens) or per latent dimension (flows).
+    """
     image = experience.segments.get("image")
     if image is None:
         return {}

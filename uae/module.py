@@ -136,7 +136,7 @@ class UnifiedGRPO(AutoEncoder):
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.optimizer, self.scheduler = optimizer, scheduler
         self.experience: Experience | None = None
-        self._first_rollout, self._mini_batches = True, list[Experience]()
+        self._first_rollout, self._mini_batches = True, list[dict[str, Segment[Any]]]()
         self.strict_loading = False  # on_load_checkpoint is stricter
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -147,11 +147,11 @@ class UnifiedGRPO(AutoEncoder):
         if turn == 0 or self.experience is None:
             self._collect(batch, batch_idx)
         losses = []
-        for name, segment in self._mini_batch(batch, turn).segments.items():
+        for name, segment in self._mini_batch(batch, turn).items():
             logp_RS = segment.logprobs()
             terms = self.losses[name](
                 logp_RS,
-                segment.old(logp_RS),
+                segment.since_rollout(logp_RS),
                 segment.advantage_R,
                 segment.actions.mask_RS,
                 segment.reference_logp_RS,
@@ -184,7 +184,7 @@ class UnifiedGRPO(AutoEncoder):
         accumulate = self.trainer.accumulate_grad_batches
         step = (self.global_step * accumulate + batch_idx % accumulate) // self.batches_per_rollout
         before_a_step = range(batch_idx, batch_idx + accumulate - batch_idx % accumulate)
-        self._first_rollout = self.experience is None
+        self._first_rollout, self._mini_batches = self.experience is None, []  # those of before need not be in memory
         with self.whole_policies():
             self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self.references)
             on_policy = {number % self.plan.mini_batches for number in before_a_step}
@@ -196,7 +196,7 @@ class UnifiedGRPO(AutoEncoder):
         )
         self._collected_at = now()
 
-    def _mini_batch(self, batch: ImageBatch, turn: int) -> Experience:
+    def _mini_batch(self, batch: ImageBatch, turn: int) -> dict[str, Segment[Any]]:
         assert self.experience is not None, "`training_step` has collected it"
         if not torch.equal(batch["id"], self.experience.id_B):
             raise RuntimeError(

@@ -63,8 +63,13 @@ class Segment(Generic[A]):
         """Log-probs ``[R, S]`` of the actions under the policy's current weights, with gradient."""
         return self.policy.logprobs(self.actions)
 
-    def old(self, logp_RS: Tensor) -> Tensor:
-        """The old log-probs ``[R, S]``. The first ones given become them: nothing has been updated yet."""
+    def since_rollout(self, logp_RS: Tensor) -> Tensor:
+        """The old log-probs ``[R, S]``, which a ratio since the rollout is taken with.
+
+        Args:
+            logp_RS: Log-probs under the current weights. The first ones ever given are kept as the old ones, because nothing
+                has been updated before.
+        """
         if self.old_logp_RS is None:
             self.old_logp_RS = logp_RS.detach()
         return self.old_logp_RS
@@ -92,7 +97,7 @@ class Experience:
             a row.
         rewards: Rewards of captions, which are means over their reconstructions.
         advantage_BG: Advantages of captions.
-        segments: What trains, by the names "caption" and "image".
+        segments: What trains, by the names "caption" and "image". Their old log-probs are those of `split`.
         seconds: Wall time of each stage.
     """
 
@@ -181,8 +186,9 @@ def autoencode(
         seeds = noise_seeds(plan, ids, step)
         if plan.train == "captions" or umm.image_policy is None:
             first, row_of = distinct(_made_from(rollout, seeds, plan))
-            drawn = umm.renderer.render(condition.index(first), [seeds[row] for row in first])
-            return rollout, drawn[row_of], None
+            if len(first) == len(seeds):
+                return rollout, umm.renderer.render(condition, seeds), None
+            return rollout, umm.renderer.render(condition.index(first), [seeds[row] for row in first])[row_of], None
         trajectory: Actions = umm.image_policy.sample(condition, seeds)
         return rollout, umm.image_policy.pixels(trajectory), trajectory
 
@@ -238,25 +244,28 @@ def compare(reward_BG: Tensor, scale: Literal["group", "batch", "none"]) -> Tens
 
 
 @torch.no_grad()
-def split(experience: Experience, mini_batches: int, on_policy: Collection[int] = ()) -> list[Experience]:
-    """The mini-batches of the update, each with the log-probs of the weights of the rollout, or none where it begins with these.
+def split(experience: Experience, mini_batches: int, on_policy: Collection[int] = ()) -> list[dict[str, Segment[Any]]]:
+    """What the loss reads of each mini-batch, with old log-probs, or without where its first pass has the weights of the rollout.
 
     The update compares its log-probs with a *replay* by the same code on the same mini-batch, so that the ratio is exactly one
     before the first optimizer step. A mini-batch whose first pass comes before that step needs no replay: its old log-probs
-    are those of this pass, see `Segment.old`.
+    are those of this pass, see `Segment.since_rollout`.
 
     Args:
         experience: One rollout. The time that the replay takes is added to its ``seconds``.
         mini_batches: Number of parts.
         on_policy: Numbers of the mini-batches whose first pass has the weights of the rollout.
     """
-    found = [experience.select(part) for part in parts(len(experience.id_B), mini_batches)]
-    watch = Stopwatch(experience.seconds)
-    for number, one in enumerate(found):
+    count, watch, found = len(experience.id_B), Stopwatch(experience.seconds), []
+    for number, images in enumerate(parts(count, mini_batches)):
+        segments = experience.segments
+        if mini_batches > 1:
+            segments = {name: one.of(images, len(one.actions) // count) for name, one in segments.items()}
         if number not in on_policy:
             with watch("replay"):
-                for segment in one.segments.values():
-                    segment.old(segment.logprobs())
+                for segment in segments.values():
+                    segment.since_rollout(segment.logprobs())
+        found.append(segments)
     return found
 
 

@@ -258,4 +258,3 @@ if __name__ == "__main__":
     else:
         table = markdown([race(case, arguments.steps, arguments.rounds) for case in arguments.cases])
         print(table)
-        sys.path.insert(0, str(Path(__file__).parents[1]))

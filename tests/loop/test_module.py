@@ -167,7 +167,7 @@ def test_every_tag_is_logged_and_means_what_it_says(build, trainer):
     lengths = [sum(row) for row in rollout.mask_RS.tolist()]
     entropies = rollout.entropy_RS[rollout.mask_RS.bool()].tolist()
     advantages = experience.advantage_BG.flatten().tolist()
-    last = module._mini_batches[-1].segments["caption"]
+    last = module._mini_batches[-1]["caption"]
     old, sampled = (x.double().flatten().tolist() for x in (last.old_logp_RS, last.actions.logp_RS))
     expected = {
         "caption/length": sum(lengths) / 12,

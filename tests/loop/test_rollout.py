@@ -101,14 +101,14 @@ def test_old_log_probs_are_a_replay_or_those_of_the_first_pass(umm, reward, batc
     monkeypatch.setattr(umm.captioner, "logprobs", lambda rollout: honest(rollout) + 0.1)
     experience = roll_out(umm, reward, batch, PLAN, step=0)
     sampled_NT, kept = experience.rollout.logp_RS, experience.rollout.mask_RS.bool()
-    first, second = (one.segments["caption"] for one in split(experience, 2, on_policy=[0]))
+    first, second = (one["caption"] for one in split(experience, 2, on_policy=[0]))
     assert first.old_logp_RS is None
     half = len(sampled_NT) // 2
     torch.testing.assert_close(second.old_logp_RS[kept[half:]], sampled_NT[half:][kept[half:]] + 0.1, atol=1e-5, rtol=0)
     logp_NT = first.logprobs()
-    assert torch.equal(first.old(logp_NT), logp_NT)
-    assert torch.equal(first.old(logp_NT + 1), logp_NT)  # a later pass changes nothing
-    assert second.old(logp_NT) is second.old_logp_RS
+    assert torch.equal(first.since_rollout(logp_NT), logp_NT)
+    assert torch.equal(first.since_rollout(logp_NT + 1), logp_NT)  # a later pass changes nothing
+    assert second.since_rollout(logp_NT) is second.old_logp_RS
     assert float(sampler_gap(second)) == pytest.approx(math.exp(0.1) - 1, abs=1e-4)
 
 

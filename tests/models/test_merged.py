@@ -59,6 +59,18 @@ def test_what_would_not_be_the_same_is_left_alone():
     with off.disable_adapter():
         assert stays(off)
     assert not stays(off)
+    with torch.autocast("cpu", torch.bfloat16):  # the products would be rounded
+        assert stays(off)
+
+
+def test_a_layer_that_is_read_and_not_called_has_its_weights():
+    """As the output layer is."""
+    model = network()
+    with merged(model):
+        first = model.base_model.model[0]
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(model.base_model.model[0](x), x @ first.weight.T + first.bias)
+        assert not list(first.parameters())
 
 
 def test_a_captioner_draws_with_the_sum_and_learns_with_the_adapter(monkeypatch):
@@ -73,6 +85,7 @@ def test_a_captioner_draws_with_the_sum_and_learns_with_the_adapter(monkeypatch)
     monkeypatch.setattr(policy, "advance", lambda *a: seen.append(kinds(policy)["_Sum"]) or advance(*a))
     drawn = captioner.sample(context, 4, Sampling(0.7, 8), range(8))
     assert min(seen) == 14
+    assert drawn.context.features is not None
     seen.clear()
     torch.testing.assert_close(captioner.logprobs(drawn), drawn.logp_RS, atol=2e-5, rtol=0)
     assert seen == [0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from uae.learner import Learner
 from uae.models.captioners.draws import draw, entropy, uniforms
-from uae.models.captioners.policy import CaptionPolicy, VLMContext
+from uae.models.captioners.policy import CaptionPolicy, Prefix, VLMContext
 from uae.models.merged import merged
 from uae.types import Rollout, Sampling
 
@@ -134,15 +134,24 @@ class HFCaptioner:
         Tokens come from the inverse of the cumulative distribution at one uniform number per row and step, so a sample
         does not depend on its batch. Rows that have ended leave the batch, a quarter of it at a time.
         """
+        prompt = self.learner.network.prefill(context, keep_features=True)
+        prefix = prompt.expand(group, room=sampling.max_tokens - 1)
         with merged(self.learner.network.model):
-            return self._draw(context, group, sampling, seeds)
+            tokens_NT, mask_NT, logp_NT, entropy_NT = self._draw(prefix, sampling, seeds)
+        return Rollout(
+            mask_RS=mask_NT,
+            logp_RS=logp_NT,
+            entropy_RS=entropy_NT,
+            tokens_NT=tokens_NT,
+            texts=self.decode(tokens_NT, mask_NT),
+            context=replace(context, features=prompt.features),
+            group=group,
+            temperature=sampling.policy_temperature,
+        )
 
-    def _draw(
-        self, context: VLMContext, group: int, sampling: Sampling, seeds: Sequence[int]
-    ) -> Rollout[VLMContext]:
+    def _draw(self, prefix: Prefix, sampling: Sampling, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, mask, log-probs and entropies, ``[N, T]`` each, up to the end of the longest caption."""
         policy, temperature, device = self.learner.network, sampling.policy_temperature, self.device
-        prompt = policy.prefill(context)
-        context, prefix = replace(context, features=prompt.features), prompt.expand(group, drawing=True)
         uniform_NT, ends = uniforms(seeds, sampling.max_tokens).to(device), torch.tensor(self.end_ids, device=device)
         hidden_RD, row_R = prefix.hidden_ND, torch.arange(len(uniform_NT), device=device)
         open_R = torch.ones_like(row_R, dtype=torch.bool)
@@ -160,17 +169,7 @@ class HFCaptioner:
                 prefix.keep(kept_K)
                 row_R, token_R, open_R = row_R[kept_K], token_R[kept_K], open_R[kept_K]
             hidden_RD = policy.advance(prefix, token_R[:, None])[:, -1]
-        tokens_NT, mask_NT, logp_NT, entropy_NT = (x[:, : step + 1] for x in record.all())
-        return Rollout(
-            mask_RS=mask_NT,
-            logp_RS=logp_NT,
-            entropy_RS=entropy_NT,
-            tokens_NT=tokens_NT,
-            texts=self.decode(tokens_NT, mask_NT),
-            context=context,
-            group=group,
-            temperature=temperature,
-        )
+        return record.until(step + 1)
 
     def decode(self, tokens_NT: Tensor, mask_NT: Tensor) -> list[str]:
         """Captions as plain text, without special tokens."""
@@ -204,9 +203,11 @@ class _Record:
         self.logp_NT[row_R, step] = logp_RV.gather(1, token_R[:, None])[:, 0].masked_fill(~open_R, 0.0)
         self.entropy_NT[row_R, step] = entropy(logp_RV).masked_fill(~open_R, 0.0)
 
-    def all(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, mask, log-probs and entropies."""
-        return self.tokens_NT, self.mask_NT, self.logp_NT, self.entropy_NT
+    def until(self, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, mask, log-probs and entropies of the first steps."""
+        tokens_NT, mask_NT, *values = (self.tokens_NT, self.mask_NT, self.logp_NT, self.entropy_NT)
+        logp_NT, entropy_NT = (value_NT[:, :end].contiguous() for value_NT in values)
+        return tokens_NT[:, :end].contiguous(), mask_NT[:, :end].contiguous(), logp_NT, entropy_NT
 
 
 def _check_text(instruction: str, processor: Any) -> None:

@@ -21,13 +21,13 @@ class ImageFeatures:
 
     Args:
         kind: Class of the tower's output.
-        lists: For each of its layers, whether it is a list of tensors ``[tokens, D]``, or else one tensor.
+        shapes: For each of its layers, the number of dimensions of the one tensor that it is; 0 for a list of tensors.
         rows: For every image, what is put in the place of its tokens, ``[tokens, D]``, then what is added there behind each
             of the first text layers (the deepstack of Qwen3-VL).
     """
 
     kind: type[Any]
-    lists: tuple[bool, ...]
+    shapes: tuple[int, ...]
     rows: tuple[tuple[Tensor, ...], ...]
 
     def index(self, images: Sequence[int]) -> ImageFeatures:
@@ -37,8 +37,11 @@ class ImageFeatures:
     def output(self) -> Any:
         """What the tower would return for these images."""
         layers = [torch.cat(rows) for rows in zip(*self.rows, strict=True)]
-        pooled, *deeper = ([layer] if listed else layer[None] for layer, listed in zip(layers, self.lists, strict=True))
-        return self.kind(pooler_output=pooled, **({"deepstack_features": deeper} if deeper else {}))
+        shaped: list[Any] = [
+            [layer] if dimensions == 0 else layer[None] if dimensions == 3 else layer
+            for layer, dimensions in zip(layers, self.shapes, strict=True)
+        ]
+        return self.kind(pooler_output=shaped[0], **({"deepstack_features": shaped[1:]} if shaped[1:] else {}))
 
 
 @contextmanager
@@ -68,24 +71,25 @@ def looking(model: Any, known: ImageFeatures | None) -> Iterator[list[Any]]:
         del model.get_image_features
 
 
-def kept(seen: Sequence[Any], tokens_B: Sequence[int]) -> ImageFeatures | None:
+def kept(seen: Sequence[Any], ids_BP: Tensor, image_token: int | None) -> ImageFeatures | None:
     """The features out of what `looking` has collected; None if the tower's output is of an unknown kind.
 
     Args:
         seen: What the tower returned.
-        tokens_B: Number of tokens that stand for each of the B images.
+        ids_BP: The prompts, one with each of the B images.
+        image_token: Id of the token that stands for a part of an image.
     """
-    if len(seen) != 1 or getattr(seen[0], "pooler_output", None) is None:
+    if image_token is None or len(seen) != 1 or getattr(seen[0], "pooler_output", None) is None:
         return None
-    pooled, deeper = seen[0].pooler_output, getattr(seen[0], "deepstack_features", None) or ()
-    layers = [pooled, *deeper]
-    if not all(isinstance(part, Tensor) for layer in layers for part in layer):
+    layers = [seen[0].pooler_output, *(getattr(seen[0], "deepstack_features", None) or ())]
+    if not all(isinstance(part, Tensor) for layer in layers for part in _parts(layer)):
         return None
+    tokens_B: list[int] = (ids_BP == image_token).sum(1).tolist()
     flat = [torch.cat([part.detach().reshape(-1, part.shape[-1]) for part in _parts(layer)]) for layer in layers]
     if any(len(rows) != sum(tokens_B) for rows in flat):
         return None
-    rows = zip(*(layer.split(list(tokens_B)) for layer in flat), strict=True)
-    return ImageFeatures(type(seen[0]), tuple(not isinstance(layer, Tensor) for layer in layers), tuple(rows))
+    rows = zip(*(layer.split(tokens_B) for layer in flat), strict=True)
+    return ImageFeatures(type(seen[0]), tuple(getattr(layer, "ndim", 0) for layer in layers), tuple(rows))
 
 
 def _parts(layer: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

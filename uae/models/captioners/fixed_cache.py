@@ -1,4 +1,4 @@
-"""Key-value caches that are written in place, so that decoding step by step does not copy a growing tensor."""
+"""A key-value cache of a known length, allocated once, so that decoding step by step does not copy a growing tensor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from uae.models.captioners.caches import PromptLayer
-
-ROOM = 64  # tokens that a cache is enlarged by, if its length is not known before
 
 
 def fixed_cache(model: Any, length: int) -> Any:
@@ -22,8 +20,15 @@ def fixed_cache(model: Any, length: int) -> Any:
     return Cache(layers=layers)
 
 
-def continued(cache: Any, group: int) -> Any:
-    """Repeat a prompt's cache, made by the library, for ``group`` captions that are drawn token by token. Changes it in place."""
+def continued(cache: Any, rows: int, group: int, room: int) -> Any:
+    """Repeat a prompt's cache, made by the library, for captions that are drawn token by token. Changes it in place.
+
+    Args:
+        cache: The cache of the prompts.
+        rows: Number of prompts.
+        group: Captions of each.
+        room: Number of tokens that each caption may add.
+    """
     from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
     CacheLayerMixin.register(PromptLayer)
@@ -31,21 +36,16 @@ def continued(cache: Any, group: int) -> Any:
         if type(layer) is DynamicLayer:
             assert layer.keys is not None
             assert layer.values is not None
-            written = FixedLayer(layer.keys.shape[2] + ROOM)
+            written = FixedLayer(layer.keys.shape[2] + room)
             written.update(layer.keys.repeat_interleave(group, 0), layer.values.repeat_interleave(group, 0))
             cache.layers[number] = written
-        else:  # linear attention has states of one size
-            rows = next(state for state in layer.conv_states.values() if state is not None)
-            layer.reorder_cache(torch.arange(len(rows), device=rows.device).repeat_interleave(group))
+        else:  # linear attention, whose states are of one size
+            layer.reorder_cache(torch.arange(rows).repeat_interleave(group))
     return cache
 
 
 class FixedLayer(PromptLayer):
-    """One layer's keys and values ``[M, H, P, D]`` in tensors that have room for more tokens.
-
-    Args:
-        length: Number of tokens that there is room for at first. More room is made `ROOM` tokens at a time.
-    """
+    """One layer's keys and values ``[M, H, P, D]``, allocated once."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -57,19 +57,14 @@ class FixedLayer(PromptLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new keys and values and return those of all tokens so far, for attention."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (
+                x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)
+            )
         start, self.filled = self.filled, self.filled + key_states.shape[2]
-        if self.keys is None or self.values is None or self.filled > self.length:
-            self.length = max(self.length, self.filled + ROOM * (start > 0))
-            self.keys, self.values = self._room(self.keys, key_states, start), self._room(self.values, value_states, start)
         self.keys[:, :, start : self.filled] = key_states
         self.values[:, :, start : self.filled] = value_states
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
-
-    def _room(self, held: Tensor | None, new: Tensor, filled: int) -> Tensor:
-        room = new.new_empty(*new.shape[:2], self.length, new.shape[3])
-        if held is not None:
-            room[:, :, :filled] = held[:, :, :filled]
-        return room
 
     def reorder_cache(self, rows: Tensor) -> None:
         """Keep some rows only, in the order given."""

@@ -1,7 +1,7 @@
 """The trainable part of a captioner: a vision-language model that scores captions of images.
 
-The prompt (image included) runs once per image, both in sampling and in log-probs, and its key-value cache is expanded to
-the group. The result and its gradient are exact, and the image tower runs once per image instead of once per caption.
+The prompt runs once per image, both in sampling and in log-probs, and its key-value cache is expanded to the group. A frozen
+image tower runs in sampling only, see `uae.models.captioners.features`. The result and its gradient are exact.
 """
 
 from __future__ import annotations
@@ -64,19 +64,20 @@ class Prefix:
     offset_N: Tensor  # position of the first caption token
     features: ImageFeatures | None = None  # of the images in the prompt, if later passes may use them
 
-    def expand(self, group: int, drawing: bool = False) -> Prefix:
+    def expand(self, group: int, room: int | None = None) -> Prefix:
         """Repeat every row ``group`` times. The cache is reused, so this object must not be used afterwards.
 
         Args:
             group: Captions per image.
-            drawing: Whether the captions come token by token, without gradient; else they come in one pass.
+            room: How many tokens will be fed one by one, without gradient; None if all come in one pass.
         """
         hidden_ND, mask_NP, offset_N = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
-        cache = continued(self.cache, group) if drawing else expand(self.cache, len(self.hidden_ND), group)
+        rows = len(self.hidden_ND)
+        cache = expand(self.cache, rows, group) if room is None else continued(self.cache, rows, group, room)
         return Prefix(cache, hidden_ND, mask_NP, offset_N)
 
     def keep(self, rows_R: Tensor) -> None:
-        """Drop all rows but these, of a prefix that was expanded for drawing."""
+        """Drop all rows but these, of a prefix that was expanded with room for tokens."""
         for layer in self.cache.layers:
             layer.reorder_cache(rows_R)
         self.mask_NP, self.offset_N = self.mask_NP[rows_R], self.offset_N[rows_R]
@@ -125,8 +126,14 @@ class CaptionPolicy(Network):
             prefix = self.prefill(context, prompt_cache(self.base) if recompute else None).expand(group)
             return prefix.hidden_ND, self.advance(prefix, tokens_NT)
 
-    def prefill(self, context: VLMContext, cache: Any = None) -> Prefix:
-        """Run the prompt of every image once. ``cache`` is an empty cache; None uses the library's default kind."""
+    def prefill(self, context: VLMContext, cache: Any = None, keep_features: bool = False) -> Prefix:
+        """Run the prompt of every image once.
+
+        Args:
+            context: The prompts.
+            cache: An empty cache; None uses the library's default kind.
+            keep_features: Whether the result shall have the features of the images, if its tower is frozen.
+        """
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             raise RuntimeError(
                 "gradient_checkpointing_enable() of transformers drops the prompt's cache that captions continue: do not "
@@ -144,7 +151,9 @@ class CaptionPolicy(Network):
             deltas = getattr(self.base.model, "rope_deltas", None)
         if deltas is not None:
             offset_B = offset_B + deltas.view(-1).to(offset_B.device)
-        features = kept(seen, self._image_tokens(inputs)) if seen and not self.tower_learns else context.features
+        features = context.features
+        if keep_features and seen and not self.tower_learns:
+            features = kept(seen, inputs["input_ids"], getattr(self.base.config, "image_token_id", None))
         return Prefix(cache, out.last_hidden_state[:, -1], mask_BP, offset_B, features)
 
     @property
@@ -156,11 +165,6 @@ class CaptionPolicy(Network):
             (parameter.requires_grad or "lora_" in name) and id(parameter) not in text and not (aside and re.search(aside, name))
             for name, parameter in self.named_parameters()
         )
-
-    def _image_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
-        """Number of tokens that stand for each image."""
-        counts: list[int] = (inputs["input_ids"] == self.base.config.image_token_id).sum(1).tolist()
-        return counts
 
     def advance(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
         """Feed caption tokens after a prefix, whose cache grows, and return their final hidden states ``[N, T, D]``."""
