@@ -36,6 +36,8 @@ def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | fl
         "advantage/std": experience.advantage_BG.std(),
         "advantage/max_abs": experience.advantage_BG.abs().max(),
         **{f"time/{stage}": seconds for stage, seconds in experience.seconds.items()},
+        "speed/tokens_per_second": length_N.sum() / max(experience.seconds["caption"], 1e-9),
+        "speed/images_per_second": len(experience.reconstructions_NCHW) / max(experience.seconds["render"], 1e-9),
         **_of_actions("policy", rollout),
         **_of_images(experience),
     }

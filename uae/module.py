@@ -10,6 +10,7 @@ sampler, a group shares the renderer's noise, and the KL term is off by default.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -136,6 +137,7 @@ class UnifiedGRPO(AutoEncoder):
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.optimizer, self.scheduler = optimizer, scheduler
         self.experience: Experience | None = None
+        self.seconds: Counter[str] = Counter()  # of all rollouts and updates so far, by stage
         self._first_rollout, self._mini_batches = True, list[dict[str, Segment[Any]]]()
         self.strict_loading = False  # on_load_checkpoint is stricter
 
@@ -248,7 +250,9 @@ class UnifiedGRPO(AutoEncoder):
     def on_train_batch_end(self, outputs: Any, batch: ImageBatch, batch_idx: int) -> None:
         """Log what the update took: from the end of the rollout to the end of its last optimizer step."""
         if (batch_idx + 1) % self.batches_per_rollout == 0:
-            self.log("time/update", now() - self._collected_at)
+            seconds = now() - self._collected_at
+            self.seconds.update({**self.experience.seconds, "update": seconds} if self.experience else {})
+            self.log("time/update", seconds)
 
     def configure_optimizers(self) -> Any:
         """Trainable parameters only; the scheduler counts optimizer steps."""

@@ -184,6 +184,8 @@ def test_every_tag_is_logged_and_means_what_it_says(build, trainer):
         "reconstruction/brightness": experience.reconstructions_NCHW.mean().item(),
         "policy/sampler_gap": max(abs(math.exp(a - b) - 1) for a, b in zip(old, sampled, strict=True)),
         **{f"time/{stage}": seconds for stage, seconds in experience.seconds.items()},
+        "speed/tokens_per_second": sum(lengths) / experience.seconds["caption"],
+        "speed/images_per_second": 12 / experience.seconds["render"],
     }
     assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     stages = {"caption", "condition", "render", "reward", "reference", "update"}
