@@ -152,13 +152,9 @@ class UnifiedGRPO(AutoEncoder):
         for name, segment in self._mini_batch(batch, turn).items():
             logp_RS = segment.logprobs()
             terms = self.losses[name](
-                logp_RS,
-                segment.since_rollout(logp_RS),
-                segment.advantage_R,
-                segment.actions.mask_RS,
-                segment.reference_logp_RS,
-                self._normalizer(name, batch_idx),
-            )
+                logp_RS, segment.since_rollout(logp_RS), segment.advantage_R, segment.actions.mask_RS,
+                segment.reference_logp_RS, self._normalizer(name, batch_idx),
+            )  # fmt: skip
             self._check_gap(self._log_all(measure.of_update(name, terms, logp_RS, segment)))
             losses.append(terms.loss * self.weights[name])
         return torch.stack(losses).sum()
