@@ -153,10 +153,9 @@ class Health(Callback):
                     self._tell(trainer, sign, f"{tag}={values[tag]:.3g} {why}, {self.patience} rollouts in a row")
 
     def _signs(self, values: dict[str, float], ratio_tolerance: float) -> Iterator[Seen]:
-        above: list[tuple[Sign, str, str, float | None]] = [
-            ("sampler_gap", "policy/sampler_gap", "model.init_args.ratio_tolerance", ratio_tolerance)
-        ]
+        above: list[tuple[Sign, str, str, float | None]] = []
         for policy in ("policy", "image_policy"):
+            above.append(("sampler_gap", f"{policy}/sampler_gap", "model.init_args.ratio_tolerance", ratio_tolerance))
             above.append(("kl", f"{policy}/kl", "max_kl", self.max_kl))
             above.append(("ratio", f"{policy}/ratio_max", "max_ratio", self.max_ratio))
         for sign, tag, key, limit in above:

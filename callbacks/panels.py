@@ -89,7 +89,7 @@ class RolloutPanels(Callback):
 
     @staticmethod
     def _roll_out(module: Any, batch: ImageBatch) -> Experience:
-        # One mini-batch fits any number of images, and a batch-wide scale would mix in other ranks' examples.
+        # One mini-batch fits any number of images (of the reference), and a batch-wide scale would mix in other ranks' examples.
         scale = "group" if module.plan.advantage_scale == "batch" else module.plan.advantage_scale
         plan = replace(module.plan, mini_batches=1, advantage_scale=scale, train="captions", reconstructions=1)
         with module.whole_policies():

@@ -13,7 +13,9 @@ from uae.types import Actions
 
 POLICIES = {"caption": "policy", "image": "image_policy"}  # from a segment to the first part of its tags
 # For these tags the largest value of all ranks is logged, for all others the mean over ranks.
-MAXIMA = ("policy/sampler_gap", "policy/ratio_max", "image_policy/ratio_max", "advantage/max_abs")
+MAXIMA = (
+    "policy/sampler_gap", "image_policy/sampler_gap", "policy/ratio_max", "image_policy/ratio_max", "advantage/max_abs",
+)  # fmt: skip
 
 
 def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | float]:
@@ -33,8 +35,9 @@ def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | fl
         **{f"reward/{name}": part_BG.nanmean() for name, part_BG in rewards.parts.items()},
         "advantage/std": experience.advantage_BG.std(),
         "advantage/max_abs": experience.advantage_BG.abs().max(),
-        "policy/sampler_gap": experience.sampler_gap,
         **{f"time/{stage}": seconds for stage, seconds in experience.seconds.items()},
+        "speed/tokens_per_second": length_N.sum() / max(experience.seconds["caption"], 1e-9),
+        "speed/images_per_second": len(experience.reconstructions_NCHW) / max(experience.seconds["render"], 1e-9),
         **_of_actions("policy", rollout),
         **_of_images(experience),
     }
@@ -46,11 +49,14 @@ def _of_actions(policy: str, actions: Actions) -> dict[str, Tensor | float]:
 
 
 def _of_images(experience: Experience) -> dict[str, Tensor | float]:
-    """Log-likelihood and entropy of the renderer's actions, in nats per action (tokens) or per latent dimension (flows)."""
+    """Log-likelihood, as the sampler saw it, and entropy of the renderer's actions.
+
+    Both are in nats per action (tokens) or per latent dimension (flows).
+    """
     image = experience.segments.get("image")
     if image is None:
         return {}
-    logp = masked_mean(image.old_logp_RS, image.actions.mask_RS)
+    logp = masked_mean(image.actions.logp_RS, image.actions.mask_RS)
     return {"image_policy/logp": logp, **_of_actions("image_policy", image.actions)}
 
 
@@ -65,11 +71,19 @@ def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment[Any
         f"{policy}/clip_fraction": terms.clip_fraction,
         f"{policy}/ratio_mean": terms.ratio_mean,
         f"{policy}/ratio_max": terms.ratio_max,
+        f"{policy}/sampler_gap": sampler_gap(segment),
     }
     if segment.reference_logp_RS is not None:
         d_RS = segment.reference_logp_RS - logp_RS.detach()
         values[f"{policy}/kl"] = masked_mean(d_RS.exp() - d_RS - 1, segment.actions.mask_RS)
     return values
+
+
+def sampler_gap(segment: Segment[Any]) -> Tensor:
+    """Largest |ratio - 1| between the old log-probs, as training code computes them, and what the sampler saw."""
+    assert segment.old_logp_RS is not None, "the first pass of the update sets them"
+    ratio_RS = (segment.old_logp_RS - segment.actions.logp_RS).exp()
+    return (ratio_RS - 1).abs().masked_fill(segment.actions.mask_RS == 0, 0.0).max()
 
 
 def over_ranks(values: dict[str, Tensor | float], all_WK: Tensor) -> dict[str, Tensor]:

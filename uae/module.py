@@ -3,13 +3,14 @@
 Optimisation is Lightning's own (automatic): accumulation, clipping, schedulers and checkpoints by step work as anywhere.
 One rollout feeds ``mini_batches * num_iterations`` training steps; the data module yields its batch that many times.
 
-Where this differs from the paper (arXiv 2509.09666): old log-probs are replayed rather than taken from the sampler, a
-group shares the renderer's noise, and the KL term is off by default.
+Where this differs from the paper (arXiv 2509.09666): old log-probs are computed by training code rather than taken from the
+sampler, a group shares the renderer's noise, and the KL term is off by default.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from uae.models.finetune import Finetune, check_resolution
 from uae.models.flow.policy import Exploration
 from uae.policies import learners, prepare, roots
 from uae.rewards import WeightedReward
-from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out
+from uae.rollout import SEGMENTS, Experience, Plan, Segment, Train, parts, roll_out, split
 from uae.stopwatch import now
 from uae.strategy import FSDP2Strategy, refuse_other_sharding
 from uae.trainer import batch_size, check_precision, is_dry_run
@@ -136,7 +137,8 @@ class UnifiedGRPO(AutoEncoder):
         self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
         self.optimizer, self.scheduler = optimizer, scheduler
         self.experience: Experience | None = None
-        self._first_rollout = True
+        self.seconds: Counter[str] = Counter()  # of all rollouts and updates so far, by stage
+        self._first_rollout, self._mini_batches = True, list[dict[str, Segment[Any]]]()
         self.strict_loading = False  # on_load_checkpoint is stricter
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -147,17 +149,13 @@ class UnifiedGRPO(AutoEncoder):
         if turn == 0 or self.experience is None:
             self._collect(batch, batch_idx)
         losses = []
-        for name, segment in self._mini_batch(batch, turn).segments.items():
+        for name, segment in self._mini_batch(batch, turn).items():
             logp_RS = segment.logprobs()
             terms = self.losses[name](
-                logp_RS,
-                segment.old_logp_RS,
-                segment.advantage_R,
-                segment.actions.mask_RS,
-                segment.reference_logp_RS,
-                self._normalizer(name, batch_idx),
-            )
-            self._log_all(measure.of_update(name, terms, logp_RS, segment))
+                logp_RS, segment.since_rollout(logp_RS), segment.advantage_R, segment.actions.mask_RS,
+                segment.reference_logp_RS, self._normalizer(name, batch_idx),
+            )  # fmt: skip
+            self._check_gap(self._log_all(measure.of_update(name, terms, logp_RS, segment)))
             losses.append(terms.loss * self.weights[name])
         return torch.stack(losses).sum()
 
@@ -174,7 +172,7 @@ class UnifiedGRPO(AutoEncoder):
         return ready % self.batches_per_rollout == 0 and stepped
 
     def _collect(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Roll out, and refuse a run whose sampler and training code disagree about the policy."""
+        """Roll out, and prepare the mini-batches of the update."""
         if batch_idx % self.batches_per_rollout:
             warnings.warn(
                 f"the run continues inside a rollout, at step {self.global_step}: its captions are drawn again, by the weights of "
@@ -183,28 +181,27 @@ class UnifiedGRPO(AutoEncoder):
             )
         accumulate = self.trainer.accumulate_grad_batches
         step = (self.global_step * accumulate + batch_idx % accumulate) // self.batches_per_rollout
+        before_a_step = range(batch_idx, batch_idx + accumulate - batch_idx % accumulate)
+        self._first_rollout, self._mini_batches = self.experience is None, []  # those of before need not be in memory
         with self.whole_policies():
             self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self.references)
+            on_policy = {number % self.plan.mini_batches for number in before_a_step}
+            self._mini_batches = split(self.experience, self.plan.mini_batches, on_policy)
         self._actions_M = {name: self._count(name, one) for name, one in self.experience.segments.items()}
-        seen = self._log_all(
+        self._log_all(
             measure.of_rollout(self.experience, self.plan.sampling.max_tokens)
             | {"condition/truncated": float(self.umm.conditioner.truncated)}  # captions since the start of the run
         )
-        if self._first_rollout:
-            self._check_gap(float(seen["policy/sampler_gap"]))
-            self._first_rollout = False
         self._collected_at = now()
 
-    def _mini_batch(self, batch: ImageBatch, turn: int) -> Experience:
+    def _mini_batch(self, batch: ImageBatch, turn: int) -> dict[str, Segment[Any]]:
         assert self.experience is not None, "`training_step` has collected it"
         if not torch.equal(batch["id"], self.experience.id_B):
             raise RuntimeError(
                 f"the batch changed within a rollout; with model.init_args.mini_batches * model.init_args.num_iterations="
                 f"{self.batches_per_rollout} the data module must yield every batch that many times in a row"
             )
-        if self.plan.mini_batches == 1:
-            return self.experience
-        return self.experience.select(parts(len(batch["id"]), self.plan.mini_batches)[turn % self.plan.mini_batches])
+        return self._mini_batches[turn % self.plan.mini_batches]
 
     @property
     def references(self) -> list[str]:
@@ -249,7 +246,9 @@ class UnifiedGRPO(AutoEncoder):
     def on_train_batch_end(self, outputs: Any, batch: ImageBatch, batch_idx: int) -> None:
         """Log what the update took: from the end of the rollout to the end of its last optimizer step."""
         if (batch_idx + 1) % self.batches_per_rollout == 0:
-            self.log("time/update", now() - self._collected_at)
+            seconds = now() - self._collected_at
+            self.seconds.update({**self.experience.seconds, "update": seconds} if self.experience else {})
+            self.log("time/update", seconds)
 
     def configure_optimizers(self) -> Any:
         """Trainable parameters only; the scheduler counts optimizer steps."""
@@ -282,7 +281,7 @@ class UnifiedGRPO(AutoEncoder):
         check_precision(self.trainer)
         if stage != "fit":
             return
-        self._first_rollout, self.experience = True, None
+        self.experience = None
         size = batch_size(self.trainer)
         if size is not None:
             parts(size, self.plan.mini_batches)
@@ -317,7 +316,11 @@ class UnifiedGRPO(AutoEncoder):
         """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""
         check_epoch(self.trainer, self.batches_per_rollout)
 
-    def _check_gap(self, gap: float) -> None:
+    def _check_gap(self, seen: dict[str, Tensor]) -> None:
+        """Refuse a run whose sampler and training code disagree about the policy."""
+        if not self._first_rollout:
+            return
+        gap = max(float(value) for tag, value in seen.items() if tag.endswith("/sampler_gap"))
         if not gap <= self.ratio_tolerance:
             raise RuntimeError(
                 f"the first rollout's policy ratio is off by {gap:.3g}; allowed: "

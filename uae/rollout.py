@@ -2,13 +2,13 @@
 
     image --Captioner--> G captions --Conditioner--> condition --Renderer--> reconstructions --Reward--> r --> advantage
 
-`autoencode` is the left part of the figure, up to the reconstructions; `roll_out` is all of it, plus the log-probs that
-the loss compares with: of the captions, of what the renderer did, or of both. Nothing here has a gradient.
+`autoencode` is the left part of the figure, up to the reconstructions; `roll_out` is all of it; `split` cuts it into the
+mini-batches of the update, with the log-probs that the loss compares with. Nothing here has a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal
 
@@ -40,33 +40,39 @@ class Plan:
     reconstructions: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Segment(Generic[A]):
     """What the loss reads of one policy: its actions (R rows of S), how likely they were, and what they are worth.
 
     Args:
         policy: Who acted.
         actions: What it did.
-        old_logp_RS: Log-probs under the weights of the rollout, replayed as the update will compute them.
         advantage_R: Advantage of each row, shared by its actions.
         reference_logp_RS: Log-probs under the weights the run started from; None where the loss has no KL term.
+        old_logp_RS: Log-probs under the weights of the rollout, computed as the update computes them. None until they have
+            been computed, see `split`.
     """
 
     policy: Policy[A]
     actions: A
-    old_logp_RS: Tensor
     advantage_R: Tensor
     reference_logp_RS: Tensor | None = None
+    old_logp_RS: Tensor | None = None
 
     def logprobs(self) -> Tensor:
         """Log-probs ``[R, S]`` of the actions under the policy's current weights, with gradient."""
         return self.policy.logprobs(self.actions)
 
-    @property
-    def sampler_gap(self) -> float:
-        """Largest |ratio - 1| between the replay and what the sampler saw."""
-        ratio_RS = (self.old_logp_RS - self.actions.logp_RS).exp()
-        return (ratio_RS - 1).abs().masked_fill(self.actions.mask_RS == 0, 0.0).max().item()
+    def since_rollout(self, logp_RS: Tensor) -> Tensor:
+        """The old log-probs ``[R, S]``, which a ratio since the rollout is taken with.
+
+        Args:
+            logp_RS: Log-probs under the current weights. The first ones ever given are kept as the old ones, because nothing
+                has been updated before.
+        """
+        if self.old_logp_RS is None:
+            self.old_logp_RS = logp_RS.detach()
+        return self.old_logp_RS
 
     def of(self, images: Sequence[int], per_image: int) -> Segment[A]:
         """The segment of some images, each with ``per_image`` rows."""
@@ -74,9 +80,9 @@ class Segment(Generic[A]):
         return replace(
             self,
             actions=self.actions.of(images, per_image),
-            old_logp_RS=self.old_logp_RS[rows],
             advantage_R=self.advantage_R[rows],
             reference_logp_RS=None if self.reference_logp_RS is None else self.reference_logp_RS[rows],
+            old_logp_RS=None if self.old_logp_RS is None else self.old_logp_RS[rows],
         )
 
 
@@ -91,7 +97,7 @@ class Experience:
             a row.
         rewards: Rewards of captions, which are means over their reconstructions.
         advantage_BG: Advantages of captions.
-        segments: What trains, by the names "caption" and "image".
+        segments: What trains, by the names "caption" and "image". Their old log-probs are those of `split`.
         seconds: Wall time of each stage.
     """
 
@@ -102,11 +108,6 @@ class Experience:
     advantage_BG: Tensor
     segments: dict[str, Segment[Any]]
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def sampler_gap(self) -> float:
-        """Largest |ratio - 1| between replay and sampler, over all actions that train."""
-        return max((segment.sampler_gap for segment in self.segments.values()), default=0.0)
 
     def select(self, images: Sequence[int]) -> Experience:
         """The experience of some of its images; whole groups, in the order given."""
@@ -130,9 +131,6 @@ def roll_out(
 ) -> Experience:
     """Caption, reconstruct, reward, compare.
 
-    The update compares its log-probs with a *replay* by the same code on the same mini-batches, so that the ratio is
-    exactly one before the first update. The distance of the replay from what the sampler saw is ``sampler_gap``.
-
     Args:
         umm: Captioner, conditioner and renderer.
         reward: Scores reconstructions against their sources.
@@ -148,13 +146,11 @@ def roll_out(
         rewards, advantage_BG, drawn_advantage_R = credit(reward(batch["image"], reconstructions_NCHW, texts), plan)
 
     def recorded(name: str, policy: Policy[A], actions: A, advantage_R: Tensor) -> Segment[A]:
-        with watch("replay"):
-            old_RS = replay(policy, actions, len(batch["id"]), plan.mini_batches)
         reference_RS = None
         if name in references:
             with watch("reference"), policy.learner.reference():
                 reference_RS = replay(policy, actions, len(batch["id"]), plan.mini_batches)
-        return Segment(policy, actions, old_RS, advantage_R, reference_RS)
+        return Segment(policy, actions, advantage_R, reference_RS)
 
     segments: dict[str, Segment[Any]] = {}
     if plan.train != "images":
@@ -189,9 +185,30 @@ def autoencode(
             condition = condition.index([n for n in range(len(condition)) for _ in range(plan.reconstructions)])
         seeds = noise_seeds(plan, ids, step)
         if plan.train == "captions" or umm.image_policy is None:
-            return rollout, umm.renderer.render(condition, seeds), None
+            first, row_of = distinct(_made_from(rollout, seeds, plan))
+            if len(first) == len(seeds):
+                return rollout, umm.renderer.render(condition, seeds), None
+            return rollout, umm.renderer.render(condition.index(first), [seeds[row] for row in first])[row_of], None
         trajectory: Actions = umm.image_policy.sample(condition, seeds)
         return rollout, umm.image_policy.pixels(trajectory), trajectory
+
+
+def _made_from(rollout: Rollout[Any], seeds: Sequence[int], plan: Plan) -> list[tuple[Any, ...]]:
+    """What each reconstruction follows from: its image, the tokens of its caption, and its noise."""
+    captions = [
+        (n // rollout.group, *(token for token, mask in zip(tokens, masks, strict=True) if mask))
+        for n, (tokens, masks) in enumerate(zip(rollout.tokens_NT.tolist(), rollout.mask_RS.tolist(), strict=True))
+    ]
+    return [(captions[row // plan.reconstructions], seed) for row, seed in enumerate(seeds)]
+
+
+def distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """Places of the first of each kind, and for every key its kind's number in that list."""
+    first: dict[Hashable, int] = {}
+    for place, key in enumerate(keys):
+        first.setdefault(key, place)
+    number = {key: kind for kind, key in enumerate(first)}
+    return list(first.values()), [number[key] for key in keys]
 
 
 def credit(each: Rewards, plan: Plan) -> tuple[Rewards, Tensor, Tensor]:
@@ -224,6 +241,32 @@ def compare(reward_BG: Tensor, scale: Literal["group", "batch", "none"]) -> Tens
     everyone = [torch.empty_like(reward_BG) for _ in range(distributed.get_world_size())]
     distributed.all_gather(everyone, reward_BG.contiguous())
     return group_advantages(torch.cat(everyone), scale).chunk(len(everyone))[distributed.get_rank()]
+
+
+@torch.no_grad()
+def split(experience: Experience, mini_batches: int, on_policy: Collection[int] = ()) -> list[dict[str, Segment[Any]]]:
+    """What the loss reads of each mini-batch, with old log-probs, or without where its first pass has the weights of the rollout.
+
+    The update compares its log-probs with a *replay* by the same code on the same mini-batch, so that the ratio is exactly one
+    before the first optimizer step. A mini-batch whose first pass comes before that step needs no replay: its old log-probs
+    are those of this pass, see `Segment.since_rollout`.
+
+    Args:
+        experience: One rollout. The time that the replay takes is added to its ``seconds``.
+        mini_batches: Number of parts.
+        on_policy: Numbers of the mini-batches whose first pass has the weights of the rollout.
+    """
+    count, watch, found = len(experience.id_B), Stopwatch(experience.seconds), []
+    for number, images in enumerate(parts(count, mini_batches)):
+        segments = experience.segments
+        if mini_batches > 1:
+            segments = {name: one.of(images, len(one.actions) // count) for name, one in segments.items()}
+        if number not in on_policy:
+            with watch("replay"):
+                for segment in segments.values():
+                    segment.since_rollout(segment.logprobs())
+        found.append(segments)
+    return found
 
 
 def replay(policy: Policy[A], actions: A, images: int, mini_batches: int) -> Tensor:

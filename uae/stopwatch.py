@@ -10,10 +10,14 @@ import torch
 
 
 class Stopwatch:
-    """Measures seconds per stage. It waits for the GPU before and after a stage, so that each stage counts its own work."""
+    """Measures seconds per stage. It waits for the GPU before and after a stage, so that each stage counts its own work.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    Args:
+        seconds: What has been measured before, by stage; it is added to, in place.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = {} if seconds is None else seconds
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

@@ -19,6 +19,8 @@ def test_before_and_after_are_whole_validations(command, run):
     assert before != after
     assert run.summary["steps"] == 4
     assert 0 < run.summary["seconds"] < 600
+    assert {"caption", "condition", "render", "reward", "update"} <= run.summary["stages"].keys()
+    assert 0 < sum(run.summary["stages"].values()) < run.summary["seconds"]
 
 
 def test_the_curves_begin_at_step_0_and_end_with_the_summary(run, events):
@@ -35,6 +37,7 @@ def test_a_resumed_run_keeps_its_start(command, run):
     assert summary["before"] == run.summary["before"]
     assert summary["steps"] == 6
     assert summary["seconds"] > run.summary["seconds"] * 0.9  # the first part counts
+    assert all(summary["stages"][stage] > seconds for stage, seconds in run.summary["stages"].items())
 
 
 def test_other_subcommands_leave_the_record_alone(command, run):
@@ -45,14 +48,16 @@ def test_other_subcommands_leave_the_record_alone(command, run):
 
 
 def test_table():
-    lines = table({"a": 0.25, "gone": 1.0}, {"a": 0.5, "new": -1.0}, 7, 61.4).splitlines()
+    stages = {"caption": 10.2, "reward": 0.1, "update": 30.0}
+    lines = table({"a": 0.25, "gone": 1.0}, {"a": 0.5, "new": -1.0}, 7, 61.4, stages).splitlines()
     assert [line.split() for line in lines[1:4]] == [
         ["a", "0.2500", "0.5000", "+0.2500"],
         ["gone", "1.0000"],
         ["new", "-1.0000"],
     ]
     assert lines[2].index("1.0000") < lines[3].index("1.0000")  # a missing end leaves its column empty
-    assert lines[-1] == "7 steps in 61 s"
+    assert lines[-2:] == ["7 steps in 61 s", "of these: update 30 s, caption 10 s, validation and all else 21 s"]
+    assert table({}, {}, 7, 61.4, {}).endswith("7 steps in 61 s")
 
 
 def test_generation_is_scored_at_every_validation(command):

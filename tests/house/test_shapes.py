@@ -13,7 +13,7 @@ from uae.models.finetune import Full
 from uae.models.flow.policy import Exploration
 from uae.policies import prepare
 from uae.rewards import WeightedReward
-from uae.rollout import SEGMENTS, Plan, roll_out
+from uae.rollout import SEGMENTS, Plan, roll_out, split
 from uae.types import Captioner, Conditioner, ImageEncoder, ImagePolicy, Renderer, Sampling
 
 B, G = 2, 3
@@ -37,7 +37,9 @@ def rolled_out(umm, reward, plan, monkeypatch, references=()):
         watch.watch(encoder, ImageEncoder)
     batch = {"image": torch.rand(B, 3, 24, 24), "id": torch.arange(B)}
     scored = watch.checked(reward, WeightedReward, "__call__")
-    return roll_out(umm, scored, batch, plan, 0, references), watch.crossed
+    experience = roll_out(umm, scored, batch, plan, 0, references)
+    split(experience, 1)
+    return experience, watch.crossed
 
 
 def check_experience(experience, images, M):

@@ -168,7 +168,8 @@ def test_only_the_last_window_of_an_epoch_is_cut_short(build, trainer):
     for name, parameter in parameters.items():
         parameter.data.copy_(before[2][name])
     segment = short.experience.segments["caption"]  # of the third rollout, whose gradient is taken by hand
-    loss = GRPOLoss()(segment.logprobs(), segment.old_logp_RS, segment.advantage_R, segment.actions.mask_RS).loss
+    logp_RS = segment.logprobs()
+    loss = GRPOLoss()(logp_RS, logp_RS.detach(), segment.advantage_R, segment.actions.mask_RS).loss
     for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
         torch.testing.assert_close(step.gradient[name], gradient, atol=1e-6, rtol=0)
 

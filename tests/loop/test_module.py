@@ -11,6 +11,7 @@ from tests.conftest import data
 from uae.grpo import GRPOLoss
 from uae.learner import Learner
 from uae.miniature.data import SceneData
+from uae.models.captioners.captioner import HFCaptioner
 from uae.models.conditioners.states import HiddenStateConditioner, mlp_projector
 from uae.models.finetune import Full, LoRA
 from uae.module import UnifiedGRPO
@@ -110,6 +111,33 @@ def test_without_kl_there_is_no_reference(build, trainer, monkeypatch):
         assert "reference" not in module.experience.seconds
 
 
+@pytest.mark.parametrize(
+    ("mini_batches", "iterations", "accumulate", "replays"), [(1, 1, 1, 0), (2, 1, 1, 1), (2, 1, 2, 0), (2, 2, 1, 1), (4, 2, 2, 2)]
+)
+def test_old_log_probs_are_replayed_only_after_an_optimizer_step(
+    build, trainer, monkeypatch, mini_batches, iterations, accumulate, replays
+):
+    """And to the byte, nothing else changes: the first pass of a mini-batch computes them under the same weights."""
+    from uae import module as module_file
+
+    passes, split, logprobs = [], module_file.split, HFCaptioner.logprobs
+    monkeypatch.setattr(HFCaptioner, "logprobs", lambda *a: passes.append(torch.is_grad_enabled()) or logprobs(*a))
+
+    def train():
+        passes.clear()
+        module = build(mini_batches=mini_batches, num_iterations=iterations, loss=GRPOLoss(epsilon_low=0.01, epsilon_high=0.01))
+        steps = 2 * mini_batches * iterations // accumulate
+        trainer(max_steps=steps, accumulate_grad_batches=accumulate).fit(module, data())
+        return passes.count(False), {name: p.detach() for name, p in module.policy.named_parameters() if p.requires_grad}
+
+    few, own = train()
+    monkeypatch.setattr(module_file, "split", lambda experience, count, on_policy: split(experience, count))
+    many, replayed = train()
+    assert (few, many) == (2 * replays, 2 * mini_batches)
+    assert own.keys() == replayed.keys()
+    assert all(torch.equal(own[name], replayed[name]) for name in own)
+
+
 def test_reference_runs_once_per_rollout(build, trainer, monkeypatch):
     calls, honest = [], Learner.reference
     monkeypatch.setattr(Learner, "reference", lambda self: calls.append(1) or honest(self))
@@ -139,6 +167,8 @@ def test_every_tag_is_logged_and_means_what_it_says(build, trainer):
     lengths = [sum(row) for row in rollout.mask_RS.tolist()]
     entropies = rollout.entropy_RS[rollout.mask_RS.bool()].tolist()
     advantages = experience.advantage_BG.flatten().tolist()
+    last = module._mini_batches[-1]["caption"]
+    old, sampled = (x.double().flatten().tolist() for x in (last.old_logp_RS, last.actions.logp_RS))
     expected = {
         "caption/length": sum(lengths) / 12,
         "condition/truncated": 0,
@@ -152,11 +182,13 @@ def test_every_tag_is_logged_and_means_what_it_says(build, trainer):
         "advantage/max_abs": max(map(abs, advantages)),
         "advantage/std": torch.tensor(advantages).std().item(),
         "reconstruction/brightness": experience.reconstructions_NCHW.mean().item(),
-        "policy/sampler_gap": experience.sampler_gap,
+        "policy/sampler_gap": max(abs(math.exp(a - b) - 1) for a, b in zip(old, sampled, strict=True)),
         **{f"time/{stage}": seconds for stage, seconds in experience.seconds.items()},
+        "speed/tokens_per_second": sum(lengths) / experience.seconds["caption"],
+        "speed/images_per_second": 12 / experience.seconds["render"],
     }
     assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    stages = {"caption", "condition", "render", "reward", "replay", "reference", "update"}
+    stages = {"caption", "condition", "render", "reward", "reference", "update"}
     assert {name for name in logged if name.startswith("time/")} == {f"time/{stage}" for stage in stages}
     rest = {
         "policy/loss",

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from uae.measure import sampler_gap
 from uae.metrics import similarity
 from uae.miniature.data import SceneData
 from uae.rewards import RandomReward, WeightedReward
-from uae.rollout import Plan, autoencode, caption_seeds, noise_seeds, parts, replay, roll_out
+from uae.rollout import Plan, autoencode, caption_seeds, distinct, noise_seeds, parts, replay, roll_out, split
 from uae.seeds import seed_of
 from uae.types import Sampling
 
@@ -47,7 +48,7 @@ def test_every_stage_feeds_the_next(umm, reward, batch):
         std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 2)
         for g in range(3):
             assert experience.advantage_BG[b, g].item() == pytest.approx((rewards[g] - mean) / (std + 1e-4), rel=1e-3)
-    assert set(experience.seconds) == {"caption", "condition", "render", "reward", "replay"}
+    assert set(experience.seconds) == {"caption", "condition", "render", "reward"}
     assert all(seconds > 0 for seconds in experience.seconds.values())
 
 
@@ -74,11 +75,11 @@ def test_shared_noise(umm, batch):
     """With one and the same caption, shared noise leaves nothing to tell rows of a group apart."""
     _, shared, _ = autoencode(umm, batch, PLAN, step=0)
     condition = umm.conditioner.encode(["a red ring"] * 12)
-    for plan, distinct in ((PLAN, 4), (replace(PLAN, shared_noise=False), 12)):
+    for plan, different in ((PLAN, 4), (replace(PLAN, shared_noise=False), 12)):
         seeds = noise_seeds(plan, batch["id"].tolist(), 0)
-        assert len(set(seeds)) == distinct
+        assert len(set(seeds)) == different
         images = umm.renderer.render(condition, seeds).view(4, 3, -1)
-        assert torch.equal(images[:, 0], images[:, 1]) == (distinct == 4)
+        assert torch.equal(images[:, 0], images[:, 1]) == (different == 4)
     _, own, _ = autoencode(umm, batch, replace(PLAN, shared_noise=False), step=0)
     assert not torch.equal(shared, own)
 
@@ -95,16 +96,35 @@ def test_select_takes_whole_groups(umm, reward, batch):
     torch.testing.assert_close(replay(umm.captioner, part.rollout, 2, 1), part.rollout.logp_RS, atol=1e-5, rtol=0)
 
 
-def test_the_buffer_holds_the_replay_and_its_distance_from_the_sampler(umm, reward, batch, monkeypatch):
-    sampled, _, _ = autoencode(umm, batch, PLAN, step=0)
+def test_old_log_probs_are_a_replay_or_those_of_the_first_pass(umm, reward, batch, monkeypatch):
     honest = umm.captioner.logprobs
     monkeypatch.setattr(umm.captioner, "logprobs", lambda rollout: honest(rollout) + 0.1)
     experience = roll_out(umm, reward, batch, PLAN, step=0)
-    kept = sampled.mask_RS.bool()
-    old_NT = experience.segments["caption"].old_logp_RS
-    torch.testing.assert_close(old_NT[kept], sampled.logp_RS[kept] + 0.1, atol=1e-5, rtol=0)
-    assert torch.equal(experience.rollout.logp_RS, sampled.logp_RS)  # what the sampler saw stays what it is
-    assert experience.sampler_gap == pytest.approx(math.exp(0.1) - 1, abs=1e-4)
+    sampled_NT, kept = experience.rollout.logp_RS, experience.rollout.mask_RS.bool()
+    first, second = (one["caption"] for one in split(experience, 2, on_policy=[0]))
+    assert first.old_logp_RS is None
+    half = len(sampled_NT) // 2
+    torch.testing.assert_close(second.old_logp_RS[kept[half:]], sampled_NT[half:][kept[half:]] + 0.1, atol=1e-5, rtol=0)
+    logp_NT = first.logprobs()
+    assert torch.equal(first.since_rollout(logp_NT), logp_NT)
+    assert torch.equal(first.since_rollout(logp_NT + 1), logp_NT)  # a later pass changes nothing
+    assert second.since_rollout(logp_NT) is second.old_logp_RS
+    assert float(sampler_gap(second)) == pytest.approx(math.exp(0.1) - 1, abs=1e-4)
+
+
+def test_equal_captions_of_an_image_are_drawn_once(umm, batch, monkeypatch):
+    """Where they share their noise, so that the images would be equal, too."""
+    rows, render = [], umm.renderer.render
+    monkeypatch.setattr(umm.renderer, "render", lambda condition, seeds: rows.append(len(seeds)) or render(condition, seeds))
+    greedy = replace(PLAN, sampling=Sampling(temperature=0.0, max_tokens=6))
+    for plan, drawn in ((greedy, 4), (replace(greedy, shared_noise=False), 12), (replace(greedy, reconstructions=2), 8)):
+        rows.clear()
+        rollout, images_NCHW, _ = autoencode(umm, batch, plan, step=0)
+        assert sum(rows) == drawn
+        texts = [text for text in rollout.texts for _ in range(plan.reconstructions)]
+        plain_NCHW = render(umm.conditioner.encode(texts), noise_seeds(plan, batch["id"].tolist(), 0))
+        torch.testing.assert_close(images_NCHW, plain_NCHW, atol=1e-5, rtol=0)
+    assert distinct(["b", "a", "b", "c", "a"]) == ([0, 1, 3], [0, 1, 0, 2, 1])
 
 
 def test_parts_are_equal_contiguous_and_complete():

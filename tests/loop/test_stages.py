@@ -72,7 +72,7 @@ def test_who_learns(fit, stage, captions, images):
     assert ("policy/loss" in logged) == captions
     if images:
         assert learnt(module.image_policy)
-        assert logged["policy/sampler_gap"] < 1e-3
+        assert logged["image_policy/sampler_gap"] < 1e-3
         assert logged["image_policy/ratio_max"] != 1.0  # clipping can act: the second mini-batch saw an update
 
 

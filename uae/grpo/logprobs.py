@@ -150,7 +150,7 @@ class _TrainedHead(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(grad_weight_VD[:, 0])
         for start in range(0, len(ids_M), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits_CV = _logits(hidden_MD[rows], weight_VD, bias_V, banned, ctx.temperature)
+            logits_CV = logits(hidden_MD[rows], weight_VD, ctx.temperature, banned, bias_V)
             slope_CV = _slope(logits_CV.softmax(1), ids_M[rows], banned, ctx.temperature).mul_(grad_M[rows, None])
             grad_hidden_MD[rows] = _matmul(slope_CV, weight_VD).to(hidden_MD.dtype)
             grad_weight_VD += _matmul(slope_CV.t(), hidden_MD[rows].to(weight_VD.dtype))
@@ -175,7 +175,7 @@ def _score(
     entropy_M = torch.empty_like(logp_M) if entropy else logp_M.new_empty(0)
     for start in range(0, len(ids_M), chunk):
         rows = slice(start, start + chunk)
-        logp_CV = _logits(hidden_MD[rows], weight_VD, bias_V, banned, temperature).log_softmax(1)
+        logp_CV = logits(hidden_MD[rows], weight_VD, temperature, banned, bias_V).log_softmax(1)
         logp_M[rows] = logp_CV.gather(1, ids_M[rows, None]).squeeze(1)
         if not entropy and slope_MD is None:
             continue
@@ -187,9 +187,22 @@ def _score(
     return logp_M, entropy_M
 
 
-def _logits(
-    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, banned: Tensor | None, temperature: float
+def logits(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+    bias_V: Tensor | None = None,
 ) -> Tensor:
+    """The logits ``[C, V]`` of C tokens, as `token_logprobs` computes them: at least float32, banned tokens at -inf.
+
+    Args:
+        hidden_CD: Hidden states of C tokens.
+        weight_VD: Weight of the output layer.
+        temperature: Number that divides the logits, more than 0.
+        banned: Tokens int64 that the policy never emits.
+        bias_V: Bias of the output layer, or None.
+    """
     logits_CV = _matmul(hidden_CD, weight_VD.t())
     if bias_V is not None:
         logits_CV += bias_V

@@ -85,7 +85,7 @@ def communication(
         gradients = sum(weight.numel() * weight.element_size() for weight in policy.parameters() if weight.requires_grad)
         return (Exchange("gradients", "all-reduce", gradients, 1, processes.count),)
     rollouts, n = processes.accumulate / batches_per_rollout, processes.shards
-    parts = _Parts(policy, processes)
+    parts = _Parts(policy, processes, policy.tower_learns)
     copies = processes.count // n
     kinds = [("gradients", "reduce-scatter", parts.reduced, 1.0, n, 1)]
     if copies > 1:
@@ -96,7 +96,7 @@ def communication(
         "policy, backward pass": (parts.backward, processes.accumulate),
     }
     if reference is not None:
-        copy = _Parts(reference, processes)
+        copy = _Parts(reference, processes, policy.tower_learns)
         gathers["reference copy"] = copy.forward, rollouts * mini_batches
     everything = [Exchange(name, "all-gather", whole, times, n) for name, (whole, times) in gathers.items()]
     return tuple(exchange for exchange in [*everything, *(Exchange(*kind) for kind in kinds)] if exchange.members > 1)
@@ -106,10 +106,11 @@ class _Parts:
     """Bytes of the collectives in one pass over a sharded policy.
 
     ``everything`` is gathered for a rollout, ``forward`` and ``backward`` in the passes of a training batch, and ``reduced``
-    are the bytes of gradients per optimizer step.
+    are the bytes of gradients per optimizer step. ``looks`` says whether the image tower runs in these passes; one that is frozen
+    runs in the rollout only.
     """
 
-    def __init__(self, policy: Network, processes: Processes) -> None:
+    def __init__(self, policy: Network, processes: Processes, looks: bool) -> None:
         n, gathered, reduced = processes.shards, processes.gathered_dtype, processes.reduced_dtype
         text = {id(module) for module in policy.base.get_decoder().modules()}
         names = {id(module): name for name, module in policy.named_modules()}
@@ -127,8 +128,8 @@ class _Parts:
 
         twice, once = 2 * sum(map(gather, texts)), sum(map(gather, sees))
         self.everything = gather(policy.parameters())
-        self.forward = gather(root) + once + twice
         trained = any(weight.requires_grad for weights in sees for weight in weights)
+        self.forward = gather(root) + twice + (once if looks else 0)
         self.backward = twice + (once if trained else 0)
         first: list[nn.Parameter] = []
         if not policy.base.get_input_embeddings().weight.requires_grad:
@@ -136,10 +137,6 @@ class _Parts:
             # its weights, and the backward pass of the prompt need not gather them again.
             first = texts[0]
             self.backward -= gather(first)
-        elif not trained and sees:
-            # Before the first text block FSDP prefetches the block in front of it, the last vision block. That one has no
-            # backward pass, but its bytes are sent.
-            self.backward += gather(sees[-1])
         self.reduced = reduce(policy.parameters())
         if processes.accumulate > 1:
             # Text blocks are reduced twice in the last batch: the gradients accumulated in earlier batches after the backward

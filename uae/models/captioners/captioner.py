@@ -6,6 +6,7 @@ How to load one from a checkpoint is in `uae.models.captioners.loading`, its tra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from uae.learner import Learner
 from uae.models.captioners.draws import draw, entropy, uniforms
-from uae.models.captioners.policy import CaptionPolicy, VLMContext
+from uae.models.captioners.policy import CaptionPolicy, Prefix, VLMContext
+from uae.models.merged import merged
 from uae.types import Rollout, Sampling
 
 SPECIAL_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -130,37 +132,44 @@ class HFCaptioner:
         """``group`` captions for every image; row n depends on its image and on ``seeds[n]`` only.
 
         Tokens come from the inverse of the cumulative distribution at one uniform number per row and step, so a sample
-        does not depend on its batch.
+        does not depend on its batch. Rows that have ended leave the batch, a quarter of it at a time.
         """
-        policy, temperature, device = self.learner.network, sampling.policy_temperature, self.device
-        prefix = policy.prefill(context).expand(group)
-        hidden_ND, done_N = prefix.hidden_ND, torch.zeros(len(prefix.hidden_ND), dtype=torch.bool, device=device)
-        uniform_NT = uniforms(seeds, sampling.max_tokens).to(device)
-        ends = torch.tensor(self.end_ids, device=device)
-        tokens, logps, entropies, masks = [], [], [], []
-        for step in range(sampling.max_tokens):
-            logp_NV = policy.logits(hidden_ND, temperature).log_softmax(-1)
-            token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NT[:, step])
-            token_N = token_N.masked_fill(done_N, self.pad_id)
-            tokens.append(token_N)
-            masks.append((~done_N).float())
-            logps.append(logp_NV.gather(1, token_N[:, None])[:, 0].masked_fill(done_N, 0.0))
-            entropies.append(entropy(logp_NV).masked_fill(done_N, 0.0))
-            done_N = done_N | torch.isin(token_N, ends)
-            if done_N.all() or step + 1 == sampling.max_tokens:
-                break
-            hidden_ND = policy.advance(prefix, token_N[:, None])[:, -1]
-        tokens_NT, mask_NT = torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+        prompt = self.learner.network.prefill(context, keep_features=True)
+        prefix = prompt.expand(group, room=sampling.max_tokens - 1)
+        with merged(self.learner.network.model):
+            tokens_NT, mask_NT, logp_NT, entropy_NT = self._draw(prefix, sampling, seeds)
         return Rollout(
             mask_RS=mask_NT,
-            logp_RS=torch.stack(logps, dim=1),
-            entropy_RS=torch.stack(entropies, dim=1),
+            logp_RS=logp_NT,
+            entropy_RS=entropy_NT,
             tokens_NT=tokens_NT,
             texts=self.decode(tokens_NT, mask_NT),
-            context=context,
+            context=replace(context, features=prompt.features),
             group=group,
-            temperature=temperature,
+            temperature=sampling.policy_temperature,
         )
+
+    def _draw(self, prefix: Prefix, sampling: Sampling, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, mask, log-probs and entropies, ``[N, T]`` each, up to the end of the longest caption."""
+        policy, temperature, device = self.learner.network, sampling.policy_temperature, self.device
+        uniform_NT, ends = uniforms(seeds, sampling.max_tokens).to(device), torch.tensor(self.end_ids, device=device)
+        hidden_RD, row_R = prefix.hidden_ND, torch.arange(len(uniform_NT), device=device)
+        open_R = torch.ones_like(row_R, dtype=torch.bool)
+        record = _Record(uniform_NT.shape, self.pad_id, policy.logits(hidden_RD[:1], 1.0))
+        for step in range(sampling.max_tokens):
+            logp_RV = policy.logits(hidden_RD, temperature).log_softmax(-1)
+            token_R = logp_RV.argmax(-1) if sampling.temperature == 0 else draw(logp_RV, uniform_NT[row_R, step])
+            record.note(step, row_R, open_R, token_R, logp_RV)
+            open_R = open_R & ~torch.isin(token_R, ends)
+            left = int(open_R.sum())
+            if left == 0 or step + 1 == sampling.max_tokens:
+                break
+            if left <= 0.75 * len(open_R):
+                kept_K = open_R.nonzero()[:, 0]
+                prefix.keep(kept_K)
+                row_R, token_R, open_R = row_R[kept_K], token_R[kept_K], open_R[kept_K]
+            hidden_RD = policy.advance(prefix, token_R[:, None])[:, -1]
+        return record.until(step + 1)
 
     def decode(self, tokens_NT: Tensor, mask_NT: Tensor) -> list[str]:
         """Captions as plain text, without special tokens."""
@@ -171,6 +180,34 @@ class HFCaptioner:
         """Teacher-forced log-probs ``[N, T]`` under the current weights, with gradient; 0 where masked."""
         logp_NT: Tensor = self.learner.network(rollout.context, rollout.tokens_NT, rollout.group, rollout.temperature)
         return logp_NT.masked_fill(rollout.mask_RS == 0, 0.0)
+
+
+class _Record:
+    """What is known of N captions of up to T tokens while they are drawn.
+
+    Args:
+        shape: N and T.
+        pad_id: The token that stands behind the end of a caption.
+        like: A tensor whose device and data type log-probs shall have.
+    """
+
+    def __init__(self, shape: torch.Size, pad_id: int, like: Tensor) -> None:
+        self.pad_id = pad_id
+        self.tokens_NT = torch.full(shape, pad_id, dtype=torch.long, device=like.device)
+        self.mask_NT, (self.logp_NT, self.entropy_NT) = like.new_zeros(shape), like.new_zeros(2, *shape)
+
+    def note(self, step: int, row_R: Tensor, open_R: Tensor, token_R: Tensor, logp_RV: Tensor) -> None:
+        """Write down a token of every row that has not ended."""
+        self.tokens_NT[row_R, step] = token_R.masked_fill(~open_R, self.pad_id)
+        self.mask_NT[row_R, step] = open_R.to(self.mask_NT.dtype)
+        self.logp_NT[row_R, step] = logp_RV.gather(1, token_R[:, None])[:, 0].masked_fill(~open_R, 0.0)
+        self.entropy_NT[row_R, step] = entropy(logp_RV).masked_fill(~open_R, 0.0)
+
+    def until(self, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, mask, log-probs and entropies of the first steps."""
+        tokens_NT, mask_NT, *values = (self.tokens_NT, self.mask_NT, self.logp_NT, self.entropy_NT)
+        logp_NT, entropy_NT = (value_NT[:, :end].contiguous() for value_NT in values)
+        return tokens_NT[:, :end].contiguous(), mask_NT[:, :end].contiguous(), logp_NT, entropy_NT
 
 
 def _check_text(instruction: str, processor: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from uae.models.captioners.caches import PromptLayer
@@ -17,6 +18,30 @@ def fixed_cache(model: Any, length: int) -> Any:
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     layers: list[Any] = [FixedLayer(length) for _ in range(count)]
     return Cache(layers=layers)
+
+
+def continued(cache: Any, rows: int, group: int, room: int) -> Any:
+    """Repeat a prompt's cache, made by the library, for captions that are drawn token by token. Changes it in place.
+
+    Args:
+        cache: The cache of the prompts.
+        rows: Number of prompts.
+        group: Captions of each.
+        room: Number of tokens that each caption may add.
+    """
+    from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+    CacheLayerMixin.register(PromptLayer)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            assert layer.keys is not None
+            assert layer.values is not None
+            written = FixedLayer(layer.keys.shape[2] + room)
+            written.update(layer.keys.repeat_interleave(group, 0), layer.values.repeat_interleave(group, 0))
+            cache.layers[number] = written
+        else:  # linear attention, whose states are of one size
+            layer.reorder_cache(torch.arange(rows).repeat_interleave(group))
+    return cache
 
 
 class FixedLayer(PromptLayer):
@@ -40,3 +65,8 @@ class FixedLayer(PromptLayer):
         self.keys[:, :, start : self.filled] = key_states
         self.values[:, :, start : self.filled] = value_states
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Keep some rows only, in the order given."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]

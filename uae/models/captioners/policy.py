@@ -1,11 +1,12 @@
 """The trainable part of a captioner: a vision-language model that scores captions of images.
 
-The prompt (image included) runs once per image, both in sampling and in log-probs, and its key-value cache is expanded to
-the group. The result and its gradient are exact, and the image tower runs once per image instead of once per caption.
+The prompt runs once per image, both in sampling and in log-probs, and its key-value cache is expanded to the group. A frozen
+image tower runs in sampling only, see `uae.models.captioners.features`. The result and its gradient are exact.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uae.grpo import selected_logprobs
+from uae.grpo import logits, selected_logprobs
 from uae.learner import Network
 from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
+from uae.models.captioners.features import ImageFeatures, kept, looking
+from uae.models.captioners.fixed_cache import continued
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class VLMContext:
         patches: The ``pixel_values`` of each image, for models that concatenate the patches or tiles of all images; empty
             for other models, whose ``pixel_values`` are in ``rows``.
         images: The B source images ``[3, H, W]`` in [0, 1].
+        features: What a frozen image tower sees in them; None if it has to look.
     """
 
     rows: dict[str, Tensor]
     patches: tuple[Tensor, ...] = ()
     images: tuple[Tensor, ...] = ()
+    features: ImageFeatures | None = None
 
     def __len__(self) -> int:
         """B, the number of images."""
@@ -41,7 +46,8 @@ class VLMContext:
     def index(self, images: Sequence[int]) -> VLMContext:
         """The same context for a subset of its images."""
         rows = {key: value[list(images)] for key, value in self.rows.items()}
-        return VLMContext(rows, *(tuple(x[i] for i in images) if x else () for x in (self.patches, self.images)))
+        patches, sources = (tuple(x[i] for i in images) if x else () for x in (self.patches, self.images))
+        return VLMContext(rows, patches, sources, None if self.features is None else self.features.index(images))
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
@@ -56,11 +62,25 @@ class Prefix:
     hidden_ND: Tensor  # of the last prompt token
     mask_NP: Tensor
     offset_N: Tensor  # position of the first caption token
+    features: ImageFeatures | None = None  # of the images in the prompt, if later passes may use them
 
-    def expand(self, group: int) -> Prefix:
-        """Repeat every row ``group`` times. The cache is reused, so this object must not be used afterwards."""
-        rows = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
-        return Prefix(expand(self.cache, len(self.hidden_ND), group), *rows)
+    def expand(self, group: int, room: int | None = None) -> Prefix:
+        """Repeat every row ``group`` times. The cache is reused, so this object must not be used afterwards.
+
+        Args:
+            group: Captions per image.
+            room: How many tokens will be fed one by one, without gradient; None if all come in one pass.
+        """
+        hidden_ND, mask_NP, offset_N = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
+        rows = len(self.hidden_ND)
+        cache = expand(self.cache, rows, group) if room is None else continued(self.cache, rows, group, room)
+        return Prefix(cache, hidden_ND, mask_NP, offset_N)
+
+    def keep(self, rows_R: Tensor) -> None:
+        """Drop all rows but these, of a prefix that was expanded with room for tokens."""
+        for layer in self.cache.layers:
+            layer.reorder_cache(rows_R)
+        self.mask_NP, self.offset_N = self.mask_NP[rows_R], self.offset_N[rows_R]
 
 
 class CaptionPolicy(Network):
@@ -106,8 +126,14 @@ class CaptionPolicy(Network):
             prefix = self.prefill(context, prompt_cache(self.base) if recompute else None).expand(group)
             return prefix.hidden_ND, self.advance(prefix, tokens_NT)
 
-    def prefill(self, context: VLMContext, cache: Any = None) -> Prefix:
-        """Run the prompt of every image once. ``cache`` is an empty cache; None uses the library's default kind."""
+    def prefill(self, context: VLMContext, cache: Any = None, keep_features: bool = False) -> Prefix:
+        """Run the prompt of every image once.
+
+        Args:
+            context: The prompts.
+            cache: An empty cache; None uses the library's default kind.
+            keep_features: Whether the result shall have the features of the images, if its tower is frozen.
+        """
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             raise RuntimeError(
                 "gradient_checkpointing_enable() of transformers drops the prompt's cache that captions continue: do not "
@@ -117,14 +143,28 @@ class CaptionPolicy(Network):
         if not hasattr(self.base.model, "get_rope_index"):  # else left padding would shift the positions
             inputs["position_ids"] = (mask_BP.cumsum(1) - 1).clamp(min=0)
         cache = library_cache(self.base) if cache is None else cache
-        out = self.base.model(**inputs, **cache_argument(self.base.model, cache), use_cache=True)
+        with looking(self.base.model, context.features) as seen:
+            out = self.base.model(**inputs, **cache_argument(self.base.model, cache), use_cache=True)
         offset_B = mask_BP.sum(1)
         deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
         if deltas is None:  # newer versions keep it on the model
             deltas = getattr(self.base.model, "rope_deltas", None)
         if deltas is not None:
             offset_B = offset_B + deltas.view(-1).to(offset_B.device)
-        return Prefix(cache, out.last_hidden_state[:, -1], mask_BP, offset_B)
+        features = context.features
+        if keep_features and seen and not self.tower_learns:
+            features = kept(seen, inputs["input_ids"], getattr(self.base.config, "image_token_id", None))
+        return Prefix(cache, out.last_hidden_state[:, -1], mask_BP, offset_B, features)
+
+    @property
+    def tower_learns(self) -> bool:
+        """Whether weights that learn take part in what the image tower sees, an adapter's included that is switched off."""
+        text = {id(p) for part in (self.base.get_decoder(), self.base.get_output_embeddings()) for p in part.parameters()}
+        aside = self.used_only_for.get("images")
+        return any(
+            (parameter.requires_grad or "lora_" in name) and id(parameter) not in text and not (aside and re.search(aside, name))
+            for name, parameter in self.named_parameters()
+        )
 
     def advance(self, prefix: Prefix, tokens_NT: Tensor) -> Tensor:
         """Feed caption tokens after a prefix, whose cache grows, and return their final hidden states ``[N, T, D]``."""
@@ -150,6 +190,6 @@ class CaptionPolicy(Network):
         return selected_logprobs(hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=bias_V)
 
     def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
-        """float32 logits ``[N, V]`` of the policy: temperature applied, banned tokens at -inf."""
-        logits_NV = self.base.get_output_embeddings()(hidden_ND).float() / temperature
-        return logits_NV.index_fill(1, self.banned_ids, -torch.inf)
+        """float32 logits ``[N, V]`` of the policy, as `score` computes them: temperature applied, banned tokens at -inf."""
+        head = self.base.get_output_embeddings()
+        return logits(hidden_ND, head.weight, temperature, self.banned_ids, getattr(head, "bias", None))

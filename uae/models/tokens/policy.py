@@ -25,6 +25,7 @@ from uae.models.captioners.caches import cache_argument, recomputing
 from uae.models.captioners.draws import draw, entropy, uniforms
 from uae.models.captioners.fixed_cache import fixed_cache
 from uae.models.captioners.policy import CaptionPolicy
+from uae.models.merged import merged
 from uae.types import Trajectory
 
 LogProb = Literal["guided", "conditional", "guided_detach_uncond"]
@@ -253,10 +254,11 @@ class ImageTokenPolicy:
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
         policy = self.learner.network
-        drawn = [
-            policy.draw(condition.index(part), self.sampling, uniforms([seeds[n] for n in part], policy.tokens))
-            for part in self._parts(len(seeds))
-        ]
+        with merged(policy.model):
+            drawn = [
+                policy.draw(condition.index(part), self.sampling, uniforms([seeds[n] for n in part], policy.tokens))
+                for part in self._parts(len(seeds))
+            ]
         tokens_NS, logp_NS, entropy_NS = (torch.cat(x) for x in zip(*drawn, strict=True))
         return Trajectory(
             mask_RS=torch.ones_like(logp_NS),
