@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,55 +56,59 @@ class Family:
 
     Args:
         base: The complete configuration.
-        captions, images: Optimizer steps of the stages in turn.
-        image_cost, joint_cost: What an optimizer step of images, or of both, costs; a step of captions costs 1. Measured on
-            one thread, rollout and update together.
-        image_files: Configuration files behind that of stage 3, or of both halves at once.
-        image_options: Options of stage 3.
-        caption_options: Options of stage 2.
+        third: The configuration files of stage 3.
+        joint: The configuration files of both halves at once.
+        captions, images: Optimizer steps of stages 2 and 3.
+        image_cost, joint_cost: What an optimizer step of stage 3, or of both halves, costs; a step of captions costs 1. Measured
+            on one thread, rollout and update together.
+        options: Further arguments, by the first file of a stage.
         in_turns: Whether other orders of the stages are tried, too.
     """
 
     base: str
+    third: tuple[str, ...]
+    joint: tuple[str, ...]
     captions: int
     images: int
     image_cost: float
     joint_cost: float
-    image_files: tuple[str, ...] = ()
-    image_options: tuple[str, ...] = ()
-    caption_options: tuple[str, ...] = ()
+    options: Mapping[str, tuple[str, ...]]
     in_turns: bool = False
 
     @property
     def cases(self) -> list[Case]:
         """All cases. Those that are compared with each other cost the same."""
         total = self.captions + self.images * self.image_cost
-        half, rest, images = even(self.captions / 2), even(self.images / 2), (IMAGES, *self.image_files)
+        half, rest = even(self.captions / 2), even(self.images / 2)
         claims = [
             Case("captions", (CAPTIONS,), self.captions),
-            Case("captions, images", images, self.images, "captions"),
+            Case("captions, stage 3", self.third, self.images, "captions"),
             Case("more captions", (CAPTIONS,), even(self.images * self.image_cost), "captions"),
-            Case("joint", (JOINT, *self.image_files), even(total / self.joint_cost)),
+            Case("joint", self.joint, even(total / self.joint_cost)),
             Case("random reward, captions", (CAPTIONS, RANDOM), self.captions),
-            Case("random reward, images", (*images, RANDOM), self.images, "captions"),
+            Case("random reward, stage 3", (*self.third, RANDOM), self.images, "captions"),
         ]
         asides = [
-            Case("images alone", images, even(total / self.image_cost), aside=True),
+            Case("images alone", self.third, even(total / self.image_cost), aside=True),
             Case("turn 1: captions", (CAPTIONS,), half, aside=True),
-            Case("turn 2: images", images, rest, "turn 1: captions", aside=True),
+            Case("turn 2: images", self.third, rest, "turn 1: captions", aside=True),
             Case("turn 3: captions", (CAPTIONS,), half, "turn 2: images", aside=True),
-            Case("turn 4: images", images, rest, "turn 3: captions", aside=True),
+            Case("turn 4: images", self.third, rest, "turn 3: captions", aside=True),
         ]
         return [*claims, *asides] if self.in_turns else claims
 
 
-JANUS_CAPTIONS = ("--model.init_args.optimizer.init_args.lr=3e-4", "--data.init_args.batch_size=8")
+MINIATURE = "configs/stages/miniature.yaml"
 FAMILIES = {
     "tiny": Family(
-        "configs/tiny.yaml", 160, 160, 1.1, 1.9, ("configs/stages/miniature.yaml",), ("--model.init_args.reconstructions=16",),
-        in_turns=True,
+        "configs/tiny.yaml", (IMAGES, MINIATURE), (JOINT, MINIATURE), 160, 160, 1.1, 1.9,
+        {IMAGES: ("--model.init_args.reconstructions=16",)}, in_turns=True,
     ),
-    "janus": Family("configs/tiny_janus.yaml", 160, 160, 0.75, 1.8, caption_options=JANUS_CAPTIONS),
+    # One network: stage 3 trains captions, too, because images alone change the weights that captions come from.
+    "janus": Family(
+        "configs/tiny_janus.yaml", (JOINT,), (JOINT,), 160, 120, 1.8, 1.8,
+        {CAPTIONS: ("--model.init_args.optimizer.init_args.lr=3e-4", "--data.init_args.batch_size=8")},
+    ),
 }  # fmt: skip
 
 
@@ -127,7 +131,7 @@ class Job:
         case = self._case
         start = None if case.after is None else Job(self.family, case.after, self.seed).run
         family = FAMILIES[self.family]
-        options = {IMAGES: family.image_options, CAPTIONS: family.caption_options, JOINT: ()}[case.configs[0]]
+        options = family.options.get(case.configs[0], ())
         return Run(case.name, self.seed, family.base, case.configs, case.steps, options, start)
 
     @property

@@ -33,26 +33,26 @@ ROWS = {  # tag: what it is, and what the paper reports for the like of it
     "reconstruction/whole": ("image right in everything", ""),
 }
 COLUMNS = (
-    "start", "control A", "control B", "best of 8", "captions", "captions, images", "more captions", "joint",
-    "random reward, captions", "random reward, images", "images alone", "turn 4: images",
+    "start", "control A", "control B", "best of 8", "captions", "captions, stage 3", "more captions", "joint",
+    "random reward, captions", "random reward, stage 3", "images alone", "turn 4: images",
 )  # fmt: skip
 CLAIMS = (  # case, against, how, tags
-    ("captions, images", "start", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
-    ("captions, images", "more captions", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
+    ("captions, stage 3", "start", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
+    ("captions, stage 3", "more captions", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
     ("joint", "start", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
-    ("captions, images", "control A", "sampled", ("unified_score/held_out", "reconstruction/whole")),
-    ("captions, images", "control B", "greedy", ("unified_score/held_out", "reconstruction/whole")),
+    ("captions, stage 3", "control A", "sampled", ("unified_score/held_out", "reconstruction/whole")),
+    ("captions, stage 3", "control B", "greedy", ("unified_score/held_out", "reconstruction/whole")),
     ("captions", "control A", "sampled", ("unified_score/held_out",)),
     ("captions", "control B", "greedy", ("unified_score/held_out",)),
-    ("captions, images", "captions", "greedy", ("understanding/overall", "caption/precision", "caption/full")),
+    ("captions, stage 3", "captions", "greedy", ("understanding/overall", "caption/precision", "caption/full")),
     ("joint", "start", "greedy", ("understanding/overall", "caption/precision")),
     ("random reward, captions", "start", "greedy", ("unified_score/held_out", "caption/full")),
-    ("random reward, images", "captions", "greedy", ("generation/overall", "reconstruction/whole")),
-    ("turn 4: images", "captions, images", "greedy", ("caption/full", "generation/overall", "reconstruction/whole")),
+    ("random reward, stage 3", "captions", "greedy", ("generation/overall", "reconstruction/whole")),
+    ("turn 4: images", "captions, stage 3", "greedy", ("caption/full", "generation/overall", "reconstruction/whole")),
     ("turn 4: images", "joint", "greedy", ("caption/full", "generation/overall", "reconstruction/whole")),
 )
 TURNS = (
-    "start", "turn 1: captions", "turn 2: images", "turn 3: captions", "turn 4: images", "captions, images", "joint", "images alone",
+    "start", "turn 1: captions", "turn 2: images", "turn 3: captions", "turn 4: images", "captions, stage 3", "joint", "images alone",
 )  # fmt: skip
 
 

@@ -19,16 +19,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from uae.miniature.tiny import CHAT_TEMPLATE, END, IMAGE, PAD, UNKNOWN, VIDEO, VISION_END, VISION_START, VOCABULARY, word_level
+from uae.grpo import GRPOLoss
+from uae.miniature import tiny
+from uae.miniature.tiny import END, IMAGE, PAD, UNKNOWN, VIDEO, VISION_END, VISION_START
+from uae.models.captioners.captioner import HFCaptioner
+from uae.models.finetune import LoRA
+from uae.module import UnifiedGRPO
+from uae.rewards import BaseReward, WeightedReward
+from uae.types import UMM, Sampling
 
 CASES = ("64/32/8", "256/32/4", "256/32/8", "256/32/16", "256/128/8", "1024/64/8")  # vision tokens / caption tokens / group
-WORDS = [*VOCABULARY, *(f"w{number}" for number in range(8192 - len(VOCABULARY)))]
+WORDS = [*tiny.VOCABULARY, *(f"w{number}" for number in range(8192 - len(tiny.VOCABULARY)))]
 QUESTION = "describe the picture"
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 MIB = 2**20
@@ -68,9 +77,9 @@ def processor(vision_tokens: int) -> Any:
     side = int(8 * vision_tokens**0.5)
     image = Qwen2VLImageProcessor(**sizes, size={"shortest_edge": side * side, "longest_edge": side * side})
     specials = [VISION_START, VISION_END, IMAGE, VIDEO]
-    words = word_level(WORDS, UNKNOWN, eos_token=END, pad_token=PAD, additional_special_tokens=specials)
+    words = tiny.word_level(WORDS, UNKNOWN, eos_token=END, pad_token=PAD, additional_special_tokens=specials)
     video = Qwen2VLVideoProcessor(**sizes)
-    return Qwen2_5_VLProcessor(image_processor=image, tokenizer=words, video_processor=video, chat_template=CHAT_TEMPLATE)
+    return Qwen2_5_VLProcessor(image_processor=image, tokenizer=words, video_processor=video, chat_template=tiny.CHAT_TEMPLATE)
 
 
 def specials() -> list[int]:
@@ -105,72 +114,88 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+class Texts(list[str]):
+    """A condition that is the captions themselves."""
+
+    def index(self, rows: Sequence[int]) -> Texts:
+        """Some of them."""
+        return Texts(self[row] for row in rows)
+
+
+class Reader:
+    """A conditioner that does nothing."""
+
+    truncated = 0
+
+    def to(self, device: torch.device) -> Reader:
+        """Nothing to move."""
+        return self
+
+    def encode(self, texts: list[str], rollout: Any = None) -> Texts:
+        """The captions."""
+        return Texts(texts)
+
+
+class Painter:
+    """A renderer that draws black."""
+
+    def to(self, device: torch.device) -> Painter:
+        """Nothing to move."""
+        return self
+
+    def modules(self) -> list[torch.nn.Module]:
+        """No networks."""
+        return []
+
+    def render(self, condition: Texts, seeds: Sequence[int], grad: bool = False) -> Tensor:
+        """Small black images."""
+        return torch.zeros(len(condition), 3, 8, 8)
+
+
+class Worth(BaseReward):
+    """The reward of both sides."""
+
+    def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
+        """By caption."""
+        return torch.tensor(worth(texts)).view(len(sources_BCHW), -1)
+
+
+@dataclass
+class System:
+    """The captioner, and nothing that costs time behind it."""
+
+    vision_tokens: int
+
+    def build(self) -> UMM:
+        """Assemble it."""
+        captioner = HFCaptioner(model(), processor(self.vision_tokens), QUESTION, extra_banned_ids=specials())
+        return UMM(captioner, Reader(), Painter())
+
+
+class Clock(pl.Callback):
+    """Marks the steps of Lightning."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """The end of a step."""
+        self.steps.mark()
+
+
 def ours(vision_tokens: int, tokens: int, group: int, steps: int) -> dict[str, Any]:
     """`uae.module.UnifiedGRPO` under Lightning's trainer."""
-    import lightning.pytorch as pl
-
-    from uae.grpo import GRPOLoss
-    from uae.models.captioners.captioner import HFCaptioner
-    from uae.models.finetune import LoRA
-    from uae.module import UnifiedGRPO
-    from uae.rewards import BaseReward, WeightedReward
-    from uae.types import UMM, Sampling
-
-    class Strings(list):
-        def index(self, rows: Any) -> Any:
-            return Strings(self[row] for row in rows)
-
-    class Reader:
-        truncated = 0
-
-        def to(self, device: Any) -> Any:
-            return self
-
-        def encode(self, texts: list[str], rollout: Any = None) -> Any:
-            return Strings(texts)
-
-    class Painter:
-        def to(self, device: Any) -> Any:
-            return self
-
-        def modules(self) -> list[Any]:
-            return []
-
-        def render(self, condition: Any, seeds: Any, grad: bool = False) -> Tensor:
-            return torch.zeros(len(condition), 3, 8, 8)
-
-    class System:
-        def build(self) -> UMM:
-            captioner = HFCaptioner(model(), processor(vision_tokens), QUESTION, extra_banned_ids=specials())
-            return UMM(captioner, Reader(), Painter())
-
-    class Worth(BaseReward):
-        def __call__(self, images: Tensor, reconstructions: Tensor, texts: list[str]) -> Tensor:
-            return torch.tensor(worth(texts)).view(len(images), -1)
-
-    class Data(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return steps
-
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            side = int(8 * vision_tokens**0.5)
-            return {"image": torch.rand(3, side, side, generator=torch.Generator().manual_seed(index)), "id": index}
-
-    clock = Steps()
-
-    class Clock(pl.Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            clock.mark()
-
+    side, generator, clock = int(8 * vision_tokens**0.5), torch.Generator().manual_seed(0), Steps()
+    batches = [{"image": torch.rand(1, 3, side, side, generator=generator), "id": torch.tensor([n])} for n in range(steps)]
     module = UnifiedGRPO(
-        System(), WeightedReward({"worth": Worth()}, {"worth": 1.0}), LoRA(rank=16, target_modules=TARGETS),
+        System(vision_tokens), WeightedReward({"worth": Worth()}, {"worth": 1.0}), LoRA(rank=16, target_modules=TARGETS),
         loss=GRPOLoss(beta=0.04), sampling=Sampling(max_tokens=tokens), group=group,
     )  # fmt: skip
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, enable_model_summary=False, callbacks=[Clock()], gradient_clip_val=1.0, **quiet
-    )
-    trainer.fit(module, torch.utils.data.DataLoader(Data()))
+        accelerator="cpu", devices=1, max_steps=steps, callbacks=[Clock(clock)], gradient_clip_val=1.0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return clock.report()
 
 
@@ -190,7 +215,7 @@ def trl(vision_tokens: int, tokens: int, group: int, steps: int) -> dict[str, An
     rows = Dataset.from_dict({"prompt": [prompt] * steps, "image": images})
     clock = Steps()
 
-    class Clock(TrainerCallback):
+    class Marks(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             clock.mark()
 
@@ -204,7 +229,7 @@ def trl(vision_tokens: int, tokens: int, group: int, steps: int) -> dict[str, An
         trainer = GRPOTrainer(
             model=model(), args=config, train_dataset=rows, processing_class=processor(vision_tokens),
             reward_funcs=lambda completions, **_: worth([one[0]["content"] for one in completions]),
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS), callbacks=[Clock()],
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS), callbacks=[Marks()],
         )  # fmt: skip
         trainer.train()
     return clock.report()
@@ -228,13 +253,15 @@ def race(case: str, steps: int, rounds: int) -> dict[str, Any]:
             found[side].append(alone(side, case, steps))
     seconds = {side: statistics.median(x for one in runs for x in one["cpu"]) for side, runs in found.items()}
     memory = {side: statistics.median(one["peak_mib"] for one in runs) for side, runs in found.items()}
-    print(f"{case}: {seconds['trl']:.2f} s of TRL, {seconds['ours']:.2f} s of ours, {seconds['trl'] / seconds['ours']:.1f} x", flush=True)
+    ratio = seconds["trl"] / seconds["ours"]
+    print(f"{case}: {seconds['trl']:.2f} s of TRL, {seconds['ours']:.2f} s of ours, {ratio:.1f} x", flush=True)
     return {"case": case, "seconds": seconds, "peak_mib": memory, "runs": found}
 
 
 def markdown(races: list[dict[str, Any]]) -> str:
     """The table."""
-    lines = ["| vision tokens / caption tokens / group | TRL, CPU s | ours, CPU s | ratio | TRL, MiB | ours, MiB | ratio |", "|---" * 7 + "|"]
+    heads = ["vision tokens / caption tokens / group", "TRL, CPU s", "ours, CPU s", "ratio", "TRL, MiB", "ours, MiB", "ratio"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for one in races:
         seconds, memory = one["seconds"], one["peak_mib"]
         lines.append(

@@ -28,10 +28,11 @@ def test_cases_that_are_compared_cost_the_same(claims, family):
 
     def cost(name):
         case = cases[name]
-        rate = 1.0 if claims.CAPTIONS in case.configs else settings.joint_cost if claims.JOINT in case.configs else settings.image_cost
+        rates = {claims.CAPTIONS: 1.0, claims.JOINT: settings.joint_cost, claims.IMAGES: settings.image_cost}
+        rate = rates[case.configs[0]]
         return case.steps * rate + (cost(case.after) if case.after else 0.0)
 
-    whole = cost("captions, images")
+    whole = cost("captions, stage 3")
     for name in {"more captions", "joint", "images alone", "turn 4: images"} & set(cases):
         assert cost(name) == pytest.approx(whole, abs=4 * settings.joint_cost + 8), name
     assert all(case.steps % 4 == 0 for case in cases.values())
@@ -58,7 +59,7 @@ def test_intervals_and_differences(claims):
     scores = {"generation/overall": 0.0, "reconstruction/whole": 0.0, "unified_score/held_out": 0.0}
     measured = {
         "start": {"greedy": [{**scores, "reconstruction/whole": 0.1 * n} for n in range(3)]},
-        "captions, images": {"greedy": [{**scores, "reconstruction/whole": 0.1 * n + 0.5} for n in range(3)]},
+        "captions, stage 3": {"greedy": [{**scores, "reconstruction/whole": 0.1 * n + 0.5} for n in range(3)]},
     }
     lines = [line for line in differences(measured) if "right in everything" in line]
-    assert lines == ["| captions, images | start | greedy | image right in everything | 3 | +0.500 ±0.000 | apart |"]
+    assert lines == ["| captions, stage 3 | start | greedy | image right in everything | 3 | +0.500 ±0.000 | apart |"]
