@@ -98,7 +98,7 @@ class Family:
         return [*claims, *asides] if self.in_turns else claims
 
 
-MINIATURE = "configs/stages/miniature.yaml"
+MINIATURE = "configs/exploration/miniature.yaml"
 FAMILIES = {
     "tiny": Family(
         "configs/tiny.yaml", (IMAGES, MINIATURE), (JOINT, MINIATURE), 160, 160, 1.1, 1.9,

@@ -94,11 +94,12 @@ def communication(
         "policy, rollout": (parts.everything, rollouts),
         "policy, forward pass": (parts.forward, processes.accumulate),
         "policy, backward pass": (parts.backward, processes.accumulate),
+        "policy, prefetched": (parts.prefetched, rollouts),
     }
     if reference is not None:
         copy = _Parts(reference, processes, policy.tower_learns)
         gathers["reference copy"] = copy.forward, rollouts * mini_batches
-    everything = [Exchange(name, "all-gather", whole, times, n) for name, (whole, times) in gathers.items()]
+    everything = [Exchange(name, "all-gather", whole, times, n) for name, (whole, times) in gathers.items() if whole]
     return tuple(exchange for exchange in [*everything, *(Exchange(*kind) for kind in kinds)] if exchange.members > 1)
 
 
@@ -137,6 +138,9 @@ class _Parts:
             # its weights, and the backward pass of the prompt need not gather them again.
             first = texts[0]
             self.backward -= gather(first)
+        # Where the embeddings train, the backward pass of the prompt gathers the first text block. Before it, FSDP prefetches the block
+        # that ran in front of it. In the first update after a rollout this is the last text block, as the rollout has left it.
+        self.prefetched = 0 if first or looks else gather(texts[-1])
         self.reduced = reduce(policy.parameters())
         if processes.accumulate > 1:
             # Text blocks are reduced twice in the last batch: the gradients accumulated in earlier batches after the backward

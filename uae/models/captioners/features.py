@@ -6,9 +6,10 @@ from there and handed in there, so that a model's own code decides what is done 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ class ImageFeatures:
     """The features of B images, detached.
 
     Args:
-        kind: Class of the tower's output.
+        create: Makes the tower's output from its layers, by name. A partial of its class and not the class itself, which is a
+            dataclass: torch's distributed code would take it for an instance and fail.
         shapes: For each of its layers, the number of dimensions of the one tensor that it is; 0 for a list of tensors.
         rows: For every image, what is put in the place of its tokens, ``[tokens, D]``, then what is added there behind each
             of the first text layers (the deepstack of Qwen3-VL).
     """
 
-    kind: type[Any]
+    create: Callable[..., Any]
     shapes: tuple[int, ...]
     rows: tuple[tuple[Tensor, ...], ...]
 
@@ -41,7 +43,7 @@ class ImageFeatures:
             [layer] if dimensions == 0 else layer[None] if dimensions == 3 else layer
             for layer, dimensions in zip(layers, self.shapes, strict=True)
         ]
-        return self.kind(pooler_output=shaped[0], **({"deepstack_features": shaped[1:]} if shaped[1:] else {}))
+        return self.create(pooler_output=shaped[0], **({"deepstack_features": shaped[1:]} if shaped[1:] else {}))
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def kept(seen: Sequence[Any], ids_BP: Tensor, image_token: int | None) -> ImageF
     if any(len(rows) != sum(tokens_B) for rows in flat):
         return None
     rows = zip(*(layer.split(tokens_B) for layer in flat), strict=True)
-    return ImageFeatures(type(seen[0]), tuple(getattr(layer, "ndim", 0) for layer in layers), tuple(rows))
+    return ImageFeatures(partial(type(seen[0])), tuple(getattr(layer, "ndim", 0) for layer in layers), tuple(rows))
 
 
 def _parts(layer: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
