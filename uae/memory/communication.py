@@ -138,8 +138,8 @@ class _Parts:
             # its weights, and the backward pass of the prompt need not gather them again.
             first = texts[0]
             self.backward -= gather(first)
-        # Where the embeddings train, the backward pass of the prompt gathers the first text block. Before it, FSDP prefetches the block
-        # that ran in front of it. In the first update after a rollout this is the last text block, as the rollout has left it.
+        # Where the embeddings train, the backward pass of the prompt gathers the first text block. Before it, FSDP prefetches the
+        # block that ran in front of it. In the first update after a rollout this is the last text block of the rollout.
         self.prefetched = 0 if first or looks else gather(texts[-1])
         self.reduced = reduce(policy.parameters())
         if processes.accumulate > 1:
