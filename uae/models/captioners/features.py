@@ -91,7 +91,8 @@ def kept(seen: Sequence[Any], ids_BP: Tensor, image_token: int | None) -> ImageF
     if any(len(rows) != sum(tokens_B) for rows in flat):
         return None
     rows = zip(*(layer.split(tokens_B) for layer in flat), strict=True)
-    return ImageFeatures(partial(type(seen[0])), tuple(getattr(layer, "ndim", 0) for layer in layers), tuple(rows))
+    kind: Callable[..., Any] = type(seen[0])
+    return ImageFeatures(partial(kind), tuple(getattr(layer, "ndim", 0) for layer in layers), tuple(rows))
 
 
 def _parts(layer: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
