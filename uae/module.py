@@ -187,6 +187,7 @@ class UnifiedGRPO(AutoEncoder):
             self.experience = roll_out(self.umm, self.reward, batch, self.plan, step, self.references)
             on_policy = {number % self.plan.mini_batches for number in before_a_step}
             self._mini_batches = split(self.experience, self.plan.mini_batches, on_policy)
+        self.seconds.update(self.experience.seconds)
         self._actions_M = {name: self._count(name, one) for name, one in self.experience.segments.items()}
         self._log_all(
             measure.of_rollout(self.experience, self.plan.sampling.max_tokens)
@@ -247,7 +248,7 @@ class UnifiedGRPO(AutoEncoder):
         """Log what the update took: from the end of the rollout to the end of its last optimizer step."""
         if (batch_idx + 1) % self.batches_per_rollout == 0:
             seconds = now() - self._collected_at
-            self.seconds.update({**self.experience.seconds, "update": seconds} if self.experience else {})
+            self.seconds.update({"update": seconds})
             self.log("time/update", seconds)
 
     def configure_optimizers(self) -> Any:

@@ -18,6 +18,7 @@ from uae.models.captioners.policy import CaptionPolicy, Prefix, VLMContext
 from uae.models.merged import merged
 from uae.types import Rollout, Sampling
 
+LEAVING = 8  # fewest rows that leave a batch together: the others are copied then, and their numbers are rounded otherwise
 SPECIAL_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -155,7 +156,7 @@ class HFCaptioner:
         uniform_NT, ends = uniforms(seeds, sampling.max_tokens).to(device), torch.tensor(self.end_ids, device=device)
         hidden_RD, row_R = prefix.hidden_ND, torch.arange(len(uniform_NT), device=device)
         open_R = torch.ones_like(row_R, dtype=torch.bool)
-        record = _Record(uniform_NT.shape, self.pad_id, policy.logits(hidden_RD[:1], 1.0))
+        record = _Record(uniform_NT.shape, self.pad_id, hidden_RD)
         for step in range(sampling.max_tokens):
             logp_RV = policy.logits(hidden_RD, temperature).log_softmax(-1)
             token_R = logp_RV.argmax(-1) if sampling.temperature == 0 else draw(logp_RV, uniform_NT[row_R, step])
@@ -164,7 +165,7 @@ class HFCaptioner:
             left = int(open_R.sum())
             if left == 0 or step + 1 == sampling.max_tokens:
                 break
-            if left <= 0.75 * len(open_R):
+            if len(open_R) - left >= max(LEAVING, len(open_R) / 4):
                 kept_K = open_R.nonzero()[:, 0]
                 prefix.keep(kept_K)
                 row_R, token_R, open_R = row_R[kept_K], token_R[kept_K], open_R[kept_K]
@@ -188,13 +189,14 @@ class _Record:
     Args:
         shape: N and T.
         pad_id: The token that stands behind the end of a caption.
-        like: A tensor whose device and data type log-probs shall have.
+        hidden: Hidden states that captions come from; log-probs are on their device, in their data type or in float32.
     """
 
-    def __init__(self, shape: torch.Size, pad_id: int, like: Tensor) -> None:
+    def __init__(self, shape: torch.Size, pad_id: int, hidden: Tensor) -> None:
         self.pad_id = pad_id
-        self.tokens_NT = torch.full(shape, pad_id, dtype=torch.long, device=like.device)
-        self.mask_NT, (self.logp_NT, self.entropy_NT) = like.new_zeros(shape), like.new_zeros(2, *shape)
+        self.tokens_NT = torch.full(shape, pad_id, dtype=torch.long, device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.mask_NT, self.logp_NT, self.entropy_NT = (torch.zeros(shape, dtype=dtype, device=hidden.device) for _ in range(3))
 
     def note(self, step: int, row_R: Tensor, open_R: Tensor, token_R: Tensor, logp_RV: Tensor) -> None:
         """Write down a token of every row that has not ended."""
@@ -205,9 +207,8 @@ class _Record:
 
     def until(self, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, mask, log-probs and entropies of the first steps."""
-        tokens_NT, mask_NT, *values = (self.tokens_NT, self.mask_NT, self.logp_NT, self.entropy_NT)
-        logp_NT, entropy_NT = (value_NT[:, :end].contiguous() for value_NT in values)
-        return tokens_NT[:, :end].contiguous(), mask_NT[:, :end].contiguous(), logp_NT, entropy_NT
+        logp_NT, entropy_NT = self.logp_NT[:, :end].contiguous(), self.entropy_NT[:, :end].contiguous()
+        return self.tokens_NT[:, :end].contiguous(), self.mask_NT[:, :end].contiguous(), logp_NT, entropy_NT
 
 
 def _check_text(instruction: str, processor: Any) -> None:

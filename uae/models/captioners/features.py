@@ -92,7 +92,7 @@ def kept(seen: Sequence[Any], ids_BP: Tensor, image_token: int | None) -> ImageF
         return None
     rows = zip(*(layer.split(tokens_B) for layer in flat), strict=True)
     kind: Callable[..., Any] = type(seen[0])
-    return ImageFeatures(partial(kind), tuple(getattr(layer, "ndim", 0) for layer in layers), tuple(rows))
+    return ImageFeatures(partial(kind), tuple(layer.ndim if isinstance(layer, Tensor) else 0 for layer in layers), tuple(rows))
 
 
 def _parts(layer: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
