@@ -45,41 +45,14 @@ MIB = 2**20
 
 def model() -> Any:
     """A Qwen2.5-VL with random weights: hidden size 256, four layers, a vocabulary of 8192, an image tower of width 128."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
     torch.manual_seed(0)
-    ids = {word: number for number, word in enumerate(WORDS)}
-    text = {
-        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": len(WORDS), "max_position_embeddings": 4096, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]},
-        "bos_token_id": None, "eos_token_id": ids[END], "pad_token_id": ids[PAD],
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 128, "intermediate_size": 384, "depth": 4, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "window_size": 64, "fullatt_block_indexes": [1, 3], "out_hidden_size": 256,
-    }  # fmt: skip
-    tokens: dict[str, Any] = {
-        "image_token_id": ids[IMAGE], "video_token_id": ids[VIDEO],
-        "vision_start_token_id": ids[VISION_START], "vision_end_token_id": ids[VISION_END],
-    }  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
-    created = Qwen2_5_VLForConditionalGeneration(config).float()
-    created.generation_config.eos_token_id, created.generation_config.pad_token_id = ids[END], ids[PAD]
-    return created
+    tower = {"hidden_size": 128, "intermediate_size": 384, "depth": 4, "fullatt_block_indexes": [1, 3]}
+    return tiny.create_captioner(256, 4, WORDS, tower)
 
 
-def processor(vision_tokens: int) -> Any:
-    """The processor of images that have so many tokens."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-
-    sizes: dict[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
-    side = int(8 * vision_tokens**0.5)
-    image = Qwen2VLImageProcessor(**sizes, size={"shortest_edge": side * side, "longest_edge": side * side})
-    specials = [VISION_START, VISION_END, IMAGE, VIDEO]
-    words = tiny.word_level(WORDS, UNKNOWN, eos_token=END, pad_token=PAD, additional_special_tokens=specials)
-    video = Qwen2VLVideoProcessor(**sizes)
-    return Qwen2_5_VLProcessor(image_processor=image, tokenizer=words, video_processor=video, chat_template=tiny.CHAT_TEMPLATE)
+def side_of(vision_tokens: int) -> int:
+    """Pixels of a side of images that have so many tokens."""
+    return int(8 * vision_tokens**0.5)
 
 
 def specials() -> list[int]:
@@ -168,7 +141,7 @@ class System:
 
     def build(self) -> UMM:
         """Assemble it."""
-        captioner = HFCaptioner(model(), processor(self.vision_tokens), QUESTION, extra_banned_ids=specials())
+        captioner = HFCaptioner(model(), tiny.processor(side_of(self.vision_tokens), WORDS), QUESTION, extra_banned_ids=specials())
         return UMM(captioner, Reader(), Painter())
 
 
@@ -185,7 +158,7 @@ class Clock(pl.Callback):
 
 def ours(vision_tokens: int, tokens: int, group: int, steps: int) -> dict[str, Any]:
     """`uae.module.UnifiedGRPO` under Lightning's trainer."""
-    side, generator, clock = int(8 * vision_tokens**0.5), torch.Generator().manual_seed(0), Steps()
+    side, generator, clock = side_of(vision_tokens), torch.Generator().manual_seed(0), Steps()
     batches = [{"image": torch.rand(1, 3, side, side, generator=generator), "id": torch.tensor([n])} for n in range(steps)]
     module = UnifiedGRPO(
         System(vision_tokens), WeightedReward({"worth": Worth()}, {"worth": 1.0}), LoRA(rank=16, target_modules=TARGETS),
@@ -208,7 +181,7 @@ def trl(vision_tokens: int, tokens: int, group: int, steps: int) -> dict[str, An
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    side = int(8 * vision_tokens**0.5)
+    side = side_of(vision_tokens)
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(steps)]
     prompt = [{"role": "user", "content": QUESTION}]
@@ -227,7 +200,7 @@ def trl(vision_tokens: int, tokens: int, group: int, steps: int) -> dict[str, An
             generation_kwargs={"min_new_tokens": tokens, "suppress_tokens": specials()}, dataloader_num_workers=0,
         )  # fmt: skip
         trainer = GRPOTrainer(
-            model=model(), args=config, train_dataset=rows, processing_class=processor(vision_tokens),
+            model=model(), args=config, train_dataset=rows, processing_class=tiny.processor(side_of(vision_tokens), WORDS),
             reward_funcs=lambda completions, **_: worth([one[0]["content"] for one in completions]),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS), callbacks=[Marks()],
         )  # fmt: skip

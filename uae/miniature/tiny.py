@@ -11,7 +11,9 @@ The weights in ``tiny_weights/`` are in the official layout of each library and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from uae.encoders import HFEncoder, OpenCLIPEncoder
@@ -80,10 +82,10 @@ class SceneFormat(CaptionFormat):
         super().__init__(GRAMMAR)
 
 
-def tokenizer() -> Any:
+def tokenizer(vocabulary: list[str] = VOCABULARY) -> Any:
     """One token per word."""
     specials = [START, VISION_START, VISION_END, IMAGE, VIDEO]
-    return word_level(VOCABULARY, UNKNOWN, eos_token=END, pad_token=PAD, additional_special_tokens=specials)
+    return word_level(vocabulary, UNKNOWN, eos_token=END, pad_token=PAD, additional_special_tokens=specials)
 
 
 def word_level(vocabulary: list[str], unknown: str, **marks: Any) -> Any:
@@ -96,33 +98,36 @@ def word_level(vocabulary: list[str], unknown: str, **marks: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=by_words, unk_token=unknown, padding_side="left", **marks)
 
 
-def processor() -> Any:
-    """The Qwen2.5-VL processor for 24 x 24 images: 4-pixel patches, merged 2 x 2, so 9 image tokens."""
+def processor(side: int = SIDE, vocabulary: list[str] = VOCABULARY) -> Any:
+    """The Qwen2.5-VL processor for square images: 4-pixel patches, merged 2 x 2, so 9 image tokens for 24 pixels a side."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     sizes: dict[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
-    pixels = {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE}
+    pixels = {"shortest_edge": side * side, "longest_edge": side * side}
     image = Qwen2VLImageProcessor(**sizes, size=pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     video = Qwen2VLVideoProcessor(**sizes)
     return Qwen2_5_VLProcessor(
-        image_processor=image, tokenizer=tokenizer(), video_processor=video, chat_template=CHAT_TEMPLATE
+        image_processor=image, tokenizer=tokenizer(vocabulary), video_processor=video, chat_template=CHAT_TEMPLATE
     )
 
 
-def create_captioner(width: int = 128, layers: int = 4) -> Any:
-    """A captioner with random weights."""
+def create_captioner(
+    width: int = 128, layers: int = 4, vocabulary: list[str] = VOCABULARY, tower: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """A captioner with random weights. ``tower`` has settings of the image tower, by their names in transformers."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    ids = {word: i for i, word in enumerate(VOCABULARY)}
+    ids, head = {word: i for i, word in enumerate(vocabulary)}, width // 4
     text = {
         "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": len(VOCABULARY), "max_position_embeddings": 256, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]},
+        "num_key_value_heads": 2, "vocab_size": len(vocabulary), "max_position_embeddings": 256, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [head // 4, head // 8, head // 8]},
         "bos_token_id": None, "eos_token_id": ids[END], "pad_token_id": ids[PAD],
     }  # fmt: skip
     vision = {
         "hidden_size": 96, "intermediate_size": 256, "depth": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "window_size": 64, "fullatt_block_indexes": [0, 1], "out_hidden_size": width, "hidden_act": "silu",
+        **tower,
     }  # fmt: skip
     tokens: dict[str, Any] = {
         "image_token_id": ids[IMAGE], "video_token_id": ids[VIDEO],
