@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations tensorboard gpu notebooks clean
+.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations bench tensorboard gpu notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -77,6 +77,10 @@ claims: $(READY)  ## the paper's claims in miniature, with controls, over SEEDS 
 
 ablations: $(READY)  ## what the settings of the stages do, three seeds each; needs the runs of the claims
 	$(RUN) benchmarks/ablations.py
+
+bench: $(READY)  ## how fast we are beside others: tables and curves in benchmarks/results/speed_* (a quarter of an hour, one CPU core)
+	for part in grpo_step parts miniature_step curves; do $(RUN) benchmarks/speed/$$part.py || exit 1; done
+	OMP_WAIT_POLICY=PASSIVE $(RUN) benchmarks/speed/scoring.py --pairs 100 --parts races
 
 tensorboard: $(READY)  ## look at the runs
 	$(VENV)/bin/tensorboard --logdir outputs

@@ -332,3 +332,16 @@ def test_ctrl_c_is_one_line_status_130_and_still_a_summary(tmp_path):
     assert summary["steps"] >= 4
     assert summary["before"]["unified_score/layout"] == pytest.approx(summary["before"]["unified_score/held_out"])
     assert (tmp_path / "outputs/long/config.yaml").is_file()
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["with_=", "two_words"])
+@pytest.mark.parametrize("null", ["null", "~"])
+def test_null_on_the_command_line_is_null(fit, split, null):
+    """As in a file, also inside the arguments of a class, where the parser alone would read the text "None"."""
+    words = ["--config", ROOT / "configs/stages/understanding_for_generation.yaml", "--model.init_args.finetune.init_args.adapter=x"]
+    for key in ("--model.init_args.finetune.init_args.adapter", "--model.init_args.exploration.window"):
+        words += [key, null] if split else [f"{key}={null}"]
+    arguments = fit(*words).config["fit"].model.init_args
+    assert arguments.finetune.init_args.adapter is None
+    assert arguments.exploration.window is None
+    assert arguments.finetune.init_args.rank == 16  # what stands beside is kept

@@ -35,9 +35,7 @@ def drawing(name, sampling=TokenSampling(5.0)):  # noqa: B008
 @pytest.mark.parametrize(("guidance", "copies"), [(5.0, 2), (1.0, 1)])
 def test_the_cache_is_exact(name, guidance, copies, monkeypatch):
     caches, create = [], image_tokens.fixed_cache
-    keeping = lambda *sizes: caches.append(create(*sizes)) or caches[-1]  # noqa: E731
-    for where in (image_tokens, emu3):
-        monkeypatch.setattr(where, "fixed_cache", keeping)
+    monkeypatch.setattr(image_tokens, "fixed_cache", lambda *a: caches.append(create(*a)) or caches[-1])
     umm, condition = drawing(name, TokenSampling(guidance))
     umm.renderer.sample(condition, [1, 2])
     (cache,) = caches

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,7 +35,7 @@ from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
 from uae.cli.stages import OPTION, asks_for_stages, train_in_stages
 from uae.cli.values import check_values
-from uae.files.settings import make_parser_strict
+from uae.files.settings import make_parser_strict, nulls_kept
 from uae.trainer import is_dry_run
 from uae.types import PlannedSystem
 
@@ -55,6 +55,10 @@ class Parser(LightningArgumentParser):
         """Parse a file that can be one."""
         check_config_file(cfg_path)
         return super().parse_path(cfg_path, *args, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
+        """Parse a command line, in which ``null`` means null for every key, as in a file."""
+        return super().parse_args(nulls_kept(sys.argv[1:] if args is None else args), *more, **named)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and an error of one line."""

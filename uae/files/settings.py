@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
 from jsonargparse._optionals import get_omegaconf_loader
+
+NULL = ("null", "~")
 
 
 class RepeatedKeyError(yaml.YAMLError):
@@ -61,6 +65,33 @@ def refuse_repeated_keys(text: str, path: str = "") -> None:
                     raise RepeatedKeyError(path, key.value, lines[key.value], line)
                 lines[str(key.value)] = line
                 nodes.append(value)
+
+
+def nulls_kept(arguments: Sequence[str]) -> list[str]:
+    """A command line in which ``--KEY=null`` means null for keys inside the arguments of a class, too.
+
+    The parser would turn null into the text "None" there. In a configuration, which an argument ``--config`` may hold instead
+    of a file's name, it does not.
+
+    Args:
+        arguments: The command line.
+    """
+    kept: list[str] = []
+    for argument in arguments:
+        split = bool(kept) and "=" not in kept[-1] and argument in NULL and _is_inside_a_class(kept[-1])
+        key, _, value = f"{kept.pop()}={argument}".partition("=") if split else argument.partition("=")
+        if value in NULL and _is_inside_a_class(key):
+            tree: Any = None
+            for part in reversed(key.removeprefix("--").split(".")):
+                tree = {part: tree}
+            kept += ["--config", json.dumps(tree)]
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _is_inside_a_class(key: str) -> bool:
+    return key.startswith("--") and ".init_args." in key and not key.endswith("+")
 
 
 def make_parser_strict(mode: str) -> None:

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
+from torch.distributed.fsdp import FSDPModule
 
 from uae.models.conditioners.states import EmbeddingCondition, TextCondition, pad_to_length
 from uae.models.pipelines.masks import MaskedJointAttention
-from uae.models.renderers.diffusers import DiffusersRenderer
+from uae.models.renderers.diffusers import DiffusersRenderer, alike
 from uae.models.renderers.rendering import Rendering
 
 TEXTS = ["a red square", "a tiny blue ring at top left and a white cross on a navy background", "a pink cross", ""]
@@ -131,6 +132,38 @@ def test_micro_batches_change_nothing(renderer, condition, calls):
     renderer.rendering = replace(renderer.rendering, rows=3)
     torch.testing.assert_close(renderer.render(condition, SEEDS), whole, **CLOSE)
     assert calls == [3] * 3 + [1] * 3
+
+
+def test_captions_of_similar_length_are_drawn_together(renderer, decoder):
+    """Each with the pixels it has alone, and with fewer tokens of text than if all had the length of the longest."""
+    texts = [TEXTS[1] if row % 3 == 0 else TEXTS[2] for row in range(27)]
+    condition, sizes = decoder[0].encode(texts), []
+    renderer.pipe.transformer.register_forward_pre_hook(
+        lambda _, __, named: sizes.append(tuple(named["encoder_hidden_states"].shape[:2])), with_kwargs=True
+    )
+    images = renderer.render(condition, range(27))
+    long, short = (int(condition.mask_NL[row].sum()) for row in (0, 1))
+    assert set(sizes) == {(9, long), (18, short)}
+    for row in (0, 1, 26):
+        torch.testing.assert_close(renderer.render(unpadded(condition, row), [row, row])[0], images[row], **CLOSE)
+
+
+def test_rows_alike():
+    """Known answers: at least two rows together, and beyond them only rows of three quarters of the longest."""
+    assert alike([10, 40, 31, 29, 9, 40, 7], 2, 0.75) == [[1, 5, 2], [3, 0], [4, 6]]
+    assert alike([4, 4, 4], 8, 0.75) == [[0, 1, 2]]
+    assert alike([3, 5, 3], 1, 1.0) == [[1], [0, 2]]
+    assert alike([], 8, 0.75) == []
+
+
+@pytest.mark.parametrize("masking", ["joint", "none"])
+def test_a_sharded_denoiser_is_called_as_often_in_every_process(renderer, condition, masking):
+    """However long a process's captions are: a process that calls less would leave the others waiting."""
+    kind = type(renderer.pipe.transformer)
+    renderer.pipe.transformer.__class__ = type("Sharded", (FSDPModule, kind), {})
+    renderer.contract = replace(renderer.contract, masking=masking)
+    counts = {len(list(renderer._batches(condition.index(rows)))) for rows in ([0, 0, 0, 0], [0, 1, 2, 3])}
+    assert counts == {1 if masking == "joint" else 4}
 
 
 def test_guidance_of_one_skips_the_second_pass(renderer, guided, condition, calls):

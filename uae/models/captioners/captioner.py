@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from uae.learner import Learner
 from uae.models.captioners.draws import draw, entropy, uniforms
 from uae.models.captioners.policy import CaptionPolicy, Prefix, VLMContext
+from uae.models.captioners.steps import check_whole
 from uae.models.merged import merged
 from uae.types import Rollout, Sampling
 
@@ -135,9 +136,12 @@ class HFCaptioner:
         Tokens come from the inverse of the cumulative distribution at one uniform number per row and step, so a sample
         does not depend on its batch. Rows that have ended leave the batch, a quarter of it at a time.
         """
-        prompt = self.learner.network.prefill(context, keep_features=True)
-        prefix = prompt.expand(group, room=sampling.max_tokens - 1)
-        with merged(self.learner.network.model):
+        policy = self.learner.network
+        if policy.compile_steps:
+            check_whole(policy.model)
+        prompt = policy.prefill(context, keep_features=True)
+        prefix = prompt.expand(group, sampling.max_tokens - 1, policy.compile_steps)
+        with merged(policy.model):
             tokens_NT, mask_NT, logp_NT, entropy_NT = self._draw(prefix, sampling, seeds)
         return Rollout(
             mask_RS=mask_NT,
@@ -165,7 +169,7 @@ class HFCaptioner:
             left = int(open_R.sum())
             if left == 0 or step + 1 == sampling.max_tokens:
                 break
-            if len(open_R) - left >= max(LEAVING, len(open_R) / 4):
+            if prefix.places is None and len(open_R) - left >= max(LEAVING, len(open_R) / 4):
                 kept_K = open_R.nonzero()[:, 0]
                 prefix.keep(kept_K)
                 row_R, token_R, open_R = row_R[kept_K], token_R[kept_K], open_R[kept_K]

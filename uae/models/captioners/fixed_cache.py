@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,24 +11,24 @@ from torch import Tensor
 from uae.models.captioners.caches import PromptLayer
 
 
-def fixed_cache(model: Any, length: int) -> Any:
-    """A cache for exactly ``length`` tokens. Each step writes its own keys and values into it."""
+def fixed_cache(model: Any, layer_of: Callable[[], FixedLayer]) -> Any:
+    """An empty cache, each of whose layers the function makes. Each step writes its own keys and values into it."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     CacheLayerMixin.register(PromptLayer)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    layers: list[Any] = [FixedLayer(length) for _ in range(count)]
+    layers: list[Any] = [layer_of() for _ in range(count)]
     return Cache(layers=layers)
 
 
-def continued(cache: Any, rows: int, group: int, room: int) -> Any:
+def continued(cache: Any, rows: int, group: int, layer_of: Callable[[int], FixedLayer]) -> Any:
     """Repeat a prompt's cache, made by the library, for captions that are drawn token by token. Changes it in place.
 
     Args:
         cache: The cache of the prompts.
         rows: Number of prompts.
         group: Captions of each.
-        room: Number of tokens that each caption may add.
+        layer_of: Makes an empty layer for prompts of a length.
     """
     from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -36,7 +37,7 @@ def continued(cache: Any, rows: int, group: int, room: int) -> Any:
         if type(layer) is DynamicLayer:
             assert layer.keys is not None
             assert layer.values is not None
-            written = FixedLayer(layer.keys.shape[2] + room)
+            written = layer_of(layer.keys.shape[2])
             written.update(layer.keys.repeat_interleave(group, 0), layer.values.repeat_interleave(group, 0))
             cache.layers[number] = written
         else:  # linear attention, whose states are of one size

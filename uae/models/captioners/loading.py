@@ -11,6 +11,7 @@ import torch
 from uae.files.locations import locate
 from uae.models.captioners.caches import check_memory
 from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.steps import check_steps
 from uae.weights.remote_code import refused, trusted
 
 
@@ -27,6 +28,8 @@ class Reading:
         attention: Name of the attention implementation in transformers ("sdpa", "eager", "flash_attention_2", ...); None is
             the library's choice.
         gradient_checkpointing: Whether activations inside layers are recomputed in the backward pass instead of kept.
+        compile: Whether the steps in which captions (and the image tokens of a unified model) are drawn are compiled, and recorded
+            as a CUDA graph on a GPU. It takes a minute at the start, and changes rounding only. Not for sharded policies.
         trust_remote_code: Repeat the captioner's name here to allow the Python code in its checkpoint to run. With None no
             such code runs.
     """
@@ -38,6 +41,7 @@ class Reading:
     max_pixels: int | None = None
     attention: str | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
     trust_remote_code: str | None = None
 
 
@@ -112,6 +116,8 @@ def assemble_captioner(
             "to a vision-language checkpoint with its preprocessor_config.json (or processor_config.json)"
         )
     check_memory(model, reading.gradient_checkpointing)
+    if reading.compile:
+        check_steps(model)
     _set_pixels(processor, reading)
     captioner = HFCaptioner(
         model,
@@ -120,6 +126,7 @@ def assemble_captioner(
         image_first=reading.image_first if reading.image_first is not None else image_first,
     )
     captioner.learner.network.gradient_checkpointing = reading.gradient_checkpointing
+    captioner.learner.network.compile_steps = reading.compile
     return captioner
 
 

@@ -19,7 +19,8 @@ from uae.grpo import logits, selected_logprobs
 from uae.learner import Network
 from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
 from uae.models.captioners.features import ImageFeatures, kept, looking
-from uae.models.captioners.fixed_cache import continued
+from uae.models.captioners.fixed_cache import FixedLayer, continued
+from uae.models.captioners.steps import Places, WholeLayer
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,24 @@ class Prefix:
     mask_NP: Tensor
     offset_N: Tensor  # position of the first caption token
     features: ImageFeatures | None = None  # of the images in the prompt, if later passes may use them
+    places: Places | None = None  # of the cache, if the steps behind the prompt are compiled
 
-    def expand(self, group: int, room: int | None = None) -> Prefix:
+    def expand(self, group: int, room: int | None = None, compiled: bool = False) -> Prefix:
         """Repeat every row ``group`` times. The cache is reused, so this object must not be used afterwards.
 
         Args:
             group: Captions per image.
             room: How many tokens will be fed one by one, without gradient; None if all come in one pass.
+            compiled: Whether that is done by compiled steps.
         """
         hidden_ND, mask_NP, offset_N = (x.repeat_interleave(group, 0) for x in (self.hidden_ND, self.mask_NP, self.offset_N))
-        rows = len(self.hidden_ND)
-        cache = expand(self.cache, rows, group) if room is None else continued(self.cache, rows, group, room)
-        return Prefix(cache, hidden_ND, mask_NP, offset_N)
+        if room is None:
+            return Prefix(expand(self.cache, len(self.hidden_ND), group), hidden_ND, mask_NP, offset_N)
+        places, steps = Places(mask_NP, room) if compiled else None, room
+        cache = continued(
+            self.cache, len(self.hidden_ND), group, lambda P: FixedLayer(P + steps) if places is None else WholeLayer(places)
+        )
+        return Prefix(cache, hidden_ND, mask_NP, offset_N, places=places)
 
     def keep(self, rows_R: Tensor) -> None:
         """Drop all rows but these, of a prefix that was expanded with room for tokens."""
@@ -94,6 +101,7 @@ class CaptionPolicy(Network):
     """
 
     banned_ids: Tensor
+    compile_steps = False  # whether the steps of sampling are compiled, see `uae.models.captioners.steps`
 
     def __init__(self, model: nn.Module, banned_ids: Sequence[int] = (), gradient_checkpointing: bool = False) -> None:
         super().__init__(model)
@@ -172,8 +180,11 @@ class CaptionPolicy(Network):
         position_NT = prefix.offset_N[:, None] + torch.arange(T, device=tokens_NT.device)
         if hasattr(self.base.model, "get_rope_index"):
             position_NT = position_NT.expand(3, N, T)
-        prefix.mask_NP = torch.cat([prefix.mask_NP, prefix.mask_NP.new_ones(N, T)], dim=1)
         prefix.offset_N = prefix.offset_N + T
+        if prefix.places is not None:
+            inputs = {"input_ids": tokens_NT, "position_ids": position_NT.contiguous()}
+            return prefix.places.step(self.base.model, inputs, prefix.cache)
+        prefix.mask_NP = torch.cat([prefix.mask_NP, prefix.mask_NP.new_ones(N, T)], dim=1)
         out = self.base.model(
             input_ids=tokens_NT,
             attention_mask=prefix.mask_NP,

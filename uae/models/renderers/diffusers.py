@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from uae.models.conditioners.states import EmbeddingCondition, TextCondition, pad_to_length
 from uae.models.pipelines.contracts import contract_of, denoiser_of, text_encoders_of
 from uae.models.pipelines.loading import fresh_scheduler, without
 from uae.models.pipelines.masks import MaskedJointAttention, masked_cross_attention, masked_passes
 from uae.models.pipelines.steps import gradient_through
-from uae.models.renderers.rendering import Rendering, check, spare_memory
+from uae.models.renderers.rendering import Rendering, check, multiple, spare_memory
 from uae.weights.placement import at_work, settle, working_device
 
 PipelineCondition = TextCondition | EmbeddingCondition
@@ -169,11 +170,16 @@ class DiffusersRenderer:
         """The numbers of the rows of each micro-batch."""
         most = self.rendering.rows
         groups = [list(range(len(condition)))]
+        sharded = isinstance(denoiser_of(self.pipe), FSDPModule)  # then all processes must make the same number of calls
         if isinstance(condition, TextCondition):
             most = most if self.contract.read_together else 1
+        elif self.contract.masking == "none" and sharded:
+            most = 1
         elif self.contract.masking == "none":
-            lengths = condition.mask_NL.sum(1).tolist()
-            groups = [[n for n, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]
+            groups = alike(condition.mask_NL.sum(1).tolist(), fewest=1, share=1.0)
+        elif self.contract.masking in ("joint", "per_pass") and not sharded:
+            image = self.rendering.height * self.rendering.width // multiple(self.pipe) ** 2
+            groups = alike((condition.mask_NL.sum(1) + image).tolist(), fewest=8, share=0.75)
         for group in groups:
             yield from (group[start : start + most] for start in range(0, len(group), most))
 
@@ -226,10 +232,9 @@ class DiffusersRenderer:
             signed = {"negative_": _on(negative, work, dtype).index([0] * len(condition)), **signed}
             if "negative_prompt" in self.contract.negatives:
                 arguments["negative_prompt"] = None  # Sana's default is a text, and it refuses both
-        if self.contract.masking == "none":
-            signed = {sign: _unpadded(one) for sign, one in signed.items()}
-        else:
-            length = max(one.embeds_NLD.shape[1] for one in signed.values())
+        signed = {sign: _unpadded(one) for sign, one in signed.items()}
+        length = max(one.embeds_NLD.shape[1] for one in signed.values())
+        if self.contract.masking != "none":
             signed = {sign: pad_to_length(one, length) for sign, one in signed.items()}
         for sign, one in signed.items():
             arguments[f"{sign}{self.contract.embeddings}"] = one.embeds_NLD
@@ -262,6 +267,22 @@ class DiffusersRenderer:
         return condition.pooled_NP
 
 
+def alike(lengths: Sequence[int], fewest: int, share: float) -> list[list[int]]:
+    """Numbers of rows in groups of similar length, so that little is computed for padding.
+
+    Args:
+        lengths: Length of every row, in tokens of text and image.
+        fewest: A group has at least so many rows, but for the last.
+        share: Beyond them, a row that is shorter than this share of the group's longest begins another group.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not groups or len(groups[-1]) >= fewest and lengths[row] < share * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
     """One random generator per seed, on the CPU, so that the noise is the same whatever the device is."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -277,6 +298,6 @@ def _on(condition: EmbeddingCondition, device: torch.device, dtype: torch.dtype)
 
 
 def _unpadded(condition: EmbeddingCondition) -> EmbeddingCondition:
-    """Cut the padding off rows that all have the same length."""
-    length = int(condition.mask_NL[0].sum())
+    """Cut off what is padding in all rows."""
+    length = max(1, int(condition.mask_NL.sum(1).max()))
     return EmbeddingCondition(condition.embeds_NLD[:, :length], condition.mask_NL[:, :length], condition.pooled_NP)

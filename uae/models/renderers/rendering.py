@@ -56,12 +56,12 @@ def check(rendering: Rendering, pipe: Any, contract: Contract, has_negative: boo
         ValueError: The pipeline cannot follow a setting.
     """
     name = type(pipe).__name__
-    multiple = _multiple(pipe)
+    of = multiple(pipe)
     for key in ("height", "width"):
         size = getattr(rendering, key)
-        if size < 1 or size % multiple:
+        if size < 1 or size % of:
             raise ValueError(
-                f"rendering.{key}={size} must be a multiple of {multiple} for {name}; change {KEY}.{key}"
+                f"rendering.{key}={size} must be a multiple of {of} for {name}; change {KEY}.{key}"
             )
     for key in ("steps", "rows"):
         if getattr(rendering, key) < 1:
@@ -92,7 +92,7 @@ def _check_guidance(guidance: float, pipe: Any, contract: Contract, has_negative
         )
 
 
-def _multiple(pipe: Any) -> int:
+def multiple(pipe: Any) -> int:
     """The number of which height and width must be multiples: pixels per latent times latents per token."""
     patch = getattr(getattr(denoiser_of(pipe), "config", None), "patch_size", 1)
     patch = max(patch) if isinstance(patch, tuple | list) else patch

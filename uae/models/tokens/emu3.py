@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from uae.learner import Learner
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.captioners.draws import draw, entropy
-from uae.models.captioners.fixed_cache import fixed_cache
 from uae.models.captioners.policy import VLMContext
 from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_ids
 from uae.models.tokens.janus import as_buffers
@@ -165,15 +164,13 @@ class Emu3Policy(TokenPolicy):
         ids_ML = torch.cat([ids_ML, uncond_NL]) if guided else ids_ML
         mask_ML = self._mask(ids_ML)
         mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens + H - 2)], dim=1)
-        position_MP, cache = positions(mask_MP), fixed_cache(self.base, mask_MP.shape[1])
+        position_MP, memory = positions(mask_MP), self._memory(mask_ML, self.tokens + H - 2)
         embeds_MPD, end = self.base.get_input_embeddings()(ids_ML), 0
         tokens, logps, entropies = [], [], []
         for step in range(self.tokens):
             start, end = end, end + embeds_MPD.shape[1]
-            hidden_MPD = self._run(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], cache)
-            c_ND, *u_ND = hidden_MPD[:, -1].chunk(copies)
-            logits_NV = self._image_logits(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance))
-            logp_NV = (logits_NV / sampling.policy_temperature).log_softmax(-1)
+            c_ND, *u_ND = self._fed(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], memory).chunk(copies)
+            logp_NV = self._image_logprobs(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance), sampling)
             token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, step])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
@@ -213,6 +210,7 @@ class Emu3Captioner(HFCaptioner):
         banned, recompute = self.learner.network.banned_ids.tolist(), captioner.learner.network.gradient_checkpointing
         moments = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
         policy = Emu3Policy(model, banned, recompute, (height, width), moments, self.pad_id)
+        policy.compile_steps = captioner.learner.network.compile_steps
         self.learner = Learner(policy.to(captioner.device))
 
     def prepare(self, images_BCHW: Tensor, instruction: str | Sequence[str] | None = None) -> VLMContext:

@@ -19,12 +19,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from uae.grpo import selected_logprobs
+from uae.grpo import logits, selected_logprobs
 from uae.learner import Learner
 from uae.models.captioners.caches import cache_argument, recomputing
 from uae.models.captioners.draws import draw, entropy, uniforms
-from uae.models.captioners.fixed_cache import fixed_cache
+from uae.models.captioners.fixed_cache import FixedLayer, fixed_cache
 from uae.models.captioners.policy import CaptionPolicy
+from uae.models.captioners.steps import Places, WholeLayer, check_whole
 from uae.models.merged import merged
 from uae.types import Trajectory
 
@@ -192,14 +193,13 @@ class TokenPolicy(CaptionPolicy):
             ids_ML, mask_ML = torch.cat([ids_ML, uncond_NL]), mask_ML.repeat(2, 1)
         L, uniform_NS = ids_ML.shape[1], uniform_NS.to(device)
         mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens - 1)], dim=1)
-        position_MP, cache = positions(mask_MP), fixed_cache(self.base, mask_MP.shape[1])
+        position_MP, memory = positions(mask_MP), self._memory(mask_ML, self.tokens - 1)
         embeds_MPD, start = self.base.get_input_embeddings()(ids_ML), 0
         tokens, logps, entropies = [], [], []
         for end in range(L, L + self.tokens):
-            hidden_MPD = self._run(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], cache)
-            c_ND, *u_ND = self.image_states(hidden_MPD[:, -1]).chunk(2 if guided else 1)
-            logits_NV = self._image_logits(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance))
-            logp_NV = (logits_NV / sampling.policy_temperature).log_softmax(-1)
+            hidden_MD = self._fed(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], memory)
+            c_ND, *u_ND = self.image_states(hidden_MD).chunk(2 if guided else 1)
+            logp_NV = self._image_logprobs(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance), sampling)
             token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, end - L])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
@@ -207,13 +207,28 @@ class TokenPolicy(CaptionPolicy):
             embeds_MPD, start = self.embed_image(token_N.repeat(len(ids_ML) // len(token_N))[:, None]), end
         return torch.stack(tokens, dim=1), torch.stack(logps, dim=1), torch.stack(entropies, dim=1)
 
-    def _image_logits(self, states_ND: Tensor) -> Tensor:
-        """Logits ``[N, V]`` in at least float32, also under autocast."""
+    def _memory(self, mask_ML: Tensor, room: int) -> tuple[Any, Places | None]:
+        """An empty cache for prompts and the tokens behind them, and its places if the steps are compiled."""
+        if not self.compile_steps:
+            return fixed_cache(self.base, lambda: FixedLayer(mask_ML.shape[1] + room)), None
+        check_whole(self.base)
+        places = Places(mask_ML, room)
+        return fixed_cache(self.base, lambda: WholeLayer(places)), places
+
+    def _fed(self, embeds_MPD: Tensor, mask_ML: Tensor, position_MP: Tensor, memory: tuple[Any, Places | None]) -> Tensor:
+        """Feed P tokens, the last of L, and return the final hidden states ``[M, D]`` of the last one."""
+        cache, places = memory
+        if places is None or cache.get_seq_length() == 0:
+            return self._run(embeds_MPD, mask_ML, position_MP, cache)[:, -1]
+        for embeds_M1D, position_M1 in zip(embeds_MPD.split(1, 1), position_MP.split(1, 1), strict=True):
+            inputs = {"inputs_embeds": embeds_M1D.contiguous(), "position_ids": position_M1.contiguous()}
+            hidden_M1D = places.step(self.base.get_decoder(), inputs, cache)
+        return hidden_M1D[:, -1]
+
+    def _image_logprobs(self, states_ND: Tensor, sampling: TokenSampling) -> Tensor:
+        """Log-probs ``[N, V]`` of all image tokens, from logits that are computed as `image_logprobs` computes them."""
         weight_VD, bias_V = self.image_head()
-        dtype = torch.promote_types(weight_VD.dtype, torch.float32)
-        bias_V = None if bias_V is None else bias_V.to(dtype)
-        with torch.autocast(weight_VD.device.type, enabled=False):
-            return nn.functional.linear(states_ND.to(dtype), weight_VD.to(dtype), bias_V)
+        return logits(states_ND, weight_VD, sampling.policy_temperature, bias_V=bias_V).log_softmax(-1)
 
 
 class ImageTokenPolicy:

@@ -1,6 +1,6 @@
 """How fast protocol 1 is scored, beside the official loop of one image at a time, and whether memory grows.
 
-OMP_WAIT_POLICY=PASSIVE python benchmarks/score_throughput.py
+OMP_WAIT_POLICY=PASSIVE python benchmarks/speed/scoring.py
 
 Passive, because threads of torch that wait by spinning make the official loop ten times slower on a busy machine.
 
@@ -172,7 +172,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Throughput of protocol 1",
         "",
-        f"`OMP_WAIT_POLICY=PASSIVE python benchmarks/score_throughput.py`: {races[0]['pairs']} pairs of {size} x {size * 3 // 4} "
+        f"`OMP_WAIT_POLICY=PASSIVE python benchmarks/speed/scoring.py`: {races[0]['pairs']} pairs of {size} x {size * 3 // 4} "
         f"pixels per round, {races[0]['rounds']} rounds in turns, {result['cores']} cores, tiny random encoders in the layouts of "
         "CLIP, LongCLIP, DINOv2 and DINOv3; nothing in the cache. Pairs per second, medians:",
         "",

@@ -1,0 +1,142 @@
+"""CPU seconds of a whole step of the miniature beside the plain composition of the same libraries.
+
+    python benchmarks/speed/miniature_step.py
+
+Eight scenes, eight captions of each, one reconstruction of each caption, CLIP's similarity as the reward, two optimizer steps.
+The plain composition is what one writes first: ``generate`` of transformers with a row for every caption, a call of the
+diffusers pipeline for all captions, PIL images through open_clip's own preprocessing, and an update on whole rows. Both start
+from the shipped weights and draw captions of their own, so the lengths of their captions differ a little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from contestants import Clock, Steps
+from racing import alone, median, report, table
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from uae.grpo import GRPOLoss
+from uae.miniature.scenes import render, scene_of
+from uae.miniature.tiny import INSTRUCTION, WEIGHTS, Tiny, TinyCLIP, load_captioner, load_decoder, load_processor
+from uae.models.finetune import LoRA
+from uae.module import UnifiedGRPO
+from uae.rewards import EncoderSimilarity, WeightedReward
+from uae.types import Sampling
+
+IMAGES, GROUP, TOKENS, HALVES = 8, 8, 32, 2
+
+
+def scenes(rollout: int) -> Tensor:
+    """The images of a rollout, ``[B, 3, H, W]``."""
+    return render([scene_of(IMAGES * rollout + n, "train") for n in range(IMAGES)])
+
+
+def ours(rollouts: int) -> dict[str, Any]:
+    """`uae.module.UnifiedGRPO` under Lightning's trainer."""
+    batches = [{"image": scenes(n), "id": torch.arange(IMAGES) + IMAGES * n} for n in range(rollouts) for _ in range(HALVES)]
+    module = UnifiedGRPO(
+        Tiny(), WeightedReward({"clip": EncoderSimilarity(TinyCLIP())}, {"clip": 1.0}), LoRA(rank=16),
+        loss=GRPOLoss(beta=0.0), sampling=Sampling(max_tokens=TOKENS), group=GROUP, mini_batches=HALVES,
+    )  # fmt: skip
+    clock = Steps()
+
+    class EveryRollout(Clock):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if args[-1] % HALVES == HALVES - 1:
+                self.steps.mark()
+
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=HALVES * rollouts, callbacks=[EveryRollout(clock)], gradient_clip_val=1.0,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    return clock.report()
+
+
+def plain(rollouts: int) -> dict[str, Any]:
+    """The plain composition."""
+    import open_clip
+    from peft import LoraConfig, get_peft_model
+
+    network: Any = get_peft_model(load_captioner(WEIGHTS / "captioner"), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    processor, (reader, renderer) = load_processor(WEIGHTS / "captioner"), load_decoder(WEIGHTS / "decoder", 4, 1.0)
+    clip, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{WEIGHTS / 'clip'}")
+    clip.eval()
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+    content = [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    clock = Steps()
+    for number in range(rollouts):
+        sources = [to_pil_image(image) for image in scenes(number) for _ in range(GROUP)]
+        inputs = dict(processor(text=[prompt] * len(sources), images=sources, return_tensors="pt"))
+        with torch.no_grad():
+            ids = network.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=TOKENS)
+            tokens = ids[:, inputs["input_ids"].shape[1] :]
+            texts = processor.batch_decode(tokens, skip_special_tokens=True)
+            condition = reader.encode([text.strip() for text in texts])
+            drawn = renderer.pipe(
+                prompt_embeds=condition.embeds_NLD, pooled_prompt_embeds=condition.pooled_NP, height=24, width=24,
+                num_inference_steps=4, guidance_scale=1.0,
+            ).images  # fmt: skip
+            both = [clip.encode_image(torch.stack([prepare(one) for one in some])) for some in (sources, drawn)]
+            reward = torch.cosine_similarity(*both).view(IMAGES, GROUP)
+        advantage = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)).view(-1, 1)
+        mask = torch.cat([torch.ones_like(tokens[:, :1]), (tokens != processor.tokenizer.eos_token_id)[:, :-1].cumprod(1)], 1)
+        with torch.no_grad():
+            old = _logprobs(network, inputs, ids, tokens, slice(None))
+        for half in range(HALVES):
+            rows = slice(half * len(ids) // HALVES, (half + 1) * len(ids) // HALVES)
+            ratio = (_logprobs(network, inputs, ids, tokens, rows) - old[rows]).exp()
+            gain = torch.min(ratio * advantage[rows], ratio.clamp(0.8, 1.2) * advantage[rows])
+            loss = -((gain * mask[rows]).sum(1) / mask[rows].sum(1)).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.mark()
+    return clock.report()
+
+
+def _logprobs(network: Any, inputs: dict[str, Tensor], ids: Tensor, tokens: Tensor, rows: slice) -> Tensor:
+    patches = len(inputs["pixel_values"]) // len(ids)
+    start, stop, _ = rows.indices(len(ids))
+    full = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "image_grid_thw": inputs["image_grid_thw"][rows]}
+    full["pixel_values"] = inputs["pixel_values"][start * patches : stop * patches]
+    if "mm_token_type_ids" in inputs:
+        types = inputs["mm_token_type_ids"][rows]
+        full["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(types), tokens.shape[1])], 1)
+    logits = network(**full, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
+    return logits.log_softmax(-1).gather(2, tokens[rows, :, None])[..., 0]
+
+
+CONTESTANTS = {"ours": ours, "plain": plain}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=int, default=6, help="rollouts of a process; the first is not counted")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contestant", choices=list(CONTESTANTS), help="only this one, once, as JSON")
+    arguments = parser.parse_args()
+    if arguments.contestant:
+        torch.set_num_threads(1)
+        print(json.dumps(CONTESTANTS[arguments.contestant](arguments.rollouts)))
+        sys.exit()
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+    for number in range(arguments.rounds):
+        for name in sorted(found, reverse=bool(number % 2)):
+            found[name].append(alone(__file__, "--contestant", name, "--rollouts", str(arguments.rollouts)))
+    seconds, memory = (
+        {name: median([value(run) for run in runs]) for name, runs in found.items()}
+        for value in (lambda run: median(run["cpu"]), lambda run: run["peak_mib"])
+    )
+    rows = [[name, seconds[name], seconds[name] / seconds["ours"], memory[name]] for name in found]
+    lines = table(["Whole step of the miniature", "s", "of ours", "peak above start, MiB"], rows)
+    report("miniature_step", "python benchmarks/speed/miniature_step.py", lines, found)
