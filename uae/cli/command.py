@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,9 +56,9 @@ class Parser(LightningArgumentParser):
         check_config_file(cfg_path)
         return super().parse_path(cfg_path, *args, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None, **named: Any) -> Any:  # type: ignore[override]  # it has overloads
         """Parse a command line, in which ``null`` means null for every key, as in a file."""
-        return super().parse_args(nulls_kept(sys.argv[1:] if args is None else args), *more, **named)
+        return super().parse_args(nulls_kept(sys.argv[1:] if args is None else args), namespace, **named)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and an error of one line."""

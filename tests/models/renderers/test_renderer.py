@@ -8,8 +8,9 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch.distributed.fsdp import FSDPModule
 
 from uae.models.conditioners.states import EmbeddingCondition, TextCondition, pad_to_length
+from uae.models.lengths import alike
 from uae.models.pipelines.masks import MaskedJointAttention
-from uae.models.renderers.diffusers import DiffusersRenderer, alike
+from uae.models.renderers.diffusers import DiffusersRenderer
 from uae.models.renderers.rendering import Rendering
 
 TEXTS = ["a red square", "a tiny blue ring at top left and a white cross on a navy background", "a pink cross", ""]

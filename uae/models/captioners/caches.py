@@ -101,11 +101,8 @@ def expand(cache: Any, rows: int, group: int) -> Any:
 
     A cache made by the library is changed in place.
     """
-    from transformers import Cache
-
     if all(isinstance(layer, PromptLayer) for layer in cache.layers):
-        layers: list[Any] = [ContinuedLayer(layer.keys, layer.values, group) for layer in cache.layers]
-        return Cache(layers=layers)
+        return select(cache, torch.arange(rows).repeat_interleave(group))
     for layer in cache.layers:
         if hasattr(layer, "batch_repeat_interleave"):
             layer.batch_repeat_interleave(group)
@@ -114,6 +111,26 @@ def expand(cache: Any, rows: int, group: int) -> Any:
         if torch.is_grad_enabled():  # the caption is one pass, and an in-place update would break the gradient
             layer.update_recurrent_state = lambda state, *args, **kwargs: state
     return cache
+
+
+def has_keys_only(cache: Any) -> bool:
+    """Whether all layers of a prompt's cache are keys and values, which `select` can continue in parts."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) in (DynamicLayer, PromptLayer) for layer in cache.layers)
+
+
+def select(cache: Any, prompt_N: Tensor) -> Any:
+    """A cache for N captions in one pass, of keys and values of prompts, which are not changed.
+
+    Args:
+        cache: The cache of the prompts, of keys and values only.
+        prompt_N: Number of the prompt of each caption.
+    """
+    from transformers import Cache
+
+    layers: list[Any] = [ContinuedLayer(layer.keys, layer.values, prompt_N) for layer in cache.layers]
+    return Cache(layers=layers)
 
 
 class PromptLayer:
@@ -149,19 +166,19 @@ class PromptLayer:
 
 
 class ContinuedLayer(PromptLayer):
-    """Keys and values of a prompt in one layer, for one pass over the captions of a group, which are not kept.
+    """Keys and values of prompts in one layer, for one pass over N captions, whose own are not kept.
 
-    The prompt is repeated for the group at every use. This happens inside a layer, so that gradient checkpointing does
+    A prompt is repeated for its captions at every use. This happens inside a layer, so that gradient checkpointing does
     not keep the copies.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, group: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, prompt_N: Tensor) -> None:
         super().__init__(keys, values)
-        self.group = group
+        self.prompt_N = prompt_N.to(keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return keys and values ``[B*group, H, P + T, D]`` for attention: the repeated prompt, then the captions."""
+        """Return keys and values ``[N, H, P + T, D]`` for attention: the prompts, then the captions."""
         assert self.keys is not None
         assert self.values is not None
-        keys, values = (x.repeat_interleave(self.group, 0) for x in (self.keys, self.values))
+        keys, values = (x[self.prompt_N] for x in (self.keys, self.values))
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)

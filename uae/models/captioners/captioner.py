@@ -183,7 +183,8 @@ class HFCaptioner:
 
     def logprobs(self, rollout: Rollout[VLMContext]) -> Tensor:
         """Teacher-forced log-probs ``[N, T]`` under the current weights, with gradient; 0 where masked."""
-        logp_NT: Tensor = self.learner.network(rollout.context, rollout.tokens_NT, rollout.group, rollout.temperature)
+        length_N = (rollout.mask_RS != 0).sum(1)
+        logp_NT: Tensor = self.learner.network(rollout.context, rollout.tokens_NT, rollout.group, rollout.temperature, length_N)
         return logp_NT.masked_fill(rollout.mask_RS == 0, 0.0)
 
 

@@ -7,20 +7,32 @@ image tower runs in sampling only, see `uae.models.captioners.features`. The res
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from uae.grpo import logits, selected_logprobs
 from uae.learner import Network
-from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
+from uae.models.captioners.caches import (
+    cache_argument,
+    expand,
+    has_keys_only,
+    library_cache,
+    prompt_cache,
+    recomputing,
+    select,
+)
 from uae.models.captioners.features import ImageFeatures, kept, looking
 from uae.models.captioners.fixed_cache import FixedLayer, continued
 from uae.models.captioners.steps import Places, WholeLayer
+from uae.models.lengths import alike
+
+FEWEST, SHARE = 8, 0.75  # captions that share a pass, see `uae.models.lengths.alike`
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,14 @@ class Prefix:
         )
         return Prefix(cache, hidden_ND, mask_NP, offset_N, places=places)
 
+    def select(self, prompt_N: Tensor) -> Prefix:
+        """The state for N captions that come in one pass; ``prompt_N`` is the number of the prompt of each.
+
+        This object does not change, if its cache holds keys and values only.
+        """
+        hidden_ND, mask_NP, offset_N = (x[prompt_N] for x in (self.hidden_ND, self.mask_NP, self.offset_N))
+        return Prefix(select(self.cache, prompt_N), hidden_ND, mask_NP, offset_N)
+
     def keep(self, rows_R: Tensor) -> None:
         """Drop all rows but these, of a prefix that was expanded with room for tokens."""
         for layer in self.cache.layers:
@@ -108,16 +128,36 @@ class CaptionPolicy(Network):
         self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("banned_ids", torch.tensor(list(banned_ids), dtype=torch.long), persistent=False)
 
-    def forward(self, context: VLMContext, tokens_NT: Tensor, group: int, temperature: float) -> Tensor:
-        """Teacher-forced log-probs ``[N, T]``, float32, with gradient.
+    def forward(self, context: VLMContext, tokens_NT: Tensor, group: int, temperature: float, length_N: Tensor) -> Tensor:
+        """Teacher-forced log-probs ``[N, T]``, float32, with gradient. Behind the end of a caption they mean nothing.
 
-        At least one caption token is fed, even if no token has to be predicted from it: with a sharded policy every rank
-        must run the same number of forward passes, also a rank whose captions are all one token long.
+        Captions of similar length share a pass. With a sharded policy every rank must run the same number of passes, so there all
+        captions share one, and at least one caption token is fed, even if no token has to be predicted from it.
+
+        Args:
+            context: The prompts.
+            tokens_NT: The captions, padded on the right.
+            group: Captions of each prompt.
+            temperature: Divides the logits.
+            length_N: int64, number of tokens of each caption.
         """
-        T = tokens_NT.shape[1]
-        before_ND, at_NTD = self._read(context, tokens_NT[:, : max(1, T - 1)], group)
-        logp_NT = self.score(torch.cat([before_ND[:, None], at_NTD], dim=1)[:, :T], tokens_NT, temperature)
-        return logp_NT.clone()  # FSDP2 puts hooks on what forward returns, and these do not work on views
+        logp, order, T = [], [], tokens_NT.shape[1]
+        with self._recomputing() as cache:
+            for rows, prefix in self._parts(self.prefill(context, cache), group, length_N):
+                longest = int(length_N[rows].max())
+                at_RTD = self.advance(prefix, tokens_NT[rows, : max(1, longest - 1)])
+                states_RTD = torch.cat([prefix.hidden_ND[:, None], at_RTD], dim=1)[:, :longest]
+                logp_RT = self.score(states_RTD, tokens_NT[rows, :longest], temperature)
+                logp.append(nn.functional.pad(logp_RT, (0, T - longest)))
+                order += rows
+        return torch.cat(logp)[torch.tensor(order).argsort()]
+
+    def _parts(self, prompt: Prefix, group: int, length_N: Tensor) -> list[tuple[list[int], Prefix]]:
+        """Numbers of captions that share a pass, and the state of their prompts."""
+        if isinstance(self, FSDPModule) or not has_keys_only(prompt.cache):
+            return [(list(range(len(length_N))), prompt.expand(group))]
+        groups = alike(length_N.tolist(), FEWEST, SHARE)
+        return [(rows, prompt.select(torch.tensor(rows, device=length_N.device) // group)) for rows in groups]
 
     def hidden(self, context: VLMContext, tokens_NT: Tensor, group: int) -> Tensor:
         """Final hidden states ``[N, T, D]`` (after the last norm) *at* caption tokens, image and question before them.
@@ -125,14 +165,17 @@ class CaptionPolicy(Network):
         With gradient. Call it on a sharded policy inside `uae.strategy.unsharded` only, because FSDP gathers weights for
         ``forward`` alone.
         """
-        return self._read(context, tokens_NT, group)[1]
+        with self._recomputing() as cache:
+            return self.advance(self.prefill(context, cache).expand(group), tokens_NT)
 
-    def _read(self, context: VLMContext, tokens_NT: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """Hidden states at the last prompt token ``[N, D]`` and at caption tokens ``[N, T, D]``."""
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        with recomputing(self.model) if recompute else nullcontext():
-            prefix = self.prefill(context, prompt_cache(self.base) if recompute else None).expand(group)
-            return prefix.hidden_ND, self.advance(prefix, tokens_NT)
+    @contextmanager
+    def _recomputing(self) -> Iterator[Any]:
+        """Inside, layers are computed again in the backward pass, if that is asked for; gives a cache that allows it, or None."""
+        if not self.gradient_checkpointing or not torch.is_grad_enabled():
+            yield None
+            return
+        with recomputing(self.model):
+            yield prompt_cache(self.base)
 
     def prefill(self, context: VLMContext, cache: Any = None, keep_features: bool = False) -> Prefix:
         """Run the prompt of every image once.

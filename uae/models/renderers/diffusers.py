@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from uae.models.conditioners.states import EmbeddingCondition, TextCondition, pad_to_length
+from uae.models.lengths import alike
 from uae.models.pipelines.contracts import contract_of, denoiser_of, text_encoders_of
 from uae.models.pipelines.loading import fresh_scheduler, without
 from uae.models.pipelines.masks import MaskedJointAttention, masked_cross_attention, masked_passes
@@ -265,22 +266,6 @@ class DiffusersRenderer:
                 "model.init_args.system"
             )
         return condition.pooled_NP
-
-
-def alike(lengths: Sequence[int], fewest: int, share: float) -> list[list[int]]:
-    """Numbers of rows in groups of similar length, so that little is computed for padding.
-
-    Args:
-        lengths: Length of every row, in tokens of text and image.
-        fewest: A group has at least so many rows, but for the last.
-        share: Beyond them, a row that is shorter than this share of the group's longest begins another group.
-    """
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not groups or len(groups[-1]) >= fewest and lengths[row] < share * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
