@@ -4,15 +4,18 @@
 
 Eight scenes, eight captions of each, one reconstruction of each caption, CLIP's similarity as the reward, two optimizer steps.
 The plain composition is what one writes first: ``generate`` of transformers with a row for every caption, a call of the
-diffusers pipeline for all captions, PIL images through open_clip's own preprocessing, and an update on whole rows. Both start
-from the shipped weights and draw captions of their own, so the lengths of their captions differ a little.
+diffusers pipeline for all captions, PIL images through open_clip's own preprocessing, and an update on whole rows. The third
+is TRL's trainer, if it is installed, with the same drawing in its reward function. All start from the shipped weights and draw
+captions of their own, so the lengths of their captions differ a little.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
+import tempfile
 from typing import Any
 
 import lightning.pytorch as pl
@@ -60,15 +63,70 @@ def ours(rollouts: int) -> dict[str, Any]:
     return clock.report()
 
 
+class Painter:
+    """Captions to rewards, by a pipeline of diffusers and open_clip as they come."""
+
+    def __init__(self) -> None:
+        import open_clip
+
+        self.reader, renderer = load_decoder(WEIGHTS / "decoder", 4, 1.0)
+        self.pipe = renderer.pipe
+        self.clip, _, self.prepare = open_clip.create_model_and_transforms(f"local-dir:{WEIGHTS / 'clip'}")
+        self.clip.eval()
+
+    @torch.no_grad()
+    def rewards(self, texts: list[str], sources: list[Any]) -> Tensor:
+        """The similarity ``[N]`` of every drawn caption to its source."""
+        condition = self.reader.encode([text.strip() for text in texts])
+        drawn = self.pipe(
+            prompt_embeds=condition.embeds_NLD, pooled_prompt_embeds=condition.pooled_NP, height=24, width=24,
+            num_inference_steps=4, guidance_scale=1.0,
+        ).images  # fmt: skip
+        both = [self.clip.encode_image(torch.stack([self.prepare(one) for one in some])) for some in (sources, drawn)]
+        return torch.cosine_similarity(*both)
+
+
+def trl(rollouts: int) -> dict[str, Any]:
+    """TRL's ``GRPOTrainer``; the number of optimizer steps of a rollout is the same."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    clock, painter = Steps(), Painter()
+    images = [to_pil_image(image) for number in range(rollouts) for image in scenes(number)]
+    prompt = [{"role": "user", "content": INSTRUCTION}]
+    rows = Dataset.from_dict({"prompt": [prompt] * len(images), "image": images})
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, arguments: Any, state: Any, *args: Any, **kwargs: Any) -> None:
+            if state.global_step % HALVES == 0:
+                clock.mark()
+
+    def reward(completions: list[Any], image: list[Any], **_: Any) -> list[float]:
+        return painter.rewards([one[0]["content"] for one in completions], image).tolist()
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=IMAGES * GROUP // HALVES, steps_per_generation=HALVES,
+            num_generations=GROUP, max_completion_length=TOKENS, beta=0.0, max_steps=HALVES * rollouts, report_to="none",
+            use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            loss_type="grpo", learning_rate=1e-3, max_grad_norm=1.0, dataloader_num_workers=0,
+        )  # fmt: skip
+        GRPOTrainer(
+            model=load_captioner(WEIGHTS / "captioner"), args=config, train_dataset=rows, callbacks=[Marks()],
+            processing_class=load_processor(WEIGHTS / "captioner"), reward_funcs=reward,
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        ).train()  # fmt: skip
+    return clock.report()
+
+
 def plain(rollouts: int) -> dict[str, Any]:
     """The plain composition."""
-    import open_clip
     from peft import LoraConfig, get_peft_model
 
     network: Any = get_peft_model(load_captioner(WEIGHTS / "captioner"), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    processor, (reader, renderer) = load_processor(WEIGHTS / "captioner"), load_decoder(WEIGHTS / "decoder", 4, 1.0)
-    clip, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{WEIGHTS / 'clip'}")
-    clip.eval()
+    processor, painter = load_processor(WEIGHTS / "captioner"), Painter()
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
     content = [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
@@ -80,13 +138,7 @@ def plain(rollouts: int) -> dict[str, Any]:
             ids = network.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=TOKENS)
             tokens = ids[:, inputs["input_ids"].shape[1] :]
             texts = processor.batch_decode(tokens, skip_special_tokens=True)
-            condition = reader.encode([text.strip() for text in texts])
-            drawn = renderer.pipe(
-                prompt_embeds=condition.embeds_NLD, pooled_prompt_embeds=condition.pooled_NP, height=24, width=24,
-                num_inference_steps=4, guidance_scale=1.0,
-            ).images  # fmt: skip
-            both = [clip.encode_image(torch.stack([prepare(one) for one in some])) for some in (sources, drawn)]
-            reward = torch.cosine_similarity(*both).view(IMAGES, GROUP)
+            reward = painter.rewards(texts, sources).view(IMAGES, GROUP)
         advantage = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)).view(-1, 1)
         mask = torch.cat([torch.ones_like(tokens[:, :1]), (tokens != processor.tokenizer.eos_token_id)[:, :-1].cumprod(1)], 1)
         with torch.no_grad():
@@ -116,7 +168,7 @@ def _logprobs(network: Any, inputs: dict[str, Tensor], ids: Tensor, tokens: Tens
     return logits.log_softmax(-1).gather(2, tokens[rows, :, None])[..., 0]
 
 
-CONTESTANTS = {"ours": ours, "plain": plain}
+CONTESTANTS = {"ours": ours, "plain": plain, **({"trl": trl} if importlib.util.find_spec("trl") else {})}
 
 
 if __name__ == "__main__":
