@@ -82,5 +82,6 @@ def test_a_compiled_denoiser_learns_and_keeps_its_start(name, checkpointing, fin
 
 
 def test_a_denoiser_without_blocks_is_refused():
-    with pytest.raises(ValueError, match=r"^Linear has no blocks .*; set model.init_args.system.init_args.rendering.compile to false$"):
+    key = "model.init_args.system.init_args.rendering.compile"
+    with pytest.raises(ValueError, match=rf"^Linear has no blocks .*; set {key} to false$"):
         compile_blocks(nn.Linear(2, 2))
