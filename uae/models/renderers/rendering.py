@@ -27,7 +27,7 @@ class Rendering:
         guidance_interval: Share of the denoising steps, from 0 (noise) to 1 (image), in which guidance is applied (Kynkaanniemi et
             al. 2024, arXiv 2404.07724): step i of n, counted from 0, is guided if i / n is at least the first number and below
             the second. In all other steps the negative pass is not computed. None and (0, 1) are all steps; anything else
-            draws other images.
+            draws other images. A renderer that trains has the same interval in its samples and in its log-probs.
         distilled_guidance: Guidance scale that a distilled network takes as an input (FLUX.1-dev); None is the pipeline's
             default.
         rows: Number of images per pipeline call, 1 or more. It bounds memory and changes nothing else.
