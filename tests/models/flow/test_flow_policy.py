@@ -70,6 +70,23 @@ def test_a_trajectory_is_the_sde_of_its_own_condition_and_noise(create, conditio
         torch.testing.assert_close(logp_NS[row], logp, **CLOSE)
 
 
+@pytest.mark.parametrize("window", [{}, {"window": 2, "start": 1}, {"window": 1, "start": 3}])
+def test_guidance_in_an_interval_is_that_of_the_same_steps_in_sampling_and_log_probs(create, condition, window):
+    """Of the five steps the third and the fourth are guided, wherever the trained window begins."""
+    policy = create(4.0, **window)
+    policy.renderer.rendering = replace(policy.renderer.rendering, guidance_interval=(0.4, 0.8))
+    trajectory = policy.sample(condition, SEEDS)
+    logp_NS = policy.logprobs(trajectory)
+    start = int(trajectory.first_N[0])
+    steps = range(start, start + logp_NS.shape[1])
+    for row, seed in enumerate(SEEDS):
+        guided, alone = velocities(policy, condition, row, 4.0), velocities(policy, condition, row, 1.0)
+        xs, logp = plain_trajectory(lambda x, t, g=guided, a=alone: (g if t in SIGMAS[2:4] else a)(x, t), seed, steps, NOISE)
+        torch.testing.assert_close(trajectory.final_N[row], xs[-1][0], **LATENTS)
+        torch.testing.assert_close(trajectory.logp_RS[row], logp, **CLOSE)
+        torch.testing.assert_close(logp_NS[row], logp, **CLOSE)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_the_ratio_is_one(create, condition, guidance):
     policy = create(guidance)

@@ -1,6 +1,7 @@
 """Tiny pipelines of every contract, written once per session and loaded as checkpoints are."""
 
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def plainly(name, pipe, seed, steps=2, guidance=None, **arguments):
     """One image by the pipeline itself, as its documentation calls it."""
     if guidance is not None:
         arguments[REAL_GUIDANCE.get(name, "guidance_scale")] = guidance
-    if name == "sana":
+    if name in ("sana", "pixart"):
         arguments["use_resolution_binning"] = False
         if "negative_prompt_embeds" in arguments:
             arguments["negative_prompt"] = None
@@ -71,7 +72,7 @@ def one_row(condition, row, sign=""):
 
 def masks_of_ones(name, arguments):
     """The mask that a pipeline asks for beside embeddings, for rows without padding."""
-    suffix = {"sana": "prompt_attention_mask", "qwen_image": "prompt_embeds_mask"}.get(name)
+    suffix = {"sana": "prompt_attention_mask", "pixart": "prompt_attention_mask", "qwen_image": "prompt_embeds_mask"}.get(name)
     if suffix is None:
         return arguments
     signs = [key.removesuffix("prompt_embeds") for key in arguments if key.endswith("prompt_embeds")]
@@ -79,8 +80,41 @@ def masks_of_ones(name, arguments):
     return arguments | ones
 
 
+def mixing(name, pipe, negative, scales):
+    """Let a pipeline without guidance draw with it: two calls of its denoiser, without padding, mixed at one scale per step."""
+    network, steps = denoiser_of(pipe), itertools.cycle(scales)
+    forward = network.forward
+
+    def mixed(*arguments, **named):
+        other = {**named, "encoder_hidden_states": negative.embeds_NLD}
+        if name in ("sana", "pixart"):
+            other["encoder_attention_mask"] = negative.mask_NL
+        elif name == "sdxl":
+            other["added_cond_kwargs"] = {**named["added_cond_kwargs"], "text_embeds": negative.pooled_NP}
+        else:
+            other["pooled_projections"] = negative.pooled_NP
+        if name == "flux":
+            other["txt_ids"] = torch.zeros(7, 3)
+        to, away = forward(*arguments, **named)[0], forward(*arguments, **other)[0]
+        return (away + next(steps) * (to - away),)
+
+    network.forward = mixed
+
+
+def computed_rows(pipe):
+    """A list that grows by the number of rows that the denoiser computes in every call."""
+    rows, forward = [], denoiser_of(pipe).forward
+
+    def counted(*arguments, **named):
+        rows.append(len(arguments[0] if arguments else named["hidden_states"]))
+        return forward(*arguments, **named)
+
+    denoiser_of(pipe).forward = counted
+    return rows
+
+
 def count_rows(pipe):
-    """A list that grows by the number of rows of every call of the denoiser."""
+    """A list that grows by the number of rows that the pipeline asks for in every call of the denoiser."""
     rows = []
 
     def note(_, arguments, named):

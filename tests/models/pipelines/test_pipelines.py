@@ -19,6 +19,7 @@ from tests.models.pipelines.pipeline_cases import (
     folder,
     load,
     masks_of_ones,
+    mixing,
     one_row,
     plainly,
     ragged,
@@ -80,23 +81,7 @@ def test_the_negative_may_have_another_length(name):
     condition, negative = ragged(name), ragged(name, [7], seed=1)
     images = renderer_of(name, 3.0, negative).render(condition, SEEDS)
     plain = load(name)
-    forward = denoiser_of(plain).forward
-
-    def mixed(*arguments, **named):
-        """Both velocities, each without padding: the reference that no pipeline offers."""
-        other = {**named, "encoder_hidden_states": negative.embeds_NLD}
-        if name == "sana":
-            other["encoder_attention_mask"] = negative.mask_NL
-        elif name == "sdxl":
-            other["added_cond_kwargs"] = {**named["added_cond_kwargs"], "text_embeds": negative.pooled_NP}
-        else:
-            other["pooled_projections"] = negative.pooled_NP
-        if name == "flux":
-            other["txt_ids"] = torch.zeros(7, 3)
-        to, away = forward(*arguments, **named)[0], forward(*arguments, **other)[0]
-        return (away + 3.0 * (to - away),)
-
-    denoiser_of(plain).forward = mixed
+    mixing(name, plain, negative, [3.0])
     for row, seed in enumerate(SEEDS):
         arguments = masks_of_ones(name, one_row(condition, row))
         torch.testing.assert_close(images[row], plainly(name, plain, seed, guidance=1.0, **arguments), **CLOSE)

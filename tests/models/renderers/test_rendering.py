@@ -29,7 +29,7 @@ def settings(**changes):
     return Rendering(SIDE, SIDE, **{"steps": 2, "placement": FLOAT32, **changes})
 
 
-# --------------------------------------------------------------------------------------------------- memory and speed
+# --------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("name", WITH_EMBEDDINGS)
@@ -57,21 +57,6 @@ def test_weights_in_8_bits():
     half = Placement("bfloat16")  # of the same dtype, because torch 2.11 draws other noise in float32
     full = DiffusersRenderer(load("sd3", half), settings(placement=half)).render(condition, SEEDS)
     assert (images - full).abs().mean() < 0.05 < full.std()
-
-
-def test_compiled_for_any_size_and_length(monkeypatch):
-    asked = []
-    compiled = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **named: asked.append(named) or compiled(f, backend="eager", **named)
-    )
-    renderer = DiffusersRenderer(load("sd3"), settings(compile=True, steps=1))
-    assert asked == [{"dynamic": True}]
-    plain = DiffusersRenderer(load("sd3"), settings(steps=1))
-    for lengths in ([5, 2], [9, 4, 6]):
-        condition = ragged("sd3", lengths)
-        images = renderer.render(condition, SEEDS[: len(lengths)])
-        torch.testing.assert_close(images, plain.render(condition, SEEDS[: len(lengths)]), **CLOSE)
 
 
 def test_slices_and_tiles():

@@ -171,7 +171,7 @@ class FlowPolicy:
         def start(rows: list[int]) -> Call:
             replays.append(Replayed(self.exploration.sde, trajectory.actions_RS[rows], first))
             during = partial(stepping, advance=replays[-1], first=first, stop=first + trajectory.actions_RS.shape[1])
-            return Call(None, trajectory.start_N[rows], during, output_type="latent")
+            return Call(None, trajectory.start_N[rows], during, first=first, output_type="latent")
 
         parts = self._updating.calls(trajectory.condition, start, torch.is_grad_enabled())
         return [

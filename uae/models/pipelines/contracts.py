@@ -19,6 +19,11 @@ _READ_TOGETHER = {
     "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "SanaSprintPipeline", "QwenImagePipeline",
     "StableDiffusionXLPipeline", "StableDiffusionPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 }  # fmt: skip
+# Pipelines that call the denoiser once per step under guidance, with all rows of the negative pass before those of the positive.
+_NEGATIVE_FIRST = {
+    "StableDiffusion3Pipeline", "SanaPipeline", "StableDiffusionXLPipeline", "StableDiffusionPipeline", "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+}  # fmt: skip
 _ENCODED = {
     "ChromaPipeline": (EMBEDS, "text_ids", MASKS[0], f"negative_{EMBEDS}", "negative_text_ids", f"negative_{MASKS[0]}"),
 }
@@ -39,6 +44,7 @@ class Contract:
         guidance: Name of the argument for the classifier-free guidance scale, or None.
         distilled: Name of the argument for the guidance scale that a distilled network takes as an input, or None.
         negatives: Names of the arguments for negative prompts.
+        negative_first: Whether one call of the denoiser is known to have all negative rows, and then all positive ones.
         own_negative: Whether guidance on prompts uses a default negative prompt if none is given.
         encoded: Names of the outputs of ``encode_prompt`` that are used, in order.
         read_together: Whether several prompts may share a call.
@@ -52,6 +58,7 @@ class Contract:
     guidance: str | None
     distilled: str | None
     negatives: tuple[str, ...]
+    negative_first: bool
     own_negative: bool
     encoded: tuple[str, ...]
     read_together: bool
@@ -79,6 +86,7 @@ def contract_of(pipe: Any) -> Contract:
         guidance=guidance,
         distilled=distilled,
         negatives=negatives,
+        negative_first=kind.__name__ in _NEGATIVE_FIRST,
         own_negative=guidance == "guidance_scale",
         encoded=_encoded(kind) if embeddings else (),
         read_together=kind.__name__ in _READ_TOGETHER,

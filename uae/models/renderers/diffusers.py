@@ -17,8 +17,9 @@ from uae.models.lengths import alike
 from uae.models.pipelines.contracts import contract_of, denoiser_of, text_encoders_of
 from uae.models.pipelines.loading import fresh_scheduler, without
 from uae.models.pipelines.masks import MaskedJointAttention, masked_cross_attention, masked_passes
+from uae.models.pipelines.passes import NegativePass, leaving_out
 from uae.models.pipelines.steps import gradient_through
-from uae.models.renderers.rendering import Rendering, check, multiple, spare_memory
+from uae.models.renderers.rendering import Rendering, check, compile_blocks, multiple, spare_memory
 from uae.weights.placement import at_work, settle, working_device
 
 PipelineCondition = TextCondition | EmbeddingCondition
@@ -33,12 +34,14 @@ class Call:
         latents: Latents to start from, as a call with ``output_type="latent"`` returns them; None starts from noise.
         during: Function that takes the pipeline and returns a context manager, which is open during the call. The pipeline
             then has a copy of its scheduler, which may be changed.
+        first: Number of the denoising step that the call begins with.
         output_type: "pt" returns pixels, "latent" returns latents and does not run the autoencoder.
     """
 
     generators: list[torch.Generator] | None
     latents: Tensor | None = None
     during: Callable[[Any], AbstractContextManager[None]] = nullcontext
+    first: int = 0
     output_type: str = "pt"
 
 
@@ -72,8 +75,7 @@ class DiffusersRenderer:
             pipe.transformer.set_attn_processor(MaskedJointAttention())
         spare_memory(pipe, rendering)
         if rendering.compile:
-            denoiser = denoiser_of(pipe)
-            denoiser.forward = torch.compile(denoiser.forward, dynamic=True)
+            compile_blocks(denoiser_of(pipe))
 
     def modules(self) -> list[nn.Module]:
         """The frozen networks that take part in drawing: all of the pipeline's except the text encoders."""
@@ -205,6 +207,8 @@ class DiffusersRenderer:
             else:
                 stack.enter_context(without(self.pipe, text_encoders_of(self.pipe)))
                 arguments |= self._embeddings(condition, negative, work, stack)
+            if self.rendering.guidance > 1 and self.contract.negative_first:
+                stack.enter_context(leaving_out(denoiser_of(self.pipe), self._negative_pass(len(condition), start)))
             stack.enter_context(fresh_scheduler(self.pipe))
             stack.enter_context(start.during(self.pipe))
             return call(
@@ -217,6 +221,10 @@ class DiffusersRenderer:
                 output_type=start.output_type,
                 return_dict=False,
             )[0]
+
+    def _negative_pass(self, rows: int, start: Call) -> NegativePass:
+        seeds = None if start.generators is None else [generator.initial_seed() for generator in start.generators]
+        return NegativePass(rows, self.rendering.steps, self.rendering.guidance_interval, start.first, seeds)
 
     def _embeddings(
         self, condition: EmbeddingCondition, negative: PipelineCondition | None, work: torch.device, stack: ExitStack

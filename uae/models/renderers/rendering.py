@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from uae.models.pipelines.contracts import Contract, denoiser_of
+from uae.models.pipelines.passes import Interval, guided_at
 from uae.weights.placement import Placement
 
 KEY = "model.init_args.system.init_args.rendering"
@@ -22,11 +24,15 @@ class Rendering:
         height, width: Size of the images in pixels. The pipeline determines of which number they must be multiples.
         steps: Number of denoising steps, 1 or more.
         guidance: Classifier-free guidance scale. 1 turns it off and saves the negative pass.
+        guidance_interval: Share of the denoising steps, from 0 (noise) to 1 (image), in which guidance is applied (Kynkaanniemi et
+            al. 2024, arXiv 2404.07724): step i of n, counted from 0, is guided if i / n is at least the first number and below
+            the second. In all other steps the negative pass is not computed. None and (0, 1) are all steps; anything else
+            draws other images. A renderer that trains has the same interval in its samples and in its log-probs.
         distilled_guidance: Guidance scale that a distilled network takes as an input (FLUX.1-dev); None is the pipeline's
             default.
         rows: Number of images per pipeline call, 1 or more. It bounds memory and changes nothing else.
         placement: Device and dtype of the denoiser and the autoencoder.
-        compile: Whether the denoiser is compiled, for any batch size and length.
+        compile: Whether the blocks of the denoiser are compiled, for any batch size and length.
         slice_vae: Whether the autoencoder decodes one image at a time, which saves memory.
         tile_vae: Whether the autoencoder decodes in overlapping tiles, which saves memory and changes images slightly.
     """
@@ -35,6 +41,7 @@ class Rendering:
     width: int = 512
     steps: int = 28
     guidance: float = 1.0
+    guidance_interval: Interval | None = None
     distilled_guidance: float | None = None
     rows: int = 16
     placement: Placement = Placement()  # noqa: RUF009 (frozen)
@@ -68,6 +75,8 @@ def check(rendering: Rendering, pipe: Any, contract: Contract, has_negative: boo
             raise ValueError(f"rendering.{key}={getattr(rendering, key)} must be at least 1; change {KEY}.{key}")
     if rendering.guidance > 1:
         _check_guidance(rendering.guidance, pipe, contract, has_negative)
+    if rendering.guidance_interval is not None:
+        _check_interval(rendering, rendering.guidance_interval, pipe, contract)
     distils = contract.distilled and getattr(denoiser_of(pipe).config, "guidance_embeds", True)
     if rendering.distilled_guidance is not None and not distils:
         raise ValueError(
@@ -92,6 +101,23 @@ def _check_guidance(guidance: float, pipe: Any, contract: Contract, has_negative
         )
 
 
+def _check_interval(rendering: Rendering, interval: Interval, pipe: Any, contract: Contract) -> None:
+    name, scheduler = type(pipe).__name__, getattr(pipe, "scheduler", None)
+    fault = ""
+    if not 0 <= interval[0] < interval[1] <= 1:
+        fault = "allowed: two numbers from 0 (noise) to 1 (image), the first below the second"
+    elif rendering.guidance <= 1:
+        fault = f"but rendering.guidance={rendering.guidance} applies none; allowed: null, or {KEY}.guidance above 1"
+    elif not contract.negative_first:
+        fault = f"but where {name} computes its negative pass is not known; allowed: null"
+    elif getattr(scheduler, "order", 1) != 1:
+        fault = f"but {type(scheduler).__name__} predicts more than once per step; allowed: null, or another scheduler"
+    elif not any(guided_at(step, rendering.steps, interval) for step in range(rendering.steps)):
+        fault = f"which none of {rendering.steps} steps is in; allowed: an interval with at least one i / {rendering.steps}"
+    if fault:
+        raise ValueError(f"rendering.guidance_interval={list(interval)}, {fault}; change {KEY}.guidance_interval")
+
+
 def multiple(pipe: Any) -> int:
     """The number of which height and width must be multiples: pixels per latent times latents per token."""
     patch = getattr(getattr(denoiser_of(pipe), "config", None), "patch_size", 1)
@@ -99,6 +125,25 @@ def multiple(pipe: Any) -> int:
     own = getattr(pipe, "vae_scale_factor", 1) * (patch or 1)
     processor = getattr(getattr(pipe, "image_processor", None), "config", None)
     return math.lcm(own, getattr(processor, "vae_scale_factor", 1))
+
+
+def compile_blocks(denoiser: Any) -> None:
+    """Compile the blocks of a denoiser in place: those that its class names, or else those of its lists of blocks.
+
+    Blocks of a kind share their code, so this takes less time than compiling the whole network. A copy of the denoiser computes
+    with its own weights, uncompiled.
+
+    Raises:
+        ValueError: It has no blocks.
+    """
+    if getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile_repeated_blocks(dynamic=True)
+        return
+    blocks = [block for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
+    if not blocks:
+        raise ValueError(f"{type(denoiser).__name__} has no blocks that could be compiled; set {KEY}.compile to false")
+    for block in blocks:
+        block.compile(dynamic=True)
 
 
 def spare_memory(pipe: Any, rendering: Rendering) -> None:
