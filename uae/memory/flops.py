@@ -120,7 +120,7 @@ def tower_flop(policy: CaptionPolicy, pixels: int, learns: bool = False) -> int:
     vision = getattr(policy.base.config, "vision_config", None)
     if vision is None:
         return 0
-    dtype, arguments = policy.base.dtype, {}
+    dtype, arguments = policy.base.dtype, dict[str, Tensor]()
     patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     if hasattr(vision, "spatial_merge_size"):  # images of any size, as rows of patches
         unit = patch * vision.spatial_merge_size
@@ -179,14 +179,17 @@ def reader_flop(network: nn.Module, tokens: int) -> int:
 
 
 @torch.no_grad()
-def denoiser_flop(denoiser: Any, vae: Any, rendering: Rendering, tokens: int) -> int | None:
-    """One pass of a denoiser over one image; None if its arguments are of an unknown kind.
+def denoiser_flop(denoiser: Any, vae: Any, rendering: Rendering, tokens: int) -> int:
+    """One pass of a denoiser over one image.
 
     Args:
         denoiser: Diffusion transformer or U-Net of diffusers.
         vae: Its autoencoder, which determines the size of latents.
         rendering: Size of the images.
         tokens: L, number of tokens of the condition.
+
+    Raises:
+        TypeError: It takes arguments that are not known here.
     """
     config, takes = denoiser.config, inspect.signature(type(denoiser).forward).parameters
     h, w = (math.ceil(side / estimates.downsampling(vae.config)) for side in (rendering.height, rendering.width))
@@ -212,10 +215,7 @@ def denoiser_flop(denoiser: Any, vae: Any, rendering: Rendering, tokens: int) ->
         "added_cond_kwargs": lambda: _sizes_of_sdxl(denoiser, empty),
     }
     arguments = {name: known[name]() for name in takes if name in known}
-    try:
-        return counted(lambda: denoiser(**arguments))
-    except TypeError:  # an argument is missing
-        return None
+    return counted(lambda: denoiser(**arguments))
 
 
 def _sizes_of_sdxl(unet: Any, empty: Callable[..., Tensor]) -> dict[str, Tensor] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 from uae.memory import estimates, flops
@@ -12,7 +13,7 @@ from uae.memory.phases import QUESTION, Sizes
 from uae.memory.weights import towers_of
 from uae.models.captioners.policy import CaptionPolicy
 from uae.rollout import SEGMENTS
-from uae.systems.blueprints import DRAWS, Blueprint
+from uae.systems.blueprints import DRAWS, Blueprint, TokenDrawing
 
 
 def floors(module: Any, blueprint: Blueprint, policy: CaptionPolicy, sizes: Sizes, accumulate: int) -> tuple[Floor, ...]:
@@ -26,7 +27,7 @@ def floors(module: Any, blueprint: Blueprint, policy: CaptionPolicy, sizes: Size
         accumulate: Batches per optimizer step, which decide how many mini-batches are replayed.
     """
     counts = _Counts(policy, sizes)
-    found = [*_caption(counts), *_condition(blueprint, counts), *_render(module, blueprint, counts), _reward(module, sizes, counts)]
+    found = [*_caption(counts), _condition(blueprint, counts), *_render(module, blueprint, counts), _reward(module, sizes, counts)]
     mini_batches, train = module.plan.mini_batches, SEGMENTS[module.plan.train]
     replayed = max(0, mini_batches - accumulate) / mini_batches
     passes = [("reference", name, 1.0) for name in module.references]
@@ -35,7 +36,7 @@ def floors(module: Any, blueprint: Blueprint, policy: CaptionPolicy, sizes: Size
         if often and name == "caption":
             found.append(_caption_pass(stage, module, counts, often))
         if often and name == "image" and blueprint.drawing is not None:
-            found.append(_image_pass(stage, module, blueprint, counts, often))
+            found.append(_image_pass(stage, module, blueprint.drawing, counts, often))
     return tuple(floor for floor in found if floor.flop or floor.moved)
 
 
@@ -81,30 +82,40 @@ class _Counts:
         return estimates.kv_bytes(self.policy.base, rows, steps * prompt + steps * (steps + 1) // 2)
 
 
+def _floor(stage: str, part: str, flop: Callable[[], float], moved: float) -> Floor:
+    """A floor whose operations are counted now; one without operations, and marked so, if a network is called in another way.
+
+    Systems of users have networks of any library, and a plan must not fail because one of them cannot be counted.
+    """
+    try:
+        return Floor(stage, part, flop(), moved)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
+        return Floor(stage, f"{part}, operations not counted".removeprefix(", "), 0.0, moved)
+
+
 def _caption(counts: _Counts) -> list[Floor]:
     policy, sizes, steps = counts.policy, counts.sizes, counts.sizes.tokens - 1
     head = flops.head_flop(policy) * counts.rows * sizes.tokens
-    spoken = counts.rows * flops.steps_flop(policy, sizes.prompt, steps) + head
     reads = steps * counts.text + sizes.tokens * counts.head + counts.cache(counts.rows, sizes.prompt, steps)
-    tower = flops.tower_flop(policy, sizes.pixels)
-    prompts = sizes.images * flops.pass_flop(policy, sizes.prompt)
     return [
-        Floor("caption", "image tower", sizes.images * tower, counts.tower if tower else 0),
-        Floor("caption", "prompts", prompts, counts.text),
-        Floor("caption", "tokens, one by one", spoken, reads),
+        _floor("caption", "image tower", lambda: sizes.images * flops.tower_flop(policy, sizes.pixels), counts.tower),
+        _floor("caption", "prompts", lambda: sizes.images * flops.pass_flop(policy, sizes.prompt), counts.text),
+        _floor(
+            "caption", "tokens, one by one", lambda: counts.rows * flops.steps_flop(policy, sizes.prompt, steps) + head, reads
+        ),
     ]
 
 
-def _condition(blueprint: Blueprint, counts: _Counts) -> list[Floor]:
-    tokens, flop, moved = _condition_tokens(blueprint, counts.sizes), 0.0, 0
-    for name, (network, placement) in blueprint.frozen.items():
-        if name not in DRAWS:
-            flop += counts.rows * flops.reader_flop(network, tokens)
-            moved += estimates.placed_bytes(network, placement)
-    if blueprint.policy_reads:
-        flop += counts.rows * flops.pass_flop(counts.policy, tokens)
-        moved += counts.text
-    return [Floor("condition", "", flop, moved)]
+def _condition(blueprint: Blueprint, counts: _Counts) -> Floor:
+    tokens = _condition_tokens(blueprint, counts.sizes)
+    reads = [part for name, part in blueprint.frozen.items() if name not in DRAWS]
+    moved = sum(estimates.placed_bytes(network, placement) for network, placement in reads)
+
+    def flop() -> int:
+        own = flops.pass_flop(counts.policy, tokens) if blueprint.policy_reads else 0
+        return counts.rows * (own + sum(flops.reader_flop(network, tokens) for network, _ in reads))
+
+    return _floor("condition", "", flop, moved + (counts.text if blueprint.policy_reads else 0))
 
 
 def _condition_tokens(blueprint: Blueprint, sizes: Sizes) -> int:
@@ -114,52 +125,55 @@ def _condition_tokens(blueprint: Blueprint, sizes: Sizes) -> int:
 def _render(module: Any, blueprint: Blueprint, counts: _Counts) -> list[Floor]:
     drawn = counts.rows * module.plan.reconstructions
     if blueprint.drawing is not None:
-        return [_image_tokens(blueprint, counts, drawn)]
+        return [_image_tokens(blueprint.drawing, counts, drawn)]
     rendering, networks = blueprint.rendering, {name: network for name, (network, _) in blueprint.frozen.items()}
     denoiser, vae = networks.get("transformer", networks.get("unet")), networks.get("vae")
     if rendering is None or denoiser is None or vae is None:
         return []
-    once = flops.denoiser_flop(denoiser, vae, rendering, _condition_tokens(blueprint, counts.sizes))
-    passes, calls = rendering.steps * (2 if rendering.guidance > 1 else 1), -(-drawn // rendering.rows)
-    label = f"denoiser, {rendering.steps} steps" + (", operations not counted" if once is None else "")
+    passes, calls = drawn * rendering.steps * (2 if rendering.guidance > 1 else 1), -(-drawn // rendering.rows)
+    tokens, what = _condition_tokens(blueprint, counts.sizes), f"denoiser, {rendering.steps} steps"
     weights = [estimates.placed_bytes(network, rendering.placement) for network in (denoiser, vae)]
-    decoded = drawn * flops.decoder_flop(vae, rendering)
+    once = partial(flops.denoiser_flop, denoiser, vae, rendering, tokens)
     return [
-        Floor("render", label, drawn * passes * (once or 0), calls * rendering.steps * weights[0]),
-        Floor("render", "autoencoder", decoded, calls * weights[1]),
+        _floor("render", what, lambda: passes * once(), calls * rendering.steps * weights[0]),
+        _floor("render", "autoencoder", lambda: drawn * flops.decoder_flop(vae, rendering), calls * weights[1]),
     ]
 
 
-def _image_tokens(blueprint: Blueprint, counts: _Counts, drawn: int) -> Floor:
+def _image_tokens(drawing: TokenDrawing, counts: _Counts, drawn: int) -> Floor:
     """Images written by the policy; the network that turns tokens into pixels is left out."""
-    drawing, policy = blueprint.drawing, counts.policy
-    assert drawing is not None
-    passes, calls = 2 if drawing.sampling.guidance != 1 else 1, -(-drawn // drawing.rows)
+    policy, passes, calls = counts.policy, 2 if drawing.sampling.guidance != 1 else 1, -(-drawn // drawing.rows)
     prompt, steps = counts.sizes.tokens + QUESTION, drawing.written - 1
-    row = flops.pass_flop(policy, prompt) + flops.steps_flop(policy, prompt, steps)
     head = 2 * drawing.codes * text_config(policy.base).hidden_size * drawing.tokens
+
+    def flop() -> float:
+        return drawn * (passes * (flops.pass_flop(policy, prompt) + flops.steps_flop(policy, prompt, steps)) + head)
+
     reads = calls * (steps + 1) * counts.text + counts.cache(drawn * passes, prompt, steps)
-    return Floor("render", "image tokens, one by one", drawn * (passes * row + head), reads)
+    return _floor("render", "image tokens, one by one", flop, reads)
 
 
 def _caption_pass(stage: str, module: Any, counts: _Counts, often: float) -> Floor:
     """Log-probs of captions, and their gradients in the update."""
     learns = stage == "update"
-    moved = module.plan.mini_batches * counts.reads(learns) * counts.weights
-    return Floor(stage, "captions", often * (counts.update if learns else counts.forward), often * moved)
+    moved = often * module.plan.mini_batches * counts.reads(learns) * counts.weights
+    return _floor(stage, "captions", lambda: often * (counts.update if learns else counts.forward), moved)
 
 
-def _image_pass(stage: str, module: Any, blueprint: Blueprint, counts: _Counts, often: float) -> Floor:
+def _image_pass(stage: str, module: Any, drawing: TokenDrawing, counts: _Counts, often: float) -> Floor:
     """Log-probs of images written by the policy, and their gradients in the update."""
-    drawing, policy, learns = blueprint.drawing, counts.policy, stage == "update"
-    assert drawing is not None
-    length, mode = counts.sizes.tokens + QUESTION + drawing.written - 1, drawing.sampling.cfg_logprob
+    policy, learns, mode = counts.policy, stage == "update", drawing.sampling.cfg_logprob
+    length = counts.sizes.tokens + QUESTION + drawing.written - 1
     guided = drawing.sampling.guidance != 1 and mode != "conditional"
-    one = flops.pass_flop(policy, length, learns)
-    other = 0 if not guided else one if mode == "guided" else flops.pass_flop(policy, length)
     head = (2 if learns else 1) * 2 * drawing.codes * text_config(policy.base).hidden_size * drawing.tokens
-    drawn, moved = counts.rows * module.plan.reconstructions, module.plan.mini_batches * counts.reads(learns) * counts.text
-    return Floor(stage, "images", often * drawn * (one + other + head), often * moved)
+    drawn = counts.rows * module.plan.reconstructions
+
+    def flop() -> float:
+        one = flops.pass_flop(policy, length, learns)
+        other = 0 if not guided else one if mode == "guided" else flops.pass_flop(policy, length)
+        return often * drawn * (one + other + head)
+
+    return _floor(stage, "images", flop, often * module.plan.mini_batches * counts.reads(learns) * counts.text)
 
 
 def _reward(module: Any, sizes: Sizes, counts: _Counts) -> Floor:
@@ -167,9 +181,5 @@ def _reward(module: Any, sizes: Sizes, counts: _Counts) -> Floor:
     images = sizes.images + counts.rows * module.plan.reconstructions
     encoders = [(name, getattr(part, "encoder", None)) for name, part in module.reward.parts.items()]
     towers = [(tower, placement) for _, tower, placement in towers_of(encoders).values()]
-    return Floor(
-        "reward",
-        "",
-        sum(images * flops.encoder_flop(tower) for tower, _ in towers),
-        sum(estimates.placed_bytes(tower, placement) for tower, placement in towers),
-    )
+    moved = sum(estimates.placed_bytes(tower, placement) for tower, placement in towers)
+    return _floor("reward", "", lambda: images * sum(flops.encoder_flop(tower) for tower, _ in towers), moved)

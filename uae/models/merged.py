@@ -37,7 +37,8 @@ def merged(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model, with or without a PeftModel around it.
     """
-    autocast = torch.is_autocast_enabled(next(model.parameters()).device.type)
+    device = next(model.parameters()).device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses the question on the meta device
     replaced = [] if autocast else _plain_layers(model)
     try:
         with torch.no_grad():
