@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations bench tensorboard gpu notebooks clean
+.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations bench tensorboard gpu gpu-bench notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -87,6 +87,9 @@ tensorboard: $(READY)  ## look at the runs
 
 gpu: $(READY)  ## tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
+
+gpu-bench: $(READY)  ## one step of systems of published sizes, random weights, on one GPU of 80 GB (8 minutes each at most)
+	$(RUN) -m benchmarks.true_size --device cuda --batch 2 --group 4 --tokens 64 --steps 10 --size 512 --rollouts 2
 
 notebooks: $(READY)  ## execute the notebooks in place
 	$(RUN) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb

@@ -9,6 +9,7 @@ GPU sends, to its own machine or to others) and operations over the speed given.
 from __future__ import annotations
 
 import argparse
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,19 @@ PER_MACHINE = 8
 class Planning(CLI):
     """Parses a run and plans it."""
 
-    plan: Plan
-
     def instantiate_trainer(self, **kwargs: Any) -> None:
         """No trainer, which would ask for the GPUs."""
-        self.plan = plan(self.model, self.datamodule, self._get(self.config_init, "trainer"))
+
+    def planned(self, with_floors: bool = False) -> Plan:
+        """The plan."""
+        return plan(self.model, self.datamodule, self._get(self.config_init, "trainer"), with_floors)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing."""
 
 
-def planned(name: str, gpus: int, layout: str) -> Plan:
-    """The plan of one of the runs on so many GPUs."""
+def parsed(name: str, gpus: int, layout: str) -> Planning:
+    """One of the runs on so many GPUs."""
     files, settings, _ = RUNS[name]
     words = [word for file in files for word in ("--config", str(ROOT / file))]
     machines, devices = max(1, gpus // PER_MACHINE), min(gpus, PER_MACHINE)
@@ -58,12 +60,21 @@ def planned(name: str, gpus: int, layout: str) -> Plan:
     else:
         words += ["--trainer.strategy=uae.strategy.FSDP2Strategy", "--trainer.strategy.param_dtype=bfloat16"]
         words += [f"--trainer.strategy.shard_size={PER_MACHINE}"] if layout.endswith("8") else []
-    return Planning(["fit", *words]).plan
+    return Planning(["fit", *words])
+
+
+@cache
+def update_flop(name: str) -> float:
+    """Operations of the update, per GPU and optimizer step: they are the same on any number of GPUs."""
+    run = parsed(name, 1, "ddp")
+    one = run.planned(with_floors=True)
+    a_rollout = sum(floor.flop for floor in one.floors if floor.stage == "update")
+    return a_rollout * one.processes.accumulate / run.model.batches_per_rollout
 
 
 def row(name: str, gpus: int, layout: str, speeds: argparse.Namespace) -> str:
     """A line of the table: memory, what is sent and how long that takes, how long the update computes."""
-    one = planned(name, gpus, layout)
+    one = parsed(name, gpus, layout).planned()
     phase, peak = one.peak()
     network = [exchange for exchange in one.exchanges if exchange.leaves(PER_MACHINE)]
     local = [exchange for exchange in one.exchanges if not exchange.leaves(PER_MACHINE)]
@@ -72,7 +83,7 @@ def row(name: str, gpus: int, layout: str, speeds: argparse.Namespace) -> str:
         for exchanges in (local, network)
     ]
     sent = [sum(exchange.sent for exchange in exchanges) / 1e9 for exchanges in (local, network)]
-    computes = one.update_flop / speeds.tflops / 1e12
+    computes = update_flop(name) / speeds.tflops / 1e12
     cells = [name, f"{gpus}", layout if gpus > 1 else "one GPU", f"{peak / 2**30:.0f} ({phase})"]
     cells += [f"{size:.1f}" for size in sent] + [f"{sum(seconds):.2f}", f"{computes:.1f}"]
     return "| " + " | ".join(cells) + " |"
@@ -80,7 +91,7 @@ def row(name: str, gpus: int, layout: str, speeds: argparse.Namespace) -> str:
 
 def checkpoint(name: str) -> str:
     """A line about files: what trains and its optimizer states, beside all weights of the policy and the same states."""
-    rows = {row.name: row.whole for row in planned(name, 1, "ddp").rows}
+    rows = {row.name: row.whole for row in parsed(name, 1, "ddp").planned().rows}
     ours, everything = rows["gradients"] + rows["optimizer states"], rows["policy"] + rows["optimizer states"]
     return f"| {name} | {ours / 2**30:.2f} | {everything / 2**30:.2f} |"
 

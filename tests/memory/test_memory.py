@@ -14,13 +14,17 @@ from uae.encoders import HFEncoder
 from uae.grpo import GRPOLoss
 from uae.memory import plan
 from uae.memory.counting import update_bytes
-from uae.memory.estimates import kv_bytes, optimizer_bytes
+from uae.memory.estimates import kv_bytes, optimizer_bytes, vision_bytes
+from uae.memory.phases import Sizes, rollout_rows, update_rows
 from uae.memory.processes import processes_of
 from uae.memory.table import PHASES
 from uae.miniature.data import SceneData
 from uae.models.finetune import Full, LoRA
+from uae.models.merged import merged
 from uae.module import UnifiedGRPO
 from uae.rewards import EncoderSimilarity, WeightedReward
+from uae.strategy import FSDP2Strategy
+from uae.systems.blueprints import Blueprint
 from uae.types import Sampling
 from uae.weights.placement import Placement
 
@@ -113,6 +117,61 @@ def test_the_cache_is_exact():
         policy.advance(prefix, tokens)
     found = sum(x.nbytes for layer in prefix.cache.layers for x in (layer.keys, layer.values))
     assert kv_bytes(policy.base, 2 * GROUP, PROMPT + TOKENS) == found
+
+
+def in_rollout(policy, trainer=None, pixels=576):
+    """Rows of the rollout of two images for a policy with weights."""
+    sizes = Sizes(2, GROUP, 2 * GROUP, 1, PROMPT, TOKENS, pixels)
+    blueprint = Blueprint(policy.base)
+    return {row.name: row for row in rollout_rows(policy, blueprint, sizes, processes_of({"devices": 1, **(trainer or {})}))}
+
+
+def test_while_captions_are_drawn_the_cache_is_there_at_its_full_length():
+    policy, context, tokens = real(LoRA(rank=4))
+    with torch.no_grad():
+        prefix = policy.prefill(context).expand(GROUP, room=TOKENS - 1)
+        sizes = []
+        for step in range(TOKENS - 1):
+            policy.advance(prefix, tokens[:, step, None])
+            sizes.append(sum(x.untyped_storage().nbytes() for layer in prefix.cache.layers for x in (layer.keys, layer.values)))
+    assert set(sizes) == {in_rollout(policy)["key-value cache"].whole}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_merged_into_copies_where_the_sum_is_exact(dtype):
+    policy = real(LoRA(rank=4))[0].to(dtype)
+    with merged(policy.model):
+        copies = [part for part in policy.modules() if type(part).__name__ == "_Sum"]
+    row = in_rollout(policy)["weights merged with the adapter"]
+    assert row.phases == ("caption",)
+    assert row.whole == row.sharded == sum(part.weight.nbytes for part in copies)
+    assert (row.whole > 0) == (dtype == torch.float32)
+    assert in_rollout(policy, {"precision": "bf16-mixed"})["weights merged with the adapter"].whole == 0
+    gathered = {"strategy": FSDP2Strategy(param_dtype="bfloat16")}
+    assert in_rollout(policy, gathered)["weights merged with the adapter"].sharded == 0
+
+
+def test_what_a_frozen_tower_saw_is_kept_and_the_tower_does_not_run_again(monkeypatch):
+    captioner, looks = families.create("qwen2_5_vl"), []
+    policy = captioner.learner.network
+    LoRA(rank=4).attach(captioner.learner, keep_reference=False)
+    rollout = captioner.sample(captioner.prepare(torch.rand(2, 3, 24, 24)), GROUP, Sampling(max_tokens=TOKENS), range(6))
+    row = in_rollout(policy)["image features"]
+    assert row.whole == sum(x.nbytes for image in rollout.context.features.rows for x in image)
+    assert row.phases == ()
+    tower = policy.base.model.visual
+    monkeypatch.setattr(tower, "forward", lambda *args, **kwargs: looks.append(args))
+    captioner.logprobs(rollout).sum().backward()
+    assert not looks
+    sizes = Sizes(2, GROUP, 6, 1, PROMPT, TOKENS, 10**6)
+    skeleton = copy.deepcopy(policy).to("meta")
+    saved = update_bytes(skeleton, PROMPT, TOKENS, GROUP)
+    assert {row.name: row.whole for row in update_rows(skeleton, sizes)}["activations"] == saved
+    seeing = real(LoRA(rank=4, target_modules="all-linear"))[0].to("meta")
+    assert in_rollout(seeing)["image features"].whole == 0
+    tower_alone = vision_bytes(seeing.base, 10**6, True, False)
+    activations = {row.name: row.whole for row in update_rows(seeing, sizes)}["activations"]
+    assert activations == update_bytes(seeing, PROMPT, TOKENS, GROUP) + tower_alone
 
 
 @pytest.mark.parametrize("finetune", [LoRA(rank=4), Full("language_model")], ids=["lora", "full"])

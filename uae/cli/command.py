@@ -134,7 +134,9 @@ class CLI(LightningCLI):
             "pair of quotes. Given several times, the stages are trained one after the other.",
         )
         parser.add_argument(
-            "--print_plan", action="store_true", help="Print the memory that fit needs on a GPU, part by part, and stop."
+            "--print_plan",
+            action="store_true",
+            help="Print the memory that fit needs on a GPU, part by part, and the least time of its stages, and stop.",
         )
         parser.add_argument(
             "--memory_gib",
@@ -238,7 +240,7 @@ class CLI(LightningCLI):
         if asked:
             from uae.memory import plan
 
-            memory = plan(self.model, self.datamodule, trainer)
+            memory = plan(self.model, self.datamodule, trainer, with_floors=True)
             print(memory.table(available * GIB if available else None))
             raise SystemExit(0)
         if available and isinstance(getattr(self.model, "system", None), PlannedSystem):

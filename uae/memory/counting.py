@@ -53,11 +53,11 @@ def image_update_bytes(policy: CaptionPolicy, prompt: int, written: int, copies:
 
 def _saved_by_drawing(policy: CaptionPolicy, length: int, rows: int, recompute: bool) -> int:
     with saved_bytes(policy) as count, recomputing(policy.model) if recompute else nullcontext():
-        policy.base.get_decoder()(**_embeds(policy, rows, length), use_cache=False)
+        policy.base.get_decoder()(**embeds(policy, rows, length), use_cache=False)
     return count()
 
 
-def _embeds(policy: CaptionPolicy, rows: int, length: int) -> dict[str, Tensor]:
+def embeds(policy: CaptionPolicy, rows: int, length: int) -> dict[str, Tensor]:
     """Empty input embeddings and positions, the arguments of a decoder, on the meta device."""
     table, width = policy.base.get_input_embeddings().weight, text_config(policy.base).hidden_size
     states = torch.empty(rows, length, width, dtype=table.dtype, device="meta", requires_grad=table.requires_grad)
@@ -73,10 +73,10 @@ def _saved_by_reading(policy: CaptionPolicy, prompt: int, tokens: int, group: in
     decoder = policy.base.get_decoder()
     with saved_bytes(policy) as count, recomputing(policy.model) if recompute else nullcontext():
         cache = prompt_cache(policy.base) if recompute else library_cache(policy.base)
-        decoder(**_embeds(policy, 1, prompt), **cache_argument(decoder, cache), use_cache=True)
+        decoder(**embeds(policy, 1, prompt), **cache_argument(decoder, cache), use_cache=True)
         if tokens > 1:
             sees = torch.empty(1, 1, tokens - 1, prompt + tokens - 1, dtype=torch.bool, device="meta")
-            longer = _embeds(policy, group, tokens - 1)
+            longer = embeds(policy, group, tokens - 1)
             decoder(**longer, **cache_argument(decoder, expand(cache, 1, group)), attention_mask=sees, use_cache=True)
     return count()
 

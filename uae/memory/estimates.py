@@ -196,6 +196,15 @@ def image_tokens(model: Any, pixels: int) -> int:
     return pixels // (_patch(config) * getattr(config, "spatial_merge_size", 1)) ** 2
 
 
+def feature_bytes(model: Any, images: int, pixels: int) -> int:
+    """Bytes of what a frozen image tower saw in images of ``pixels`` pixels each, see `uae.models.captioners.features`.
+
+    One vector per token of an image, and one more for each of the first text layers that get some (the deepstack of Qwen3-VL).
+    """
+    levels = 1 + len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", ()))
+    return images * image_tokens(model, pixels) * text_config(model).hidden_size * levels * model.dtype.itemsize
+
+
 def _patch(vision: Any) -> int:
     size = vision.patch_size
     return size if isinstance(size, int) else size[0]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from uae.memory import estimates
 from uae.memory.counting import text_config, update_bytes
+from uae.memory.processes import Processes
 from uae.memory.table import Row
 from uae.models.captioners.policy import CaptionPolicy
+from uae.models.merged import merged_bytes
 from uae.systems.blueprints import DRAWS, Blueprint
 from uae.weights.placement import torch_dtype
 
@@ -37,18 +41,23 @@ class Sizes:
     pixels: int
 
 
-def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes) -> list[Row]:
-    """Rows of the rollout: sampling of captions, reading of captions by the conditioner, and drawing of images."""
+def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes, processes: Processes) -> list[Row]:
+    """Rows of the rollout: sampling of captions, reading of captions by the conditioner, and drawing of images.
+
+    The cache of captions is allocated once, at its full length. What a frozen image tower saw is kept for the update.
+    """
     model, config = policy.base, text_config(policy.base)
     b, adapted = model.dtype.itemsize, policy.adapted
     rows = [
         Row(
             "key-value cache",
-            estimates.kv_bytes(model, sizes.rows, sizes.prompt + sizes.tokens),
+            estimates.kv_bytes(model, sizes.rows, sizes.prompt + sizes.tokens - 1),
             phases=("caption",),
             keys="sampling.max_tokens, model.group, data.batch_size",
         ),
+        _merged_row(policy, blueprint, processes),
         Row("logits of a sampling step", estimates.sampling_bytes(model, sizes.rows), phases=("caption",)),
+        Row("image features", 0 if policy.tower_learns else estimates.feature_bytes(model, sizes.images, sizes.pixels)),
         Row(
             "prompt and image buffers",
             estimates.reading_bytes(config, sizes.images * sizes.prompt, b, adapted)
@@ -66,6 +75,14 @@ def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes) -> l
             Row("caption reading buffers", max(working), phases=("condition",), keys="sampling.max_tokens, model.group")
         )
     return rows + _drawing_rows(blueprint, sizes)
+
+
+def _merged_row(policy: CaptionPolicy, blueprint: Blueprint, processes: Processes) -> Row:
+    """Sums of weights and adapter, which exist while the policy acts, see `uae.models.merged`."""
+    size = 0 if processes.autocast else merged_bytes(policy.model)
+    exact = processes.gathered_dtype in (None, torch.float32, torch.float64)
+    phases = ("caption",) if blueprint.drawing is None else ("caption", "render")
+    return Row("weights merged with the adapter", size, size if exact else 0, phases, keys="reading.dtype bfloat16")
 
 
 def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:
@@ -100,14 +117,17 @@ def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:
 
 
 def update_rows(policy: CaptionPolicy, sizes: Sizes) -> list[Row]:
-    """Rows of the update on one mini-batch: activations, cache and output head; and of its log-probs without gradient."""
+    """Rows of the update on one mini-batch: activations, cache and output head; and of its log-probs without gradient.
+
+    A frozen image tower does not run here, see `uae.models.captioners.features`.
+    """
     model, config, rows = policy.base, text_config(policy.base), sizes.part * sizes.group
-    spoken, length = rows * sizes.tokens, sizes.prompt + sizes.tokens
+    spoken, length = rows * sizes.tokens, sizes.prompt + max(1, sizes.tokens - 1)
     head, mini_batches = model.get_output_embeddings().weight.requires_grad, "model.mini_batches"
-    names = ("visual", "vision_tower", "vision_model")
-    sees = any(weight.requires_grad for name, weight in policy.named_parameters() if any(n in name for n in names))
     kept = sizes.part * update_bytes(policy, sizes.prompt, sizes.tokens, sizes.group)
-    image = estimates.vision_bytes(model, sizes.part * sizes.pixels, sees, policy.gradient_checkpointing)
+    image = 0
+    if policy.tower_learns:
+        image = estimates.vision_bytes(model, sizes.part * sizes.pixels, True, policy.gradient_checkpointing)
     cache = 0 if policy.gradient_checkpointing else estimates.kv_bytes(model, rows, length)
     adapted = policy.adapted
     reading = estimates.reading_bytes(config, spoken + sizes.part * sizes.prompt, model.dtype.itemsize, adapted)

@@ -15,6 +15,7 @@ from uae.memory.communication import communication
 from uae.memory.image_tokens import image_token_rows
 from uae.memory.phases import QUESTION, Sizes, rollout_rows, update_rows
 from uae.memory.processes import Processes, processes_of
+from uae.memory.stages import floors
 from uae.memory.table import Plan, Row
 from uae.memory.weights import encoder_rows, frozen_rows, policy_rows
 from uae.models.captioners.policy import CaptionPolicy
@@ -22,7 +23,7 @@ from uae.systems.blueprints import Blueprint
 from uae.types import PlannedSystem
 
 
-def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
+def plan(module: Any, data: Any, trainer: Mapping[str, Any], with_floors: bool = False) -> Plan:
     """Memory of ``fit`` per GPU, unsharded and sharded, computed from layer sizes without reading weights.
 
     Gradients exist until the next backward pass, so also during the next rollout. Optimizer states exist after the first
@@ -32,6 +33,7 @@ def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
         module: An `uae.module.UnifiedGRPO` whose system has a ``blueprint``.
         data: The data module of the run.
         trainer: The settings of ``trainer`` in the configuration.
+        with_floors: Whether to count operations, too, which takes some seconds.
 
     Raises:
         ValueError: The module is of another class, or its system has no blueprint.
@@ -48,15 +50,15 @@ def plan(module: Any, data: Any, trainer: Mapping[str, Any]) -> Plan:
         *policy_rows(policy, reference, processes, module.optimizer),
         *frozen_rows(blueprint),
         *encoder_rows(module, sizes),
-        *rollout_rows(policy, blueprint, sizes),
+        *rollout_rows(policy, blueprint, sizes, processes),
         *image_token_rows(policy, blueprint, sizes, module.plan),
         *(update_rows(policy, sizes) if module.plan.train != "images" or blueprint.drawing is None else []),
     ]
     if processes.on_gpu:
         rows.append(Row("CUDA context", whole=estimates.CUDA_CONTEXT))
     exchanges = communication(policy, reference, processes, module.plan.mini_batches, module.batches_per_rollout)
-    flop = processes.accumulate * _update_flop(policy, sizes)
-    return Plan(tuple(rows), processes, _header(blueprint, sizes, module, processes), exchanges, flop)
+    times = floors(module, blueprint, policy, sizes, processes.accumulate) if with_floors else ()
+    return Plan(tuple(rows), processes, _header(blueprint, sizes, module, processes), exchanges, times)
 
 
 def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[CaptionPolicy, CaptionPolicy | None]:
@@ -86,14 +88,6 @@ def _sizes(module: Any, data: Any, blueprint: Blueprint) -> Sizes:
     prompt = max(blueprint.prompt_tokens, estimates.image_tokens(blueprint.policy, pixels) + QUESTION)
     part = -(-images // settings.mini_batches)
     return Sizes(images, settings.group, rows, part, prompt, settings.sampling.max_tokens, pixels)
-
-
-def _update_flop(policy: CaptionPolicy, sizes: Sizes) -> float:
-    """Floating-point operations of the language model in the update on one mini-batch."""
-    weights = [*policy.base.get_decoder().parameters()]
-    count, trained = sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
-    tokens = sizes.part * (sizes.prompt + sizes.group * sizes.tokens)
-    return 2.0 * tokens * ((3 if policy.gradient_checkpointing else 2) * count + trained)
 
 
 def _header(blueprint: Blueprint, sizes: Sizes, module: Any, processes: Processes) -> str:

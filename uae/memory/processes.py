@@ -28,6 +28,7 @@ class Processes:
         reduced_dtype: Dtype in which gradients are averaged under fsdp2; None is the gradients' own dtype.
         accumulate: Number of batches per optimizer step.
         cast_to: Dtype to which the trainer converts all weights; None converts nothing.
+        autocast: Whether the trainer computes in 16 bits with weights of 32.
         on_gpu: Whether the plan is for GPUs.
     """
 
@@ -41,6 +42,7 @@ class Processes:
     reduced_dtype: torch.dtype | None
     accumulate: int
     cast_to: torch.dtype | None
+    autocast: bool
     on_gpu: bool
 
 
@@ -69,6 +71,7 @@ def processes_of(trainer: Mapping[str, Any]) -> Processes:
         reduced_dtype=reduced,
         accumulate=trainer.get("accumulate_grad_batches") or 1,
         cast_to={"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(str(trainer.get("precision"))),
+        autocast=str(trainer.get("precision")) in ("bf16", "bf16-mixed", "16", "16-mixed"),
         on_gpu=on_gpu,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from uae.memory.communication import Exchange
+from uae.memory.floors import Floor, devices_of, lines_of
 from uae.memory.processes import Processes
 
 GIB = 2**30
@@ -48,16 +49,14 @@ class Plan:
         processes: Number of processes, strategy and dtypes of the run.
         header: Line above the table with the sizes that the plan was made for.
         exchanges: Collective operations of one optimizer step of the run as configured.
-        update_flop: Floating-point operations of the policy's forward and backward passes per GPU and optimizer step: 2 per
-            parameter and token for the forward pass, and 2 each for gradients of activations, for gradients of weights that
-            train, and for recomputation.
+        floors: The least time of each stage of a rollout and its update; empty if it was not asked for.
     """
 
     rows: tuple[Row, ...]
     processes: Processes
     header: str = ""
     exchanges: tuple[Exchange, ...] = ()
-    update_flop: float = 0.0
+    floors: tuple[Floor, ...] = ()
 
     def there(self, phase: str, device: str | None = None) -> list[Row]:
         """Rows that are on a device in a phase."""
@@ -125,7 +124,8 @@ class Plan:
                 both = [gib(self.total(phase, sharded, device)) for sharded in kinds]
                 peaks = [sharded for sharded in kinds if phase == self.peak(sharded, device)[0]]
                 lines.append([f"phase {phase}{where}", "", "", *both, _mark(peaks, kinds)])
-        return "\n".join([self.header, "", *_aligned(lines), "", *self._sent(), self.verdict(available)])
+        parts = [self.header, "", *_aligned(lines), "", *self._sent(), *self._floors(), self.verdict(available)]
+        return "\n".join(parts)
 
     def _sent(self) -> list[str]:
         """Lines about the bytes that a GPU sends for one optimizer step, one per kind of collective operation."""
@@ -137,6 +137,16 @@ class Plan:
             lines.append([f"{one.name}, {one.kind}", f"{one.times:g}", str(one.members), gib(one.sent), over])
         total = gib(sum(one.sent for one in self.exchanges))
         return [*_aligned([*lines, [], ["together", "", "", total, ""]]), ""]
+
+
+    def _floors(self) -> list[str]:
+        """Lines about the least time of every stage."""
+        if not self.floors:
+            return []
+        devices = devices_of(self.processes)
+        unknown = "" if devices else "; the peaks of this device are not known, so there are no seconds"
+        note = f"A floor is the larger one of operations / peak and bytes / bandwidth, not a prediction{unknown}."
+        return [*_aligned(lines_of(self.floors, devices)), note, ""]
 
 
 def _mark(peaks: list[bool], kinds: tuple[bool, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -86,14 +86,9 @@ def _placed(name: str, network: nn.Module, placement: Placement, phase: str, key
 
 def encoder_rows(module: Any, sizes: Sizes) -> list[Row]:
     """Rows for the encoders of rewards and metrics, equal ones once, and for the activations of the largest."""
-    towers: dict[Any, tuple[str, nn.Module, Placement]] = {}
     rewards = {name: getattr(part, "encoder", None) for name, part in module.reward.parts.items()}
     score = getattr(module.unified_score, "encoders", {})
-    for name, encoder in [*rewards.items(), *score.items()]:
-        if isinstance(encoder, (HFEncoder, OpenCLIPEncoder)):
-            key = encoder.weights(), encoder.placement
-            if key not in towers:
-                towers[key] = name, _tower(encoder), encoder.placement
+    towers = towers_of([*rewards.items(), *score.items()])
     rows = [
         _placed(f"encoder {name}", tower, placement, "reward", f"the encoders' {DTYPE}")
         for name, tower, placement in towers.values()
@@ -106,6 +101,21 @@ def encoder_rows(module: Any, sizes: Sizes) -> list[Row]:
     if working:
         rows.append(Row("encoder buffers", max(working), phases=("reward",), keys="model.group, data.batch_size"))
     return rows
+
+
+def towers_of(encoders: Iterable[tuple[str, Any]]) -> dict[Any, tuple[str, nn.Module, Placement]]:
+    """Image towers on the meta device, one for all encoders of equal weights and placement: its name, network, placement.
+
+    Args:
+        encoders: Names and encoders; those of other kinds than the two of `uae.encoders`, and None, are left out.
+    """
+    towers: dict[Any, tuple[str, nn.Module, Placement]] = {}
+    for name, encoder in encoders:
+        if isinstance(encoder, (HFEncoder, OpenCLIPEncoder)):
+            key = encoder.weights(), encoder.placement
+            if key not in towers:
+                towers[key] = name, _tower(encoder), encoder.placement
+    return towers
 
 
 def _tower(encoder: HFEncoder | OpenCLIPEncoder) -> nn.Module:

@@ -37,12 +37,9 @@ def merged(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model, with or without a PeftModel around it.
     """
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    if hasattr(model, "peft_config") and not torch.is_autocast_enabled(next(model.parameters()).device.type):
-        for parent in list(model.modules()):
-            for name, layer in parent.named_children():
-                if _is_plain(layer):
-                    replaced.append((parent, name, layer))
+    device = next(model.parameters()).device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses the question on the meta device
+    replaced = [] if autocast else _plain_layers(model)
     try:
         with torch.no_grad():
             for parent, name, layer in replaced:
@@ -51,6 +48,19 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, layer in replaced:
             parent._modules[name] = layer
+
+
+def merged_bytes(model: nn.Module) -> int:
+    """Bytes of the sums that exist inside `merged` where there is no autocast."""
+    return sum(layer.base_layer.weight.nbytes for _, _, layer in _plain_layers(model))
+
+
+def _plain_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Parent, name and layer of every linear layer that can be replaced by a sum."""
+    if not hasattr(model, "peft_config"):
+        return []
+    children = ((parent, *child) for parent in list(model.modules()) for child in parent.named_children())
+    return [(parent, name, layer) for parent, name, layer in children if _is_plain(layer)]
 
 
 def _is_plain(layer: Any) -> bool:
