@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
+from uae.models.captioners.caches import cache_argument, library_cache, prompt_cache, recomputing, select
 from uae.models.captioners.policy import CaptionPolicy
 
 
@@ -77,7 +77,7 @@ def _saved_by_reading(policy: CaptionPolicy, prompt: int, tokens: int, group: in
         if tokens > 1:
             sees = torch.empty(1, 1, tokens - 1, prompt + tokens - 1, dtype=torch.bool, device="meta")
             longer = embeds(policy, group, tokens - 1)
-            decoder(**longer, **cache_argument(decoder, expand(cache, 1, group)), attention_mask=sees, use_cache=True)
+            decoder(**longer, **cache_argument(decoder, select(cache, torch.zeros(group, dtype=torch.long))), attention_mask=sees, use_cache=True)
     return count()
 
 
