@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import contextmanager
 
 import lightning as L
 import pytest
@@ -93,10 +94,11 @@ def at_work(model, monkeypatch):
     found = {}
 
     class Counting(Stopwatch):
+        @contextmanager
         def __call__(self, stage):
-            counter = FlopCounterMode(display=False)
-            found.setdefault(stage, []).append(counter)
-            return counter
+            with super().__call__(stage), FlopCounterMode(display=False) as counter:
+                found.setdefault(stage, []).append(counter)
+                yield
 
     monkeypatch.setattr(rollout, "Stopwatch", Counting)
     fit = L.Trainer(

@@ -144,11 +144,12 @@ def test_an_adapter_is_merged_into_copies_where_the_sum_is_exact(dtype):
         copies = [part for part in policy.modules() if type(part).__name__ == "_Sum"]
     row = in_rollout(policy)["weights merged with the adapter"]
     assert row.phases == ("caption",)
-    assert row.whole == row.sharded == sum(part.weight.nbytes for part in copies)
+    assert row.whole == sum(part.weight.nbytes for part in copies)
     assert (row.whole > 0) == (dtype == torch.float32)
     assert in_rollout(policy, {"precision": "bf16-mixed"})["weights merged with the adapter"].whole == 0
-    gathered = {"strategy": FSDP2Strategy(param_dtype="bfloat16")}
-    assert in_rollout(policy, gathered)["weights merged with the adapter"].sharded == 0
+    for gathered, sharded in ((None, row.whole), ("float32", row.whole), ("bfloat16", 0)):
+        settings = {"strategy": FSDP2Strategy(param_dtype=gathered)}
+        assert in_rollout(policy, settings)["weights merged with the adapter"].sharded == sharded
 
 
 def test_what_a_frozen_tower_saw_is_kept_and_the_tower_does_not_run_again(monkeypatch):
