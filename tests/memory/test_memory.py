@@ -67,7 +67,7 @@ def real(finetune, recompute=False):
 
 def really_saved(policy, context, tokens):
     """Of the update's forward."""
-    return kept_by(policy, lambda: policy(context, tokens, GROUP, 1.0))
+    return kept_by(policy, lambda: policy(context, tokens, GROUP, 1.0, torch.full((len(tokens),), TOKENS)))
 
 
 def kept_by(policy, forward):
@@ -181,7 +181,7 @@ def test_weights_gradients_and_optimizer_states_are_exact(finetune):
     policy, context, tokens = real(finetune)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained)
-    policy(context, tokens, GROUP, 1.0).sum().backward()
+    policy(context, tokens, GROUP, 1.0, torch.full((len(tokens),), TOKENS)).sum().backward()
     assert all(weight.grad is not None for weight in trained)
     optimizer.step()
     assert rows["policy"].trainable == sum(weight.numel() for weight in trained)

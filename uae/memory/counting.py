@@ -76,8 +76,8 @@ def _saved_by_reading(policy: CaptionPolicy, prompt: int, tokens: int, group: in
         decoder(**embeds(policy, 1, prompt), **cache_argument(decoder, cache), use_cache=True)
         if tokens > 1:
             sees = torch.empty(1, 1, tokens - 1, prompt + tokens - 1, dtype=torch.bool, device="meta")
-            longer = embeds(policy, group, tokens - 1)
-            decoder(**longer, **cache_argument(decoder, select(cache, torch.zeros(group, dtype=torch.long))), attention_mask=sees, use_cache=True)
+            longer, one = embeds(policy, group, tokens - 1), torch.zeros(group, dtype=torch.long)
+            decoder(**longer, **cache_argument(decoder, select(cache, one)), attention_mask=sees, use_cache=True)
     return count()
 
 

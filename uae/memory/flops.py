@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uae.memory import estimates
 from uae.memory.counting import embeds, text_config
-from uae.models.captioners.caches import cache_argument, expand, library_cache, prompt_cache, recomputing
+from uae.models.captioners.caches import cache_argument, library_cache, prompt_cache, recomputing, select
 from uae.models.captioners.policy import CaptionPolicy
 from uae.models.merged import merged
 from uae.models.renderers.rendering import Rendering
@@ -66,8 +66,8 @@ def caption_flop(policy: CaptionPolicy, prompt: int, tokens: int, group: int, le
             states = [read[:, -1:].expand(group, 1, -1)]
             if tokens > 1:
                 sees = torch.empty(1, 1, tokens - 1, prompt + tokens - 1, dtype=torch.bool, device="meta")
-                longer = embeds(policy, group, tokens - 1) | {"attention_mask": sees}
-                spoken = decoder(**longer, **cache_argument(decoder, expand(cache, 1, group)), use_cache=True)
+                longer, one = embeds(policy, group, tokens - 1) | {"attention_mask": sees}, torch.zeros(group, dtype=torch.long)
+                spoken = decoder(**longer, **cache_argument(decoder, select(cache, one)), use_cache=True)
                 states.append(spoken.last_hidden_state)
             ids_NT = torch.empty(group, tokens, dtype=torch.long, device="meta")
             logp_NT = policy.score(torch.cat(states, 1), ids_NT, 1.0)

@@ -127,8 +127,9 @@ def select(cache: Any, prompt_N: Tensor) -> Any:
         cache: The cache of the prompts, of keys and values only.
         prompt_N: Number of the prompt of each caption.
     """
-    from transformers import Cache
+    from transformers.cache_utils import Cache, CacheLayerMixin
 
+    CacheLayerMixin.register(PromptLayer)
     layers: list[Any] = [ContinuedLayer(layer.keys, layer.values, prompt_N) for layer in cache.layers]
     return Cache(layers=layers)
 
