@@ -11,6 +11,8 @@ import torch
 from uae.files.locations import locate
 from uae.models.captioners.caches import check_memory
 from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.engine import KEY, EngineCaptioner
+from uae.models.captioners.vllm_engine import VLLM, VLLMEngine
 from uae.weights.remote_code import refused, trusted
 
 
@@ -27,6 +29,7 @@ class Reading:
         attention: Name of the attention implementation in transformers ("sdpa", "eager", "flash_attention_2", ...); None is
             the library's choice.
         gradient_checkpointing: Whether activations inside layers are recomputed in the backward pass instead of kept.
+        engine: What draws captions in place of transformers; None is transformers. See docs/real_systems.md, "Rollouts by vLLM".
         trust_remote_code: Repeat the captioner's name here to allow the Python code in its checkpoint to run. With None no
             such code runs.
     """
@@ -38,6 +41,7 @@ class Reading:
     max_pixels: int | None = None
     attention: str | None = None
     gradient_checkpointing: bool = False
+    engine: VLLM | None = None
     trust_remote_code: str | None = None
 
 
@@ -121,6 +125,25 @@ def assemble_captioner(
     )
     captioner.learner.network.gradient_checkpointing = reading.gradient_checkpointing
     return captioner
+
+
+def with_engine(captioner: HFCaptioner, reading: Reading) -> HFCaptioner | EngineCaptioner:
+    """The captioner, with the engine that draws for it if ``reading`` asks for one.
+
+    Raises:
+        ValueError: That engine cannot run here.
+    """
+    return captioner if reading.engine is None else EngineCaptioner(captioner, VLLMEngine(captioner, reading.engine))
+
+
+def without_engine(reading: Reading, system: str) -> None:
+    """Refuse an engine for a system whose captioner also draws images.
+
+    Raises:
+        ValueError: ``reading`` asks for one.
+    """
+    if reading.engine is not None:
+        raise ValueError(f"{KEY} is set, but the network of {system} draws images, too, which vLLM cannot; allowed: null")
 
 
 def _set_pixels(processor: Any, reading: Reading) -> None:
