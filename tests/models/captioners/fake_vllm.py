@@ -4,12 +4,11 @@ It knows captioners of Qwen2.5-VL. It draws one caption at a time, without a cac
 behind a prompt until both of its caches are reset, as vLLM keeps prompts and image features.
 """
 
+import copy
 import sys
 from types import ModuleType, SimpleNamespace
 
 import torch
-
-REAL_MODE = "processed_logprobs"
 
 
 class SamplingParams:
@@ -142,3 +141,12 @@ def install(monkeypatch, llm=LLM, version="0.33.0", gpu=True):
     monkeypatch.setattr("uae.models.captioners.vllm_engine._has_gpu", lambda: gpu)
     monkeypatch.setattr(LLM, "started", [])
     return LLM.started
+
+
+def same_weights(engine, policy):
+    """Whether an engine has the weights of a policy, whose adapter PEFT itself merges."""
+    model = copy.deepcopy(policy.model)
+    model = model.merge_and_unload() if policy.adapted else model
+    mine, theirs = dict(model.named_parameters()), dict(engine.model.named_parameters())
+    assert mine.keys() == theirs.keys()
+    return all(torch.allclose(mine[name], theirs[name], atol=1e-6, rtol=0) for name in mine)
