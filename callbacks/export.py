@@ -15,6 +15,7 @@ from uae.checkpoints.files import partial_of, publish, remove
 from uae.files.locations import local_folder
 from uae.learner import Network
 from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.engine import unwrapped
 from uae.models.flow.network import FlowNetwork
 from uae.module import UnifiedGRPO
 from uae.trainer import is_dry_run
@@ -69,7 +70,7 @@ class Export(Callback):
         policy = trained(getattr(pl_module, "policy", None))
         if policy is not None:
             module: Any = pl_module
-            captioner = module.umm.captioner
+            captioner = unwrapped(module.umm.captioner)
             processor = captioner.processor if isinstance(captioner, HFCaptioner) else None
             self._write(folder, policy, trainer.is_global_zero, processor)
         renderer = trained(getattr(pl_module, "image_policy", None))

@@ -21,6 +21,7 @@ FRAGMENTS = [file for file in FILES if file not in COMPLETE and CONFIGS / "bench
 BASES = {  # of fragments whose keys the miniature has not
     "debug/rehearsal.yaml": "uae.yaml",
     "debug/rehearsal_tokens.yaml": "janus_pro.yaml",
+    "engine/vllm.yaml": "qwen_any.yaml",
     "finetune/lora_pretrained.yaml": "qwen_any.yaml",
     "finetune/full_pretrained.yaml": "qwen_any.yaml",
 }

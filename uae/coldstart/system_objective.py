@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from uae.coldstart.objective import Objective
 from uae.learner import Network
 from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.engine import unwrapped
 from uae.models.captioners.policy import VLMContext
 from uae.models.finetune import Finetune
 from uae.models.pipelines.contracts import denoiser_of
@@ -92,7 +93,7 @@ class SystemObjective(Objective):
     def condition(self, batch: ImageBatch, captions: list[str]) -> Condition:
         """Encode captions as the renderer's condition. The rollout is passed on for conditioners that read the image too."""
         (umm,) = self.frozen
-        tokenized = isinstance(umm.captioner, HFCaptioner)  # other captioners have no tokens
+        tokenized = isinstance(unwrapped(umm.captioner), HFCaptioner)  # other captioners have no tokens
         rollout = self.rollout({**batch, "caption": captions}, max_tokens=2**30) if tokenized else None
         return umm.conditioner.encode(captions, rollout)
 
@@ -107,10 +108,11 @@ def hf_captioner(umm: UMM, who: str) -> HFCaptioner:
     Raises:
         ValueError: The captioner is of another kind, and has no weights here.
     """
-    if not isinstance(umm.captioner, HFCaptioner):
-        kind = type(umm.captioner).__name__
+    captioner = unwrapped(umm.captioner)
+    if not isinstance(captioner, HFCaptioner):
+        kind = type(captioner).__name__
         raise ValueError(f"{who} needs the weights of the captioner, but {kind} has none here; change model.init_args.system")
-    return umm.captioner
+    return captioner
 
 
 def diffusers_renderer(umm: UMM, who: str) -> DiffusersRenderer:

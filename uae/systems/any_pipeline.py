@@ -54,14 +54,14 @@ class AnyPipeline:
 
     def build(self) -> UMM:
         """Load the captioner and the pipeline on the CPU."""
-        from uae.models.captioners.loading import load_captioner
+        from uae.models.captioners.loading import load_captioner, with_engine
         from uae.models.conditioners.states import TextConditioner
         from uae.models.conditioners.text_encoders import PipelineTextConditioner
         from uae.models.pipelines.contracts import contract_of
         from uae.models.pipelines.loading import load_pipeline
         from uae.models.renderers.diffusers import DiffusersRenderer
 
-        captioner = load_captioner(self.captioner, self.reading, IN_DETAIL)
+        captioner = with_engine(load_captioner(self.captioner, self.reading, IN_DETAIL), self.reading)
         pipe = load_pipeline(self.pipeline, self.rendering.placement)
         if not contract_of(pipe).takes_embeddings:
             return UMM(captioner, TextConditioner(), DiffusersRenderer(pipe, self.rendering))

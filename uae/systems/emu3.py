@@ -71,10 +71,11 @@ class Emu3:
 
     def build(self) -> UMM:
         """Load the checkpoint on the CPU. It plays all three roles: captioner, conditioner and renderer."""
-        from uae.models.captioners.loading import load_captioner
+        from uae.models.captioners.loading import load_captioner, without_engine
         from uae.models.tokens.emu3 import unify
 
         check_layout(self.checkpoint)
+        without_engine(self.reading, "Emu3")
         reading = replace(self.reading, min_pixels=None, max_pixels=None)
         captioner = load_captioner(self.checkpoint, reading, IN_DETAIL)
         set_pixels(captioner.processor.image_processor, self.reading)

@@ -27,7 +27,8 @@ class External:
 
     def build(self) -> UMM:
         """Load the captioner on the CPU."""
-        from uae.models.captioners.loading import load_captioner
+        from uae.models.captioners.loading import load_captioner, with_engine
         from uae.models.conditioners.states import TextConditioner
 
-        return UMM(load_captioner(self.captioner, self.reading, IN_DETAIL), TextConditioner(), self.renderer)
+        captioner = with_engine(load_captioner(self.captioner, self.reading, IN_DETAIL), self.reading)
+        return UMM(captioner, TextConditioner(), self.renderer)

@@ -55,10 +55,11 @@ class JanusPro:
 
     def build(self) -> UMM:
         """Load the checkpoint on the CPU. It plays all three roles: captioner, conditioner and renderer."""
-        from uae.models.captioners.loading import load_captioner
+        from uae.models.captioners.loading import load_captioner, without_engine
         from uae.models.tokens.janus import unify
 
         check_layout(self.checkpoint)
+        without_engine(self.reading, "Janus-Pro")
         captioner = load_captioner(self.checkpoint, self.reading, IN_DETAIL)
         check_spaces(captioner.processor.tokenizer)
         return unify(captioner, self.sampling, self.rows)

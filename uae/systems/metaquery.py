@@ -90,7 +90,7 @@ class _Queries:
 
     def build(self) -> UMM:
         """Load the parts on the CPU. Sana's own text encoder is not loaded."""
-        from uae.models.captioners.loading import load_captioner
+        from uae.models.captioners.loading import load_captioner, with_engine
         from uae.models.pipelines.loading import load_pipeline
         from uae.models.renderers.diffusers import DiffusersRenderer
         from uae.weights.placement import torch_dtype
@@ -106,7 +106,7 @@ class _Queries:
         check_width(conditioner, pipe)
         negative = torch.no_grad()(conditioner.encode_unconditional)
         renderer = DiffusersRenderer(pipe, self.rendering, cache(negative) if frozen else negative)
-        return UMM(captioner, conditioner, renderer, needs_reference=frozen)
+        return UMM(with_engine(captioner, self.reading), conditioner, renderer, needs_reference=frozen)
 
 
 class OpenUni(_Queries):

@@ -95,7 +95,7 @@ class UAE:
         """Load the parts on the CPU. Neither T5 nor the CLIP text encoders stay in memory."""
         from transformers import AutoProcessor
 
-        from uae.models.captioners.loading import assemble_captioner
+        from uae.models.captioners.loading import assemble_captioner, with_engine
         from uae.models.conditioners.projector import load_projector
         from uae.models.renderers.diffusers import DiffusersRenderer
         from uae.systems.layouts import uae_language_model
@@ -120,7 +120,7 @@ class UAE:
 
         frozen = self.condition_weights == "start"
         renderer = DiffusersRenderer(self._pipeline(folder), self.rendering, cache(negative) if frozen else negative)
-        return UMM(captioner, conditioner, renderer, needs_reference=frozen)
+        return UMM(with_engine(captioner, self.reading), conditioner, renderer, needs_reference=frozen)
 
     def _conditioners(self, captioner: Any, projector: nn.Module, folder: Path) -> tuple[Any, Any]:
         """The conditioner of captions and the conditioner of the negative prompt."""

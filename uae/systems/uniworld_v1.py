@@ -91,7 +91,7 @@ class UniWorldV1:
         """Load the parts on the CPU."""
         from transformers import AutoProcessor
 
-        from uae.models.captioners.loading import assemble_captioner
+        from uae.models.captioners.loading import assemble_captioner, with_engine
         from uae.models.renderers.diffusers import DiffusersRenderer
         from uae.systems.layouts import uniworld_language_model
 
@@ -105,7 +105,7 @@ class UniWorldV1:
         captioner = assemble_captioner(model, processor, self.reading, COMPLETELY)
         pipe = self._pipeline(folder, flux)
         conditioner = self._conditioner(captioner, projectors, pipe, flux)
-        return UMM(captioner, conditioner, DiffusersRenderer(pipe, self.rendering))
+        return UMM(with_engine(captioner, self.reading), conditioner, DiffusersRenderer(pipe, self.rendering))
 
     def _pipeline(self, folder: Path, flux: Path) -> Any:
         """The FLUX pipeline with UniWorld's transformer. Its text encoders are loaded only if they read captions."""

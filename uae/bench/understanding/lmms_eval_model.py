@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from uae.bench.system import load
 from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.engine import unwrapped
 from uae.types import Sampling
 
 LONGEST = 1024  # most tokens of an answer if the task sets no limit
@@ -91,7 +92,7 @@ class TrainedCaptioner(lmms):
 
     def _alike(self, requests: Sequence[Any]) -> list[Any]:
         """The next requests that go into one batch, which have equal generation settings."""
-        captioner = type(self.captioner)  # a captioner with its own ``prepare`` takes one question for all images
+        captioner = type(unwrapped(self.captioner))  # a captioner with its own ``prepare`` takes one question for all images
         one_question_per_image = issubclass(captioner, HFCaptioner) and captioner.prepare is HFCaptioner.prepare
         size = self.batch_size if one_question_per_image else 1
         first, some = requests[0].args[1], []

@@ -11,7 +11,9 @@ import torch
 from uae.files.locations import locate
 from uae.models.captioners.caches import check_memory
 from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.engine import KEY, EngineCaptioner
 from uae.models.captioners.steps import check_steps
+from uae.models.captioners.vllm_engine import VLLM, VLLMEngine
 from uae.weights.remote_code import refused, trusted
 
 
@@ -30,6 +32,7 @@ class Reading:
         gradient_checkpointing: Whether activations inside layers are recomputed in the backward pass instead of kept.
         compile: Whether the steps in which captions (and the image tokens of a unified model) are drawn are compiled, and recorded
             as a CUDA graph on a GPU. It takes a minute at the start, and changes rounding only. Not for sharded policies.
+        engine: What draws captions in place of transformers; None is transformers. See docs/real_systems.md, "Rollouts by vLLM".
         trust_remote_code: Repeat the captioner's name here to allow the Python code in its checkpoint to run. With None no
             such code runs.
     """
@@ -42,6 +45,7 @@ class Reading:
     attention: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    engine: VLLM | None = None
     trust_remote_code: str | None = None
 
 
@@ -128,6 +132,25 @@ def assemble_captioner(
     captioner.learner.network.gradient_checkpointing = reading.gradient_checkpointing
     captioner.learner.network.compile_steps = reading.compile
     return captioner
+
+
+def with_engine(captioner: HFCaptioner, reading: Reading) -> HFCaptioner | EngineCaptioner:
+    """The captioner, with the engine that draws for it if ``reading`` asks for one.
+
+    Raises:
+        ValueError: That engine cannot run here.
+    """
+    return captioner if reading.engine is None else EngineCaptioner(captioner, VLLMEngine(captioner, reading.engine))
+
+
+def without_engine(reading: Reading, system: str) -> None:
+    """Refuse an engine for a system whose captioner also draws images.
+
+    Raises:
+        ValueError: ``reading`` asks for one.
+    """
+    if reading.engine is not None:
+        raise ValueError(f"{KEY} is set, but the network of {system} draws images, too, which vLLM cannot; allowed: null")
 
 
 def _set_pixels(processor: Any, reading: Reading) -> None:
