@@ -62,7 +62,7 @@ class Family:
         image_cost, joint_cost: What an optimizer step of stage 3, or of both halves, costs; a step of captions costs 1. Measured
             on one thread, rollout and update together.
         options: Further arguments, by the first file of a stage.
-        in_turns: Whether other orders of the stages are tried, too.
+        separate: Whether a network of its own draws. Then it is trained in full, too, and other orders of the stages are tried.
     """
 
     base: str
@@ -73,7 +73,7 @@ class Family:
     image_cost: float
     joint_cost: float
     options: Mapping[str, tuple[str, ...]]
-    in_turns: bool = False
+    separate: bool = False
 
     @property
     def cases(self) -> list[Case]:
@@ -83,6 +83,7 @@ class Family:
         claims = [
             Case("captions", (CAPTIONS,), self.captions),
             Case("captions, stage 3", self.third, self.images, "captions"),
+            *([Case("captions, stage 3 in full", (*self.third, FULL), self.images, "captions")] if self.separate else []),
             Case("more captions", (CAPTIONS,), even(self.images * self.image_cost), "captions"),
             Case("joint", self.joint, even(total / self.joint_cost)),
             Case("random reward, captions", (CAPTIONS, RANDOM), self.captions),
@@ -95,14 +96,14 @@ class Family:
             Case("turn 3: captions", (CAPTIONS,), half, "turn 2: images", aside=True),
             Case("turn 4: images", self.third, rest, "turn 3: captions", aside=True),
         ]
-        return [*claims, *asides] if self.in_turns else claims
+        return [*claims, *asides] if self.separate else claims
 
 
-MINIATURE = "configs/exploration/miniature.yaml"
+MINIATURE, FULL = "configs/exploration/miniature.yaml", "configs/finetune/images_full.yaml"
 FAMILIES = {
     "tiny": Family(
         "configs/tiny.yaml", (IMAGES, MINIATURE), (JOINT, MINIATURE), 160, 160, 1.1, 1.9,
-        {IMAGES: ("--model.init_args.reconstructions=16",)}, in_turns=True,
+        {IMAGES: ("--model.init_args.reconstructions=16",)}, separate=True,
     ),
     # One network: stage 3 trains captions, too, because images alone change the weights that captions come from.
     "janus": Family(

@@ -33,12 +33,15 @@ ROWS = {  # tag: what it is, and what the paper reports for the like of it
     "reconstruction/whole": ("image right in everything", ""),
 }
 COLUMNS = (
-    "start", "control A", "control B", "best of 8", "captions", "captions, stage 3", "more captions", "joint",
+    "start", "control A", "control B", "best of 8", "captions", "captions, stage 3", "captions, stage 3 in full",
+    "more captions", "joint",
     "random reward, captions", "random reward, stage 3", "images alone", "turn 4: images",
 )  # fmt: skip
 CLAIMS = (  # case, against, how, tags
     ("captions, stage 3", "start", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
     ("captions, stage 3", "more captions", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
+    ("captions, stage 3 in full", "more captions", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
+    ("captions, stage 3 in full", "captions, stage 3", "greedy", ("generation/overall", "reconstruction/whole")),
     ("joint", "start", "greedy", ("generation/overall", "reconstruction/whole", "unified_score/held_out")),
     ("captions, stage 3", "control A", "sampled", ("unified_score/held_out", "reconstruction/whole")),
     ("captions, stage 3", "control B", "greedy", ("unified_score/held_out", "reconstruction/whole")),
