@@ -272,6 +272,11 @@ def test_a_missing_library_an_old_one_and_a_machine_without_gpu(fresh, monkeypat
         VLLMEngine(fresh, FLOAT32)
 
 
+def test_compiled_steps_of_another_sampler_are_refused(fresh):
+    with pytest.raises(ValueError, match=r"reading\.engine and .*reading\.compile are both set"):
+        with_engine(fresh, Reading(engine=FLOAT32, compile=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 

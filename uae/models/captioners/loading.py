@@ -138,8 +138,12 @@ def with_engine(captioner: HFCaptioner, reading: Reading) -> HFCaptioner | Engin
     """The captioner, with the engine that draws for it if ``reading`` asks for one.
 
     Raises:
-        ValueError: That engine cannot run here.
+        ValueError: That engine cannot run here, or the steps of another sampler are to be compiled.
     """
+    if reading.engine is not None and reading.compile:
+        raise ValueError(
+            f"{KEY} and {KEY.removesuffix('engine')}compile are both set, but the engine compiles its own steps; allowed: one of them"
+        )
     return captioner if reading.engine is None else EngineCaptioner(captioner, VLLMEngine(captioner, reading.engine))
 
 

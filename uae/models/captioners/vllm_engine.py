@@ -194,7 +194,8 @@ def _environment(device: torch.device) -> Iterator[None]:
     """What vLLM reads while it starts inside a process of a run: it has the rank of the process and shares its group."""
     several = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
-    wanted = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": device.index or 0, "VLLM_ENABLE_V1_MULTIPROCESSING": 0}
+    wanted: dict[str, int | str] = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": device.index or 0}
+    wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = 0
     if not several:
         wanted |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     before = dict(os.environ)
