@@ -71,7 +71,7 @@ class Random(tiny.Tiny):
         return Blueprint(
             umm.captioner.learner.network.model.to("meta"),
             {name: (part.to("meta"), Placement("float32")) for name, part in parts.items()},
-            Rendering(tiny.SIDE, tiny.SIDE, STEPS, GUIDANCE, rows=64, placement=Placement("float32")),
+            Rendering(3, 3, STEPS, GUIDANCE, rows=64, placement=Placement("float32")),  # latents: the autoencoder hides its stride
             prompt_tokens=PROMPT,
             condition_tokens=TOKENS + 1,  # the end behind a caption
         )
@@ -91,7 +91,7 @@ def module(finetune):
 
 def at_work(model, monkeypatch):
     """Operations of a real rollout and its update, by stage."""
-    found = {}
+    found, whole = {}, []
 
     class Counting(Stopwatch):
         @contextmanager
@@ -101,14 +101,22 @@ def at_work(model, monkeypatch):
                 yield
 
     monkeypatch.setattr(rollout, "Stopwatch", Counting)
+
+    class Whole(L.Callback):
+        def on_train_batch_start(self, *args):
+            whole.append(FlopCounterMode(display=False).__enter__())
+
+        def on_train_batch_end(self, *args):
+            whole[-1].__exit__(None, None, None)
+
     fit = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        accelerator="cpu", devices=1, max_steps=2, callbacks=[Whole()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as everything:
+    with sdpa_kernel(SDPBackend.MATH):  # every kernel of which is counted
         fit.fit(model, SceneData(batch_size=IMAGES, train_size=8, num_workers=0))
     stages = {stage: sum(one.get_total_flops() for one in some) for stage, some in found.items()}
-    return {**stages, "update": everything.get_total_flops() - sum(stages.values())}
+    return {**stages, "update": sum(one.get_total_flops() for one in whole) - sum(stages.values())}
 
 
 @pytest.mark.parametrize("targets", [{}, {"target_modules": "all-linear"}], ids=["text", "image tower, too"])
@@ -124,7 +132,7 @@ def test_counted_operations_are_those_of_a_real_step(targets, monkeypatch):
         planned[floor.stage] = planned.get(floor.stage, 0) + floor.flop
     real = at_work(module(LoRA(rank=4, **targets)), monkeypatch)
     assert set(planned) == set(real) == {"caption", "condition", "render", "reward", "reference", "replay", "update"}
-    assert planned == pytest.approx(real, rel=0.01)
+    assert {stage: planned[stage] / real[stage] for stage in real} == pytest.approx(dict.fromkeys(real, 1.0), abs=0.01)
 
 
 def test_a_floor_is_the_larger_one_of_computing_and_reading():

@@ -63,18 +63,16 @@ def caption_flop(policy: CaptionPolicy, prompt: int, tokens: int, group: int, le
         with torch.set_grad_enabled(learns), recomputing(policy.model) if recompute else nullcontext():
             cache = prompt_cache(policy.base) if recompute else library_cache(policy.base)
             read = decoder(**embeds(policy, 1, prompt), **cache_argument(decoder, cache), use_cache=True).last_hidden_state
-            states = [read[:, -1:].expand(group, 1, -1)]
+            states = [read[:, -1:].expand(group, 1, -1).flatten()]
             if tokens > 1:
                 sees = torch.empty(1, 1, tokens - 1, prompt + tokens - 1, dtype=torch.bool, device="meta")
                 longer, one = embeds(policy, group, tokens - 1) | {"attention_mask": sees}, torch.zeros(group, dtype=torch.long)
                 spoken = decoder(**longer, **cache_argument(decoder, select(cache, one)), use_cache=True)
-                states.append(spoken.last_hidden_state)
-            ids_NT = torch.empty(group, tokens, dtype=torch.long, device="meta")
-            logp_NT = policy.score(torch.cat(states, 1), ids_NT, 1.0)
+                states.append(spoken.last_hidden_state.flatten())
         if learns:
-            logp_NT.sum().backward()
+            torch.cat(states).sum().backward()
 
-    return _without_gradients(policy, run)
+    return _without_gradients(policy, run) + group * tokens * head_flop(policy, learns)
 
 
 def pass_flop(policy: CaptionPolicy, length: int, learns: bool = False) -> int:
@@ -110,9 +108,24 @@ def steps_flop(policy: CaptionPolicy, prompt: int, steps: int) -> float:
         return steps * (step(prompt) + step(prompt + steps - 1)) / 2
 
 
-def head_flop(policy: CaptionPolicy) -> int:
-    """The output head for one token."""
-    return 2 * text_config(policy.base).vocab_size * text_config(policy.base).hidden_size
+def merging_flop(policy: CaptionPolicy) -> int:
+    """The sums of weights and adapter that sampling makes once per rollout, see `uae.models.merged`."""
+
+    def run() -> None:
+        with merged(policy.model):
+            pass
+
+    return counted(run)
+
+
+def head_flop(policy: CaptionPolicy, learns: bool = False) -> int:
+    """The output head for one token, by the products in `uae.grpo.logprobs`, whose autocast torch has not on the meta device.
+
+    A head that is frozen gives the gradient of its input with one product more. One that trains computes its logits twice.
+    """
+    config, trained = text_config(policy.base), policy.base.get_output_embeddings().weight.requires_grad
+    products = 1 if not learns else 4 if trained else 2
+    return products * 2 * config.vocab_size * config.hidden_size
 
 
 def tower_flop(policy: CaptionPolicy, pixels: int, learns: bool = False) -> int:

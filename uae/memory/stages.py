@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from uae.memory import estimates, flops
@@ -58,17 +59,8 @@ class _Counts:
         """Bytes of the language model and its head."""
         return self.text + self.head
 
-    @cached_property
-    def forward(self) -> int:
-        """Operations of the log-probs of all captions without gradient."""
-        return self._logprobs(learns=False)
-
-    @cached_property
-    def update(self) -> int:
-        """Operations of the log-probs of all captions and of their gradients."""
-        return self._logprobs(learns=True)
-
-    def _logprobs(self, learns: bool) -> int:
+    def logprobs(self, learns: bool) -> int:
+        """Operations of the log-probs of all captions, and of their gradients."""
         sizes = self.sizes
         tower = flops.tower_flop(self.policy, sizes.pixels, learns) if self.policy.tower_learns else 0
         return sizes.images * (tower + flops.caption_flop(self.policy, sizes.prompt, sizes.tokens, sizes.group, learns))
@@ -76,6 +68,11 @@ class _Counts:
     def reads(self, learns: bool) -> int:
         """How often a pass reads the weights: forward, and backward and once more for what is computed again."""
         return (3 if self.policy.gradient_checkpointing else 2) if learns else 1
+
+    def of(self, stage: str) -> AbstractContextManager[Any]:
+        """Inside, the policy is the one that a stage runs: without its adapter for the reference."""
+        model: Any = self.policy.model
+        return model.disable_adapter() if stage == "reference" and self.policy.adapted else nullcontext()
 
     def cache(self, rows: int, prompt: int, steps: int) -> int:
         """Bytes of the cache that tokens read which follow a prompt one by one, in all steps together."""
@@ -97,12 +94,14 @@ def _caption(counts: _Counts) -> list[Floor]:
     policy, sizes, steps = counts.policy, counts.sizes, counts.sizes.tokens - 1
     head = flops.head_flop(policy) * counts.rows * sizes.tokens
     reads = steps * counts.text + sizes.tokens * counts.head + counts.cache(counts.rows, sizes.prompt, steps)
+
+    def flop() -> float:
+        return counts.rows * flops.steps_flop(policy, sizes.prompt, steps) + head + flops.merging_flop(policy)
+
     return [
         _floor("caption", "image tower", lambda: sizes.images * flops.tower_flop(policy, sizes.pixels), counts.tower),
         _floor("caption", "prompts", lambda: sizes.images * flops.pass_flop(policy, sizes.prompt), counts.text),
-        _floor(
-            "caption", "tokens, one by one", lambda: counts.rows * flops.steps_flop(policy, sizes.prompt, steps) + head, reads
-        ),
+        _floor("caption", "tokens, one by one", flop, reads),
     ]
 
 
@@ -156,8 +155,12 @@ def _image_tokens(drawing: TokenDrawing, counts: _Counts, drawn: int) -> Floor:
 def _caption_pass(stage: str, module: Any, counts: _Counts, often: float) -> Floor:
     """Log-probs of captions, and their gradients in the update."""
     learns = stage == "update"
-    moved = often * module.plan.mini_batches * counts.reads(learns) * counts.weights
-    return _floor(stage, "captions", lambda: often * (counts.update if learns else counts.forward), moved)
+
+    def flop() -> float:
+        with counts.of(stage):
+            return often * counts.logprobs(learns)
+
+    return _floor(stage, "captions", flop, often * module.plan.mini_batches * counts.reads(learns) * counts.weights)
 
 
 def _image_pass(stage: str, module: Any, drawing: TokenDrawing, counts: _Counts, often: float) -> Floor:
@@ -169,8 +172,9 @@ def _image_pass(stage: str, module: Any, drawing: TokenDrawing, counts: _Counts,
     drawn = counts.rows * module.plan.reconstructions
 
     def flop() -> float:
-        one = flops.pass_flop(policy, length, learns)
-        other = 0 if not guided else one if mode == "guided" else flops.pass_flop(policy, length)
+        with counts.of(stage):
+            one = flops.pass_flop(policy, length, learns)
+            other = 0 if not guided else one if mode == "guided" else flops.pass_flop(policy, length)
         return often * drawn * (one + other + head)
 
     return _floor(stage, "images", flop, often * module.plan.mini_batches * counts.reads(learns) * counts.text)
