@@ -130,6 +130,8 @@ def _render(module: Any, blueprint: Blueprint, counts: _Counts) -> list[Floor]:
     if rendering is None or denoiser is None or vae is None:
         return []
     passes, calls = drawn * rendering.steps * (2 if rendering.guidance > 1 else 1), -(-drawn // rendering.rows)
+    if rendering.guidance > 1 and module.plan.shared_noise and module.plan.train == "captions":
+        passes -= drawn - counts.sizes.images * module.plan.reconstructions  # the first negative pass, once for equal noise
     tokens, what = _condition_tokens(blueprint, counts.sizes), f"denoiser, {rendering.steps} steps"
     weights = [estimates.placed_bytes(network, rendering.placement) for network in (denoiser, vae)]
     once = partial(flops.denoiser_flop, denoiser, vae, rendering, tokens)

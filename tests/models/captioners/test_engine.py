@@ -14,6 +14,7 @@ from tests.models.captioners.fake_vllm import same_weights
 from tests.tiny_random import RandomTiny
 from uae.grpo import GRPOLoss
 from uae.models.captioners.engine import EngineCaptioner, checksum, weights
+from uae.models.captioners.loading import Reading, with_engine
 from uae.models.captioners.vllm_engine import VLLM, VLLMEngine
 from uae.models.finetune import Full, LoRA
 from uae.types import Sampling
