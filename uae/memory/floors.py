@@ -74,11 +74,16 @@ def lines_of(floors: tuple[Floor, ...], devices: tuple[Device, ...]) -> list[lis
         whole = sum(floor.seconds(device) for floor in floors for device in devices[:1])
         share = [f"{100 * seconds[0] / whole:.1f} %"] if devices else []
         totals = [sum(floor.flop for floor in some) / 1e12, sum(floor.moved for floor in some) / 1e9]
-        return [name, *(f"{total:.4g}" for total in totals), *(f"{second:.3g}" for second in seconds), *share]
+        return [name, *map(_short, totals), *map(_short, seconds), *share]
 
     for floor in floors:
         lines.append(line(f"{floor.stage}: {floor.part}" if floor.part else floor.stage, (floor,)))
     return [*lines, [], line("together", floors)]
+
+
+def _short(number: float) -> str:
+    """Three digits or more, without an exponent where it is large."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def by_stage(floors: tuple[Floor, ...], device: Device) -> dict[str, float]:
