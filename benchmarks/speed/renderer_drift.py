@@ -88,8 +88,7 @@ class Bench:
         self.renderer.rendering = replace(self.exact, **changes)
         with counted(self.renderer.pipe.transformer) as rows:
             images_NCHW = self.renderer.render(self.condition, noise_seeds(self.plan, self.ids, noise))
-        reward_BG = self.reward(self.images_BCHW, images_NCHW, self.rollout.texts)
-        return Drawn(reward_BG.round(decimals=5), sum(rows))  # equal captions are ties, whatever their place in a batch
+        return Drawn(self.reward(self.images_BCHW, images_NCHW, self.rollout.texts), sum(rows))
 
 
 def agreement(one_BG: Tensor, other_BG: Tensor) -> list[float]:
