@@ -50,7 +50,7 @@ class CaptionTuning(SystemObjective):
 
     def _nats(self, batch: ImageBatch) -> Tensor:
         rollout = self.rollout(batch, self.max_tokens)
-        logp_BT = self.policy(rollout.context, rollout.tokens_NT, 1, 1.0)
+        logp_BT = self.policy(rollout.context, rollout.tokens_NT, 1, 1.0, (rollout.mask_RS != 0).sum(1))
         return -logp_BT.masked_fill(rollout.mask_RS == 0, 0.0).sum() / rollout.mask_RS.sum()  # banned: -inf at padding
 
     @torch.no_grad()

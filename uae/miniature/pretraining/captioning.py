@@ -66,7 +66,7 @@ class CaptionObjective(Objective):
         (captioner,) = self.frozen
         context = captioner.prepare(batch["image"])
         tokens_NT, mask_NT = self._tokens([self.caption(scene) for scene in batch["scene"]])
-        logp_NT = self.policy(context, tokens_NT, 1, 1.0)
+        logp_NT = self.policy(context, tokens_NT, 1, 1.0, (mask_NT != 0).sum(1))
         caption = -logp_NT.masked_fill(mask_NT == 0, 0.0).sum() / mask_NT.sum()  # padding is banned: -inf
         seen = self.policy.base.model.get_image_features(
             torch.cat(context.patches), context.rows["image_grid_thw"], return_dict=True

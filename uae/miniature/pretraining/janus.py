@@ -77,7 +77,7 @@ class JanusObjective(CaptionObjective):
     def _caption_loss(self, batch: ImageBatch) -> Tensor:
         (captioner,) = self.frozen
         tokens_NT, mask_NT = self._tokens([self.caption(scene) for scene in batch["scene"]])
-        logp_NT = self.policy(captioner.prepare(batch["image"]), tokens_NT, 1, 1.0)
+        logp_NT = self.policy(captioner.prepare(batch["image"]), tokens_NT, 1, 1.0, (mask_NT != 0).sum(1))
         return -logp_NT.masked_fill(mask_NT == 0, 0.0).sum() / mask_NT.sum()  # padding is banned: -inf
 
     def _image_loss(self, scenes: list[Scene]) -> Tensor:
