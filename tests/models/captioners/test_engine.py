@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from tests.conftest import data
 from tests.models.captioners import fake_vllm
@@ -48,7 +49,7 @@ def roll(captioner, images, sampling=WARM, seeds=range(12)):
 
 
 def gap(captioner, rollout):
-    return float((captioner.logprobs(rollout) - rollout.logp_RS).abs().max())
+    return float((captioner.logprobs(rollout) - rollout.logp_RS).detach().abs().max())
 
 
 def update(captioner, images, rate=0.02):
@@ -72,7 +73,7 @@ def test_greedy_captions_are_those_of_transformers(drawing, images):
 @torch.no_grad()
 def test_log_probs_are_the_policys(drawing, images):
     """Temperature, bans, and early and late ends included."""
-    banned = [token for token in range(20, 60) if token not in drawing.captioner.end_ids]
+    banned = [token for token in range(20, 34) if token not in drawing.captioner.end_ids]
     drawing.learner.network.banned_ids = torch.cat([drawing.learner.network.banned_ids, torch.tensor(banned)])
     rollout = roll(drawing, images, seeds=range(40))
     assert gap(drawing, rollout) < 1e-5
@@ -282,28 +283,28 @@ def test_compiled_steps_of_another_sampler_are_refused(fresh):
 
 
 def test_a_run_has_no_gap_and_a_resumed_one_is_the_same(build, trainer, started, tmp_path):
-    """Also after a validation, and with a KL term."""
+    """Also after validations, and with a KL term."""
 
-    def train(steps, resume=None):
+    class Save(Callback):
+        def on_train_batch_end(self, run, module, outputs, batch, batch_idx):
+            assert run.callback_metrics["policy/sampler_gap"] < 3e-5
+            if run.global_step == 2:
+                run.save_checkpoint(tmp_path / "2.ckpt")
+
+    def train(resume=None):
         module = build(system=Drawing(), loss=GRPOLoss(beta=0.1), finetune=LoRA(rank=2))
-        run = trainer(max_steps=steps, limit_val_batches=1, val_check_interval=1)
-        run.fit(module, data(), ckpt_path=resume)
-        run.save_checkpoint(tmp_path / f"{steps}.ckpt")
-        assert run.callback_metrics["policy/sampler_gap"] < 1e-5
+        settings = {"limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": 0}
+        trainer(max_steps=4, callbacks=[Save()], **settings).fit(module, data(), ckpt_path=resume)
         return module
 
-    whole = train(3)
-    train(2)
-    resumed = train(3, str(tmp_path / "2.ckpt"))
-    *_, last = started
-    sent = resumed.umm.captioner._sent
-    assert sent == whole.umm.captioner._sent
-    assert resumed.policy.model.state_dict().keys() == whole.policy.model.state_dict().keys()
-    for name, weight in whole.policy.model.state_dict().items():
-        assert torch.equal(weight, resumed.policy.model.state_dict()[name]), name
-    resumed.umm.captioner.sample(resumed.umm.captioner.prepare(torch.rand(1, 3, 16, 16)), 1, GREEDY, [0])
-    assert same_weights(last, resumed.policy)
-    assert len(last.sent[0]) == len(sent)  # a new engine gets everything
+    whole, resumed = train(), train(tmp_path / "2.ckpt")
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+    first, second = started
+    assert same_weights(first, whole.policy)  # the last thing that they drew for was a validation
+    assert same_weights(second, resumed.policy)
+    assert second.sent[0] == first.sent[0]  # a new engine gets everything
+    assert (len(first.sent), len(second.sent)) == (5, 3)
 
 
 def test_the_engine_sleeps_while_it_does_not_draw_and_leaves_no_trace(drawing, started, images):

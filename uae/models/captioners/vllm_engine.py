@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -144,14 +146,15 @@ class VLLMEngine:
         base = self.captioner.learner.network.base
         config = copy.deepcopy(base.config)
         config.architectures = [type(base).__name__]
-        self._folder = TemporaryDirectory(prefix="uae-engine-")  # removed with the engine
-        config.save_pretrained(self._folder.name)
-        self.captioner.processor.save_pretrained(self._folder.name)
+        folder = tempfile.mkdtemp(prefix="uae-engine-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        config.save_pretrained(folder)
+        self.captioner.processor.save_pretrained(folder)
         limits = {"max_model_len": self.settings.max_model_len, "max_num_seqs": self.settings.max_num_seqs}
         torch.cuda.empty_cache()
         with isolate_rng(), _environment(self.captioner.device):
             self._llm = self._vllm.LLM(
-                model=self._folder.name,
+                model=folder,
                 load_format="dummy",
                 dtype=self.settings.dtype,
                 gpu_memory_utilization=self.settings.gpu_memory_utilization,
@@ -195,7 +198,7 @@ def _environment(device: torch.device) -> Iterator[None]:
     several = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
     wanted: dict[str, int | str] = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": device.index or 0}
-    wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = 0
+    wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = 0  # else its worker would be another process, which functions do not reach
     if not several:
         wanted |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     before = dict(os.environ)
