@@ -20,7 +20,7 @@ STAGES := configs/stages
 demo: $(READY)  ## train the miniature by reconstruction reward: captions, then images (minutes, two CPU cores)
 	$(RUN) -m uae.cli fit --config configs/tiny.yaml --trainer.val_check_interval 160 \
 		--stage "$(STAGES)/generation_for_understanding.yaml --trainer.max_steps 160" \
-		--stage "$(STAGES)/understanding_for_generation.yaml configs/exploration/miniature.yaml --model.init_args.reconstructions 16 --trainer.max_steps 160"
+		--stage "$(STAGES)/understanding_for_generation.yaml configs/exploration/miniature.yaml configs/finetune/images_full.yaml --model.init_args.reconstructions 16 --trainer.max_steps 160"
 
 demo-janus: $(READY)  ## train the miniature that captions and draws with one network, both at once (minutes, two CPU cores)
 	$(RUN) -m uae.cli fit --config configs/tiny_janus.yaml
