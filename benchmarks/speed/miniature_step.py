@@ -6,7 +6,8 @@ Eight scenes, eight captions of each, one reconstruction of each caption, CLIP's
 The plain composition is what one writes first: ``generate`` of transformers with a row for every caption, a call of the
 diffusers pipeline for all captions, PIL images through open_clip's own preprocessing, and an update on whole rows. The third
 is TRL's trainer, if it is installed, with the same drawing in its reward function. All start from the shipped weights and draw
-captions of their own, so the lengths of their captions differ a little.
+captions of their own, so the lengths of their captions differ a little. None may write a token that stands for an image: the model
+of transformers refuses such a caption.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from uae.rewards import EncoderSimilarity, WeightedReward
 from uae.types import Sampling
 
 IMAGES, GROUP, TOKENS, HALVES = 8, 8, 32, 2
+PLACEHOLDERS = load_processor(WEIGHTS / "captioner").tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
 
 
 def scenes(rollout: int) -> Tensor:
@@ -112,6 +114,7 @@ def trl(rollouts: int) -> dict[str, Any]:
             num_generations=GROUP, max_completion_length=TOKENS, beta=0.0, max_steps=HALVES * rollouts, report_to="none",
             use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
             loss_type="grpo", learning_rate=1e-3, max_grad_norm=1.0, dataloader_num_workers=0,
+            generation_kwargs={"suppress_tokens": PLACEHOLDERS},
         )  # fmt: skip
         GRPOTrainer(
             model=load_captioner(WEIGHTS / "captioner"), args=config, train_dataset=rows, callbacks=[Marks()],
@@ -135,7 +138,7 @@ def plain(rollouts: int) -> dict[str, Any]:
         sources = [to_pil_image(image) for image in scenes(number) for _ in range(GROUP)]
         inputs = dict(processor(text=[prompt] * len(sources), images=sources, return_tensors="pt"))
         with torch.no_grad():
-            ids = network.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=TOKENS)
+            ids = network.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=TOKENS, suppress_tokens=PLACEHOLDERS)
             tokens = ids[:, inputs["input_ids"].shape[1] :]
             texts = processor.batch_decode(tokens, skip_special_tokens=True)
             reward = painter.rewards(texts, sources).view(IMAGES, GROUP)

@@ -17,6 +17,12 @@ class Case:
     ref: list[list[float]]
     advantages: list[float]
     mask: list[list[float]]
+    weights: list[list[float]]
+    entropy: list[list[float]]
+
+    def extras(self):
+        """Float64 weights and entropies."""
+        return tuple(torch.tensor(values, dtype=torch.float64) for values in (self.weights, self.entropy))
 
     def tensors(self):
         """Float64 ``logp`` (a leaf with gradient), old, advantages, mask, ref."""
@@ -35,7 +41,9 @@ def random_case(seed: int, rows: int = 6, tokens: int = 7, spread: float = 0.35,
     if empty_row:
         lengths[1] = 0
     mask = [[1.0 if t < length else 0.0 for t in range(tokens)] for length in lengths]
-    return Case(logp.tolist(), old.tolist(), ref.tolist(), draw(rows).tolist(), mask)
+    advantages = draw(rows).tolist()
+    weights, entropy = (0.4 * draw(rows, tokens)).exp(), 2 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64)
+    return Case(logp.tolist(), old.tolist(), ref.tolist(), advantages, mask, weights.tolist(), entropy.tolist())
 
 
 def loss_and_gradient(
@@ -50,56 +58,110 @@ def loss_and_gradient(
     delta=None,
     max_tokens=None,
     normalizer=None,
+    surrogate="clip",
+    sapo_temperatures=(1.0, 1.05),
+    kl_weighting="none",
+    entropy_bonus=0.0,
+    top_entropy=1.0,
+    weighted=False,
 ):
-    """Loss, d loss / d logp and the metrics, by hand.
+    """Loss, d loss / d logp and the metrics, by hand. ``weighted`` multiplies by the weights of the case.
 
     Returns:
         dict with loss, policy, kl, clip_fraction, ratio_mean, ratio_max (floats) and gradient (nested list).
     """
     rows, tokens = len(case.logp), len(case.logp[0])
     counts = [sum(row) for row in case.mask]
-    out = {"policy": 0.0, "kl": 0.0, "clipped": 0, "ratios": [], "gradient": [[0.0] * tokens for _ in range(rows)]}
+    out = {"policy": 0.0, "kl": 0.0, "bonus": 0.0, "clipped": 0, "ratios": []}
+    gradient = [[0.0] * tokens for _ in range(rows)]
+    threshold = quantile([case.entropy[n][t] for n in range(rows) for t in range(tokens) if case.mask[n][t]], 1 - top_entropy)
     for n in range(rows):
         inside = [t for t in range(tokens) if case.mask[n][t]]
-        log_ratios = {t: case.logp[n][t] - case.old[n][t] for t in inside}
-        if importance == "sequence" and inside:
-            log_ratios = dict.fromkeys(inside, sum(log_ratios.values()) / len(inside))
+        own = {t: case.logp[n][t] - case.old[n][t] for t in inside}
+        log_ratios = own
+        if importance != "token" and inside:
+            log_ratios = dict.fromkeys(inside, sum(own.values()) / len(inside))
         for t in inside:
-            weight = {
-                "grpo": 1 / (rows * counts[n]),
+            share = {
+                "grpo": 1 / ((normalizer or rows) * counts[n]),
                 "bnpo": 1 / (normalizer or sum(counts)),
                 "dapo": 1 / (normalizer or sum(counts)),
-                "dr_grpo": 1 / (rows * max_tokens) if max_tokens else None,
-            }[aggregation]
+                "dr_grpo": 1 / ((normalizer or rows) * max_tokens) if max_tokens else None,
+            }[aggregation] * (case.weights[n][t] if weighted else 1)
             ratio, advantage = math.exp(log_ratios[t]), case.advantages[n]
-            value, slope = _token_policy(ratio, advantage, eps_low, eps_high, delta)
-            out["policy"] += weight * value
-            out["clipped"] += (advantage < 0 and ratio < 1 - eps_low) or (advantage > 0 and ratio > 1 + eps_high)
+            top = top_entropy == 1 or case.entropy[n][t] >= threshold
             out["ratios"].append(ratio)
-            # d ratio / d logp is the ratio itself, or ratio / T for every token of the row
-            if importance == "token":
-                out["gradient"][n][t] += weight * slope * ratio
+            if surrogate == "cispo":
+                # -min(r, 1 + high) A logp: the weight is a constant, the log-prob is the token's own
+                value, slope = -min(ratio, 1 + eps_high) * advantage * case.logp[n][t], None
+                gradient[n][t] += top * share * -min(ratio, 1 + eps_high) * advantage
+                out["clipped"] += ratio > 1 + eps_high
+            elif surrogate == "sapo":
+                tau = sapo_temperatures[0] if advantage > 0 else sapo_temperatures[1]
+                gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+                value, slope = -4 / tau * gate * advantage, -4 * gate * (1 - gate) * advantage
             else:
+                value, slope = _token_policy(ratio, advantage, eps_low, eps_high, delta)
+                out["clipped"] += (advantage < 0 and ratio < 1 - eps_low) or (advantage > 0 and ratio > 1 + eps_high)
+            out["policy"] += top * share * value
+            # d ratio / d logp is the ratio itself, or ratio / T for every token of the row
+            if slope is not None and importance in ("token", "sequence_token"):
+                gradient[n][t] += top * share * slope * ratio
+            elif slope is not None:
                 for u in inside:
-                    out["gradient"][n][u] += weight * slope * ratio / len(inside)
+                    gradient[n][u] += top * share * slope * ratio / len(inside)
+            bonus = top * share * entropy_bonus * math.exp(own[t]) * (-case.old[n][t] - case.entropy[n][t])
+            out["bonus"] += bonus
+            gradient[n][t] -= bonus
             if beta > 0:
                 value, slope = _token_kl(case.ref[n][t] - case.logp[n][t], kl)
-                out["kl"] += weight * value
-                out["gradient"][n][t] += weight * beta * slope
+                if kl_weighting == "ratio":
+                    value, slope = math.exp(own[t]) * value, math.exp(own[t]) * (value + slope)
+                out["kl"] += share * value
+                gradient[n][t] += share * beta * slope
     total = max(len(out["ratios"]), 1)
     return {
-        "loss": out["policy"] + beta * out["kl"],
+        "loss": out["policy"] + beta * out["kl"] - out["bonus"],
         "policy": out["policy"],
         "kl": out["kl"],
-        "gradient": out["gradient"],
+        "gradient": gradient,
         "clip_fraction": out["clipped"] / total,
         "ratio_mean": sum(out["ratios"]) / total,
         "ratio_max": max(out["ratios"], default=0.0),
     }
 
 
+def quantile(values, q):
+    """The q-quantile, interpolated linearly between the two values beside it."""
+    if not values:
+        return math.inf
+    values, place = sorted(values), q * (len(values) - 1)
+    below = math.floor(place)
+    return values[below] + (place - below) * (values[min(below + 1, len(values) - 1)] - values[below])
+
+
+def importance_weights(sampler, old, mask, level, mode, low, high):
+    """Weights by hand: exp of the log-ratio, or of its mean over the row, limited."""
+    weights = []
+    for row_sampler, row_old, row_mask in zip(sampler, old, mask, strict=True):
+        inside = [t for t, m in enumerate(row_mask) if m]
+        gaps = {t: row_old[t] - row_sampler[t] for t in inside}
+        if level == "sequence" and inside:
+            gaps = dict.fromkeys(inside, sum(gaps.values()) / len(inside))
+        row = [0.0] * len(row_mask)
+        for t in inside:
+            weight = math.exp(gaps[t])
+            if mode == "truncate":
+                weight = min(max(weight, low), high)
+            elif not low <= weight <= high:
+                weight = 0.0
+            row[t] = weight
+        weights.append(row)
+    return weights
+
+
 def _token_policy(ratio, advantage, eps_low, eps_high, delta):
-    """Value of the token's policy loss and its derivative in the ratio."""
+    """Value of the token's clipped loss and its derivative in the ratio."""
     capped, capped_slope = (ratio, 1.0) if delta is None or ratio < delta else (delta, 0.0)
     if ratio < 1 - eps_low:
         clipped, clipped_slope = 1 - eps_low, 0.0

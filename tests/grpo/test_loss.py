@@ -17,18 +17,22 @@ from uae.grpo import GRPOLoss
 from . import reference
 
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")
-IMPORTANCES = ("token", "sequence")
+IMPORTANCES = ("token", "sequence", "sequence_token")
 METRICS = ("loss", "policy", "kl", "clip_fraction", "ratio_mean", "ratio_max")
 
 
-def compare(case, epsilon_low=0.2, epsilon_high=0.2, normalizer=None, **settings_):
+def compare(case, epsilon_low=0.2, epsilon_high=0.2, normalizer=None, weighted=False, **settings_):
     """Assert that loss, gradient and metrics equal the loops' to 1e-9."""
     loss = GRPOLoss(epsilon_low, epsilon_high, **settings_)
     logp, old, advantage, mask, ref = case.tensors()
-    terms = loss(logp, old, advantage, mask, ref if loss.beta else None, normalizer)
+    weights, entropy = case.extras()
+    terms = loss(
+        logp, old, advantage, mask, ref if loss.beta else None, normalizer, weights if weighted else None,
+        entropy if loss.needs_entropy else None,
+    )  # fmt: skip
     terms.loss.backward()
     expected = reference.loss_and_gradient(
-        case, eps_low=epsilon_low, eps_high=epsilon_high, normalizer=normalizer, **settings_
+        case, eps_low=epsilon_low, eps_high=epsilon_high, normalizer=normalizer, weighted=weighted, **settings_
     )
     for name in METRICS:
         assert getattr(terms, name).item() == pytest.approx(expected[name], abs=1e-9), name
@@ -52,6 +56,30 @@ def test_every_variant_matches_loops(aggregation, importance, beta_kl, delta, no
             kl=beta_kl or "k3",
             delta=delta,
             max_tokens=11 if aggregation == "dr_grpo" else None,
+        )
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "aggregation", "importance", "weighted"),
+    list(itertools.product(["clip", "cispo", "sapo"], AGGREGATIONS, IMPORTANCES, [False, True])),
+)
+def test_surrogates_weights_and_entropies_match_loops(surrogate, aggregation, importance, weighted):
+    for seed, (bonus, top, weighting) in enumerate(itertools.product([0.0, 0.3], [1.0, 0.4], ["none", "ratio"])):
+        compare(
+            reference.random_case(seed, empty_row=seed == 2),
+            epsilon_high=0.28,
+            normalizer=61.5 if seed % 2 else None,
+            weighted=weighted,
+            surrogate=surrogate,
+            aggregation=aggregation,
+            importance=importance,
+            beta=0.07,
+            kl=("k1", "k2", "k3")[seed % 3],
+            kl_weighting=weighting,
+            max_tokens=11,
+            sapo_temperatures=(1.3, 2.1),
+            entropy_bonus=bonus,
+            top_entropy=top,
         )
 
 
@@ -81,11 +109,24 @@ variants = st.fixed_dictionaries(
         "epsilon_high": st.floats(0, 0.5),
     }
 )
+# The newer options beside those above; `delta` belongs to the surrogate "clip".
+options = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries(
+        {
+            "delta": st.none(),
+            "surrogate": st.sampled_from(["clip", "cispo", "sapo"]),
+            "kl_weighting": st.sampled_from(["none", "ratio"]),
+            "entropy_bonus": st.sampled_from([0.0, 0.2]),
+            "top_entropy": st.sampled_from([1.0, 0.5]),
+        }
+    ),
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(variants, st.integers(0, 10**6), st.sampled_from([0.0, math.nan, math.inf, -math.inf, 1e30]))
-def test_masked_positions_change_nothing(variant, seed, junk):
+@given(variants, options, st.integers(0, 10**6), st.sampled_from([0.0, math.nan, math.inf, -math.inf, 1e30]))
+def test_masked_positions_change_nothing(variant, more, seed, junk):
     """Whatever stands where the mask is 0, the loss, the metrics and the gradient are bitwise the same."""
     case = reference.random_case(seed, rows=4, tokens=5, empty_row=True)
     results = []
@@ -94,8 +135,9 @@ def test_masked_positions_change_nothing(variant, seed, junk):
         hole = mask == 0
         advantage = advantage[:, None].expand_as(logp).masked_fill(hole, filler)
         logp = logp.detach().masked_fill(hole, filler).requires_grad_()
-        terms = GRPOLoss(**variant)(
-            logp, old.masked_fill(hole, filler), advantage, mask, ref.masked_fill(hole, filler), 30.0
+        weights, entropy = (values.masked_fill(hole, filler) for values in case.extras())
+        terms = GRPOLoss(**variant | more)(
+            logp, old.masked_fill(hole, filler), advantage, mask, ref.masked_fill(hole, filler), 30.0, weights, entropy
         )
         terms.loss.backward()
         assert (logp.grad[hole] == 0).all()
@@ -106,18 +148,21 @@ def test_masked_positions_change_nothing(variant, seed, junk):
 
 
 @settings(max_examples=40, deadline=None)
-@given(variants, st.integers(0, 10**6))
-def test_rows_permute_and_padding_is_invisible(variant, seed):
+@given(variants, options, st.integers(0, 10**6))
+def test_rows_permute_and_padding_is_invisible(variant, more, seed):
     case = reference.random_case(seed, rows=5, tokens=4)
     logp, old, advantage, mask, ref = (tensor.detach() for tensor in case.tensors())
-    loss = GRPOLoss(**variant)
-    before = loss(logp, old, advantage, mask, ref).loss
+    weights, entropy = case.extras()
+    loss = GRPOLoss(**variant | more)
+    before = loss(logp, old, advantage, mask, ref, None, weights, entropy).loss
     order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
-    assert_close(loss(logp[order], old[order], advantage[order], mask[order], ref[order]).loss, before)
-    pad = torch.nn.functional.pad
+    shuffled = [t[order] for t in (logp, old, advantage, mask, ref)], [t[order] for t in (weights, entropy)]
+    assert_close(loss(*shuffled[0], None, *shuffled[1]).loss, before)
     for side in ((3, 0), (0, 3)):
-        padded = [pad(t, side) for t in (logp, old)], pad(mask, side), pad(ref, side)
-        assert_close(loss(*padded[0], advantage, padded[1], padded[2]).loss, before)
+        logp_, old_, mask_, ref_, *extras = (
+            torch.nn.functional.pad(t, side) for t in (logp, old, mask, ref, weights, entropy)
+        )
+        assert_close(loss(logp_, old_, advantage, mask_, ref_, None, *extras).loss, before)
 
 
 @settings(max_examples=40, deadline=None)
@@ -187,7 +232,13 @@ def test_half_precision_is_computed_in_float32():
         ({"beta": -1}, r"loss\.beta=-1"),
         ({"kl": "k4"}, "loss.kl='k4'; allowed: k1, k2, k3"),
         ({"aggregation": "mean"}, "loss.aggregation='mean'; allowed: grpo, bnpo, dr_grpo, dapo"),
-        ({"importance": "row"}, "loss.importance='row'; allowed: token, sequence"),
+        ({"importance": "row"}, "loss.importance='row'; allowed: token, sequence, sequence_token"),
+        ({"surrogate": "ppo"}, "loss.surrogate='ppo'; allowed: clip, cispo, sapo"),
+        ({"surrogate": "cispo", "delta": 3.0}, r"loss\.delta=3\.0 with surrogate=cispo; allowed: null"),
+        ({"sapo_temperatures": (1.0, 0.0)}, r"loss\.sapo_temperatures=\[1\.0, 0\.0\]; allowed: two numbers above 0"),
+        ({"kl_weighting": "sequence"}, "loss.kl_weighting='sequence'; allowed: none, ratio"),
+        ({"entropy_bonus": -0.1}, r"loss\.entropy_bonus=-0\.1; allowed: 0 or more"),
+        ({"top_entropy": 0.0}, r"loss\.top_entropy=0\.0; allowed: above 0 and at most 1"),
         ({"delta": 0.9}, r"loss\.delta=0\.9"),
         ({"max_tokens": 0}, "loss.max_tokens=0"),
         ({"aggregation": "dr_grpo"}, r"dr_grpo needs loss\.max_tokens"),
@@ -208,6 +259,8 @@ def test_bad_settings_are_one_line_errors(arguments, message):
         ({"advantages": torch.zeros(1, 2)}, r"advantages have shape \[1, 2\]; allowed: \[2\], \[2, 1\] or \[2, 3\]"),
         ({"logp": torch.zeros(2)}, r"logp has shape \[2\]"),
         ({}, r"loss\.beta=0\.1 needs the reference's log-probs"),
+        ({"weights": torch.zeros(2, 1)}, r"weights has shape \[2, 1\]"),
+        ({"entropy": torch.zeros(3)}, r"entropy has shape \[3\]"),
     ],
 )
 def test_bad_inputs_are_one_line_errors(change, message):
@@ -215,6 +268,14 @@ def test_bad_inputs_are_one_line_errors(change, message):
     inputs = {"logp": zeros, "old_logp": zeros, "advantages": torch.zeros(2), "mask": zeros, **change}
     with pytest.raises(ValueError, match=message) as error:
         GRPOLoss(beta=0.1)(**inputs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", [{"entropy_bonus": 0.1}, {"top_entropy": 0.5}])
+def test_entropies_that_are_needed_are_asked_for(setting):
+    zeros = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=rf"loss\.{next(iter(setting))} needs the entropies") as error:
+        GRPOLoss(**setting)(zeros, zeros, torch.zeros(2), zeros)
     assert "\n" not in str(error.value)
 
 
@@ -238,4 +299,6 @@ def test_a_loss_says_whose_window_it_divides_by(aggregation, window):
     assert loss.window == window
     logp, old, advantage, mask, _ = reference.random_case(6).tensors()
     one, other = (loss(logp, old, advantage, mask, normalizer=count).loss for count in (50.0, 100.0))
-    assert_close(other, one if window == "none" else one / 2)
+    assert_close(other, one / 2)
+    own = len(mask) if window == "none" else mask.sum()
+    assert_close(loss(logp, old, advantage, mask, normalizer=own).loss, loss(logp, old, advantage, mask).loss)

@@ -6,6 +6,7 @@ The mutated module lives in memory only. A mutation whose text is no longer in t
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import sys
 import types
@@ -50,17 +51,56 @@ def check_loss(module: types.ModuleType) -> None:
         ("bnpo", "sequence", "k3", 61.0),
         ("dapo", "sequence", "k3", 61.0),
         ("dr_grpo", "token", "k3", None),
+        ("grpo", "sequence_token", "k3", 61.0),
+        ("dr_grpo", "token", "k1", 61.0),
     ]:
         variant = {"aggregation": aggregation, "importance": importance, "kl": kl, **shared}
+        if kl == "k1":
+            variant |= {"kl_weighting": "ratio", "entropy_bonus": 0.2, "top_entropy": 0.3}
         logp, old, advantage, mask, ref = case.tensors()
         junk = mask == 0
         old, ref = old.masked_fill(junk, math.nan), ref.masked_fill(junk, math.inf)
-        terms = module.GRPOLoss(0.1, 0.28, **variant)(logp, old, advantage, mask, ref, normalizer)
+        weights, entropy = (values.masked_fill(junk, math.nan) for values in case.extras())
+        terms = module.GRPOLoss(0.1, 0.28, **variant)(logp, old, advantage, mask, ref, normalizer, weights, entropy)
         terms.loss.backward()
-        expected = reference.loss_and_gradient(case, eps_low=0.1, eps_high=0.28, normalizer=normalizer, **variant)
+        expected = reference.loss_and_gradient(
+            case, eps_low=0.1, eps_high=0.28, normalizer=normalizer, weighted=True, **variant
+        )
         assert_close(logp.grad, torch.tensor(expected["gradient"], dtype=torch.float64), atol=1e-9, rtol=0)
         for name in ("loss", "policy", "kl", "clip_fraction", "ratio_mean", "ratio_max"):
             assert abs(getattr(terms, name).item() - expected[name]) < 1e-9, name
+
+
+def check_surrogates(module: types.ModuleType) -> None:
+    """Value and slope of every surrogate, at ratios on both sides of all limits and for both signs of the advantage."""
+    for ratio, advantage in itertools.product([0.4, 0.85, 1.0, 1.1, 1.3, 2.5], [-1.5, 0.7]):
+        r, a = torch.tensor([[ratio]], dtype=torch.float64, requires_grad=True), torch.tensor([[advantage]], dtype=torch.float64)
+        logp = torch.tensor([[-0.3]], dtype=torch.float64, requires_grad=True)
+        value, slope = reference._token_policy(ratio, advantage, 0.1, 0.2, 1.8)
+        got = module.clip(r, a, 0.1, 0.2, 1.8)
+        assert abs(got.item() - value) < 1e-12
+        assert abs(torch.autograd.grad(got, r)[0].item() - slope) < 1e-12
+        got = module.cispo(r, a, logp, 0.2)
+        weight = -min(ratio, 1.2) * advantage
+        assert abs(got.item() - weight * -0.3) < 1e-12
+        assert abs(torch.autograd.grad(got, logp)[0].item() - weight) < 1e-12
+        tau = 1.3 if advantage > 0 else 2.1
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        got = module.sapo(r, a, 1.3, 2.1)
+        assert abs(got.item() + 4 / tau * gate * advantage) < 1e-12
+        assert abs(torch.autograd.grad(got, r)[0].item() + 4 * gate * (1 - gate) * advantage) < 1e-12
+
+
+def check_importance(module: types.ModuleType) -> None:
+    case = reference.random_case(0, empty_row=True)
+    logp, old, _, mask, _ = case.tensors()
+    junk = old.masked_fill(mask == 0, math.nan)
+    for level, mode in itertools.product(["token", "sequence"], ["truncate", "mask"]):
+        weights = module.importance_weights(junk, logp, mask, level, mode, 0.9, 1.1)
+        expected = reference.importance_weights(case.old, case.logp, case.mask, level, mode, 0.9, 1.1)
+        assert_close(weights, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
+        assert not weights.requires_grad
+    assert abs(module.effective_sample_size(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]])).item() - 0.8) < 1e-6
 
 
 def check_logprobs(module: types.ModuleType) -> None:
@@ -85,7 +125,13 @@ def check_logprobs(module: types.ModuleType) -> None:
             assert_close(leaves[1].grad, expected, atol=1e-9, rtol=0)
 
 
-CHECKS = {"advantages": check_advantages, "loss": check_loss, "logprobs": check_logprobs}
+CHECKS = {
+    "advantages": check_advantages,
+    "importance": check_importance,
+    "logprobs": check_logprobs,
+    "loss": check_loss,
+    "surrogates": check_surrogates,
+}
 
 MUTATIONS = {
     # advantages.py
@@ -107,20 +153,52 @@ MUTATIONS = {
     "batch_std of the caller ignored": ("advantages", "if batch_std is None:", "if True:"),
     "share of groups with variance": ("advantages", "std_B1 <= tolerance", "std_B1 > tolerance"),
     # loss.py
-    "sign of the log-ratio": ("loss", "return log_ratio_NT.exp()", "return (-log_ratio_NT).exp()"),
-    "minimum became maximum": ("loss", "capped_NT <= clipped_NT", "capped_NT >= clipped_NT"),
-    "sign of the policy loss": ("loss", "return -torch.where(", "return torch.where("),
+    "sign of the log-ratio": ("loss", "            return log_ratio_NT.exp()", "            return (-log_ratio_NT).exp()"),
+    "gradient of a whole row": (
+        "loss",
+        "(mean_N1.detach() + log_ratio_NT - log_ratio_NT.detach()).exp()",
+        "mean_N1.expand_as(log_ratio_NT).exp()",
+    ),
     "mask ignored": ("loss", "valid_NT = mask.bool()", "valid_NT = torch.ones_like(mask).bool()"),
     "mask dropped from the inputs": ("loss", "values_NT.to(dtype).masked_fill(~valid_NT, 0.0)", "values_NT.to(dtype)"),
     "row length counts padding": ("loss", "tokens_N = valid_NT.sum(1)", "tokens_N = torch.ones_like(valid_NT).sum(1)"),
     "epsilons swapped": (
         "loss",
-        "clamp(1 - self.epsilon_low, 1 + self.epsilon_high)",
-        "clamp(1 - self.epsilon_high, 1 + self.epsilon_low)",
+        "advantage_NT, self.epsilon_low, self.epsilon_high, self.delta",
+        "advantage_NT, self.epsilon_high, self.epsilon_low, self.delta",
     ),
-    "no clipping": ("loss", "ratio_NT.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)", "ratio_NT"),
-    "delta ignored": ("loss", "ratio_NT if self.delta is None else", "ratio_NT if True else"),
-    "delta caps from below": ("loss", "clamp(max=self.delta)", "clamp(min=self.delta)"),
+    "delta ignored": ("loss", "self.epsilon_low, self.epsilon_high, self.delta", "self.epsilon_low, self.epsilon_high, None"),
+    "weights ignored": ("loss", "terms_NT * weight_NT", "terms_NT"),
+    "KL not weighted": ("loss", "_times(divergence_NT, weight_NT)", "_times(divergence_NT, None)"),
+    "KL weighted by a constant": (
+        "loss",
+        "divergence_NT = divergence_NT * log_ratio_NT.exp()",
+        "divergence_NT = divergence_NT * log_ratio_NT.exp().detach()",
+    ),
+    "KL weighting ignored": ("loss", 'if self.kl_weighting == "ratio":', "if False:"),
+    "entropy bonus of the wrong sign": ("loss", "loss = loss - self.entropy_bonus", "loss = loss + self.entropy_bonus"),
+    "entropy bonus without baseline": ("loss", ' - _given(entropy_NT, "entropy_bonus")', ""),
+    "smallest entropies": ("loss", "(entropy_NT >= threshold)", "(entropy_NT < threshold)"),
+    "share of the others": ("loss", "(len(values) - 1) * (1 - share)", "(len(values) - 1) * share"),
+    # surrogates.py
+    "minimum became maximum": ("surrogates", "capped <= clipped", "capped >= clipped"),
+    "sign of the policy loss": ("surrogates", "return -torch.where(", "return torch.where("),
+    "no clipping": ("surrogates", "ratio.clamp(1 - low, 1 + high)", "ratio"),
+    "delta caps from below": ("surrogates", "ratio.clamp(max=delta)", "ratio.clamp(min=delta)"),
+    "cispo capped from below": ("surrogates", "clamp(max=1 + high)", "clamp(min=1 + high)"),
+    "cispo's cap is high alone": ("surrogates", "clamp(max=1 + high)", "clamp(max=high)"),
+    "cispo without ratio": ("surrogates", "-ratio.detach().clamp(max=1 + high) * advantage", "-advantage"),
+    "sapo's temperatures swapped": ("surrogates", "torch.where(advantage > 0,", "torch.where(advantage <= 0,"),
+    "sapo not scaled": ("surrogates", "-4 / tau *", "-4 *"),
+    "sapo's centre": ("surrogates", "(tau * (ratio - 1))", "(tau * ratio)"),
+    # importance.py
+    "weights upside down": ("importance", "return gap_NT.exp()", "return (-gap_NT).exp()"),
+    "sequence weight is a product": ("importance", " / valid_NT.sum(1, keepdim=True).clamp(min=1)).expand_as", ").expand_as"),
+    "range ignored by truncation": ("importance", "ratio_NT.clamp(low if mode", "ratio_NT.clamp(0.0 if mode"),
+    "mask mode truncates": ("importance", 'if mode == "mask":', "if False:"),
+    "weights with a gradient": ("importance", "old_logp.detach().to(dtype)", "old_logp.to(dtype)"),
+    "effective size counts padding": ("importance", "(mask.bool().sum() *", "(mask.numel() *"),
+    # loss.py again
     "direction of the KL": (
         "loss",
         "_filled(ref_logp.detach(), valid_NT) - logp_NT",
@@ -129,13 +207,18 @@ MUTATIONS = {
     "sign of k1": ("loss", "return -d_NT\n", "return d_NT\n"),
     "half of k2 forgotten": ("loss", "d_NT.square() / 2", "d_NT.square()"),
     "sign in k3": ("loss", "d_NT.exp() - d_NT - 1", "d_NT.exp() + d_NT - 1"),
-    "KL detached": ("loss", "loss = policy + self.beta * kl", "loss = policy + self.beta * kl.detach()"),
-    "beta ignored": ("loss", "loss = policy + self.beta * kl", "loss = policy + kl"),
-    "old log-probs replaced by the new": ("loss", "_filled(old_logp.detach(), valid_NT)", "logp_NT.detach()"),
+    "KL detached": ("loss", "loss = loss + self.beta * kl", "loss = loss + self.beta * kl.detach()"),
+    "beta ignored": ("loss", "loss = loss + self.beta * kl", "loss = loss + kl"),
+    "old log-probs replaced by the new": (
+        "loss",
+        "log_ratio_NT = logp_NT - _filled(old_logp.detach(), valid_NT)",
+        "log_ratio_NT = logp_NT - logp_NT.detach()",
+    ),
     "normalizer ignored": ("loss", "if normalizer is None:", "if True:"),
     "sequence ratio is a sum": ("loss", " / valid_NT.sum(1, keepdim=True).clamp(min=1)", ""),
-    "sequence importance ignored": ("loss", 'self.importance == "sequence"', 'self.importance == "row"'),
-    "dr_grpo divides by tokens": ("loss", "(len(total_N) * self.max_tokens)", "tokens_N.sum()"),
+    "sequence importance ignored": ("loss", 'if self.importance == "token":', "if True:"),
+    "rows are not counted": ("loss", 'len(total_N) if self.window == "none" else tokens_N.sum()', "tokens_N.sum()"),
+    "dr_grpo divides by tokens": ("loss", "(count * self.max_tokens)", "tokens_N.sum()"),
     "clip fraction ignores the advantage": ("loss", " & (advantage_NT < 0)", ""),
     "ratio_max over padding": (
         "loss",

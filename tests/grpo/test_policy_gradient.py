@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from uae.grpo import GRPOLoss, group_advantages, token_logprobs
+from uae.grpo import Correction, GRPOLoss, group_advantages, token_logprobs
 
 from . import reference
 
@@ -24,7 +24,7 @@ def bandit_terms(z_V, reward_V, temperature, loss, ref_logp_V=None):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("importance", ["token", "sequence", "sequence_token"])
 def test_expected_gradient_is_the_exact_policy_gradient(temperature, importance):
     """Averaged over the policy's actions, the loss gradient is -d E[reward] / d logits, whatever the baseline."""
     z_V = torch.randn(ACTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
@@ -88,7 +88,7 @@ def test_kl_has_no_pull_at_the_reference(kl):
 
 
 @pytest.mark.parametrize("aggregation", ["grpo", "bnpo", "dr_grpo", "dapo"])
-@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("importance", ["token", "sequence", "sequence_token"])
 @pytest.mark.parametrize("sizes", [(8,), (4, 4), (2, 2, 2, 2), (1,) * 8])
 def test_gradient_does_not_depend_on_the_micro_batches(aggregation, importance, sizes):
     """1x8, 2x4, 4x2 and 8x1 give one gradient through a shared parameter, with rows of different length."""
@@ -100,7 +100,7 @@ def test_gradient_does_not_depend_on_the_micro_batches(aggregation, importance, 
     window = mask.sum()
     total = 0.0
     for rows in torch.arange(8).split(sizes):
-        terms = loss(logp[rows] + shift, old[rows], advantage[rows], mask[rows], ref[rows], window)
+        terms = loss(logp[rows] + shift, old[rows], advantage[rows], mask[rows], ref[rows], window if token_mean else None)
         share = terms.loss if token_mean else terms.loss / len(sizes)
         share.backward()
         total += share.item()
@@ -125,6 +125,97 @@ def test_local_token_mean_is_not_invariant_which_is_why_a_normalizer_exists():
     whole = loss(logp, old, advantage, mask).loss
     halves = [loss(logp[r], old[r], advantage[r], mask[r]).loss for r in torch.arange(8).split(4)]
     assert abs(sum(halves) / 2 - whole) > 1e-3
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("sizes", [(8,), (4, 4), (1,) * 8])
+def test_rows_that_are_left_out_are_left_out_of_the_divisor(aggregation, sizes):
+    """With the number of the other rows as normalizer, masked rows are as if they had never been drawn."""
+    loss = GRPOLoss(0.15, 0.3, beta=0.1, aggregation=aggregation, max_tokens=9)
+    logp, old, advantage, mask, ref = (t.detach() for t in reference.random_case(7, rows=8, tokens=7).tensors())
+    left = torch.tensor([0, 3, 4])
+    mask[left] = 0.0
+    kept = [row for row in range(8) if row not in left]
+    expected = loss(*(t[kept] for t in (logp, old, advantage, mask, ref))).loss
+    total = sum(
+        loss(*(t[rows] for t in (logp, old, advantage, mask, ref)), len(kept)).loss for rows in torch.arange(8).split(sizes)
+    )
+    assert_close(total, expected, atol=1e-12, rtol=0)
+
+
+def test_kl_weighted_by_the_ratio_has_the_gradient_of_the_divergence_off_policy():
+    """Drawn from an older policy, k1 and k3 times the ratio are KL(policy, reference) and move the policy as it does."""
+    generator = torch.Generator().manual_seed(2)
+    z_V, old_V, ref_V = (torch.randn(ACTIONS, generator=generator, dtype=torch.float64) for _ in range(3))
+    z_V.requires_grad_()
+    old_V, ref_V = old_V.log_softmax(0), ref_V.log_softmax(0)
+    p_V = z_V.softmax(0)
+    forward = (p_V * (p_V.log() - ref_V)).sum()
+    (exact_V,) = torch.autograd.grad(forward, z_V, retain_graph=True)
+    for kl in ("k1", "k3"):
+        value, gradient_V = 0.0, torch.zeros_like(z_V)
+        for action in range(ACTIONS):
+            logp = z_V.log_softmax(0)[action].reshape(1, 1)
+            arguments = (old_V[action].reshape(1, 1), torch.zeros(1), torch.ones(1, 1), ref_V[action].reshape(1, 1))
+            terms = GRPOLoss(beta=1.0, kl=kl, kl_weighting="ratio")(logp, *arguments)
+            value += old_V[action].exp().item() * terms.kl.item()
+            gradient_V += old_V[action].exp() * torch.autograd.grad(terms.loss, z_V)[0]
+        assert value == pytest.approx(forward.item(), abs=1e-12)
+        assert_close(gradient_V, exact_V, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_entropy_bonus_has_the_gradient_of_the_entropy(temperature):
+    z_V = torch.randn(ACTIONS, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    logp_V = (z_V / temperature).log_softmax(0)
+    entropy = -(logp_V.exp() * logp_V).sum()
+    (exact_V,) = torch.autograd.grad(entropy, z_V, retain_graph=True)
+    expected_V = torch.zeros_like(z_V)
+    for action in range(ACTIONS):
+        logp = (z_V / temperature).log_softmax(0)[action].reshape(1, 1)
+        terms = GRPOLoss(entropy_bonus=0.7)(
+            logp, logp.detach(), torch.zeros(1), torch.ones(1, 1), entropy=entropy.detach().reshape(1, 1)
+        )
+        expected_V += logp_V[action].exp().detach() * torch.autograd.grad(terms.loss, z_V)[0]
+    assert_close(expected_V, -0.7 * exact_V, atol=1e-12, rtol=1e-10)
+
+
+def expected_gradient(z_V, sampler_V, reward_V, reference_V, loss, correction):
+    """The gradient of the loss, averaged exactly over actions that a sampler draws."""
+    gradient_V = torch.zeros_like(z_V)
+    for action in range(ACTIONS):
+        logp, sampled, ref = (values[action].reshape(1, 1) for values in (z_V.log_softmax(0), sampler_V, reference_V))
+        ones, entropy = torch.ones(1, 1), -(z_V.softmax(0) * z_V.log_softmax(0)).sum().detach().reshape(1, 1)
+        weights = None if correction is None else correction(sampled, logp, ones)
+        terms = loss(logp, logp.detach(), reward_V[action].reshape(1), ones, ref, weights=weights, entropy=entropy)
+        gradient_V += sampled.exp().squeeze() * torch.autograd.grad(terms.loss, z_V)[0]
+    return gradient_V
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo"])
+@pytest.mark.parametrize("bias", ["temperature", "bfloat16", "stale"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_biased_sampler_is_corrected(surrogate, bias, level):
+    """The corrected gradient is the exact one of the policy; without correction it is off."""
+    generator = torch.Generator().manual_seed(4)
+    z_V, step_V, ref_V = (torch.randn(ACTIONS, generator=generator, dtype=torch.float64) for _ in range(3))
+    reward_V = torch.tensor([0.1, 0.9, -0.3, 0.5, 0.0, 2.0], dtype=torch.float64)
+    sampler_V = {
+        "temperature": (z_V / 1.1).log_softmax(0),
+        "bfloat16": z_V.bfloat16().log_softmax(0).double().log_softmax(0),
+        "stale": (z_V - 0.1 * step_V).log_softmax(0),
+    }[bias]
+    z_V.requires_grad_()
+    logp_V = z_V.log_softmax(0)
+    entropy = -(logp_V.exp() * logp_V).sum()
+    divergence = (logp_V.exp() * (logp_V - ref_V.log_softmax(0))).sum()
+    exact_V = torch.autograd.grad(-(logp_V.exp() * reward_V).sum() + 0.2 * divergence - 0.1 * entropy, z_V)[0]
+    loss = GRPOLoss(beta=0.2, kl="k3", kl_weighting="ratio", surrogate=surrogate, entropy_bonus=0.1)
+    arguments = (z_V, sampler_V, reward_V, ref_V.log_softmax(0), loss)
+    corrected_V = expected_gradient(*arguments, Correction(level, high=8.0))
+    assert_close(corrected_V, exact_V, atol=1e-8, rtol=0)
+    off = (expected_gradient(*arguments, None) - exact_V).abs().max()
+    assert off > (1e-4 if bias == "bfloat16" else 5e-3)
 
 
 def test_bandit_learns_its_best_action():

@@ -1,7 +1,11 @@
-"""Group-relative policy optimisation in plain torch: advantages, the clipped loss and memory-lean log-probs."""
+"""Group-relative policy optimisation in plain torch: advantages, the policy loss and memory-lean log-probs."""
 
 from uae.grpo.advantages import group_advantages, zero_variance_share
+from uae.grpo.importance import Correction, effective_sample_size, importance_weights
 from uae.grpo.logprobs import logits, selected_logprobs, token_logprobs
-from uae.grpo.loss import GRPOLoss, LossTerms
+from uae.grpo.loss import GRPOLoss, LossTerms, entropy_threshold
 
-__all__ = ["GRPOLoss", "LossTerms", "group_advantages", "logits", "selected_logprobs", "token_logprobs", "zero_variance_share"]
+__all__ = [
+    "Correction", "GRPOLoss", "LossTerms", "effective_sample_size", "entropy_threshold", "group_advantages", "importance_weights",
+    "logits", "selected_logprobs", "token_logprobs", "zero_variance_share",
+]  # fmt: skip
