@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from uae.files.tiles import Tile, grid, wrapped
+from uae.groups import Filtering
 from uae.rollout import Experience, roll_out
 from uae.types import ImageBatch
 
@@ -91,7 +92,8 @@ class RolloutPanels(Callback):
     def _roll_out(module: Any, batch: ImageBatch) -> Experience:
         # One mini-batch fits any number of images (of the reference), and a batch-wide scale would mix in other ranks' examples.
         scale = "group" if module.plan.advantage_scale == "batch" else module.plan.advantage_scale
-        plan = replace(module.plan, mini_batches=1, advantage_scale=scale, train="captions", reconstructions=1)
+        alone = {"advantage_scale": scale, "advantage_order": "sum_then_normalize", "filtering": Filtering()}  # asks no other rank
+        plan = replace(module.plan, mini_batches=1, train="captions", reconstructions=1, **alone)
         with module.whole_policies():
             return roll_out(module.umm, module.reward, batch, plan, step=-1)
 

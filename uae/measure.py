@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uae.grpo import LossTerms, zero_variance_share
+from uae.grpo import Correction, LossTerms, effective_sample_size, zero_variance_share
 from uae.rollout import Experience, Segment
 from uae.types import Actions
 
@@ -32,6 +32,7 @@ def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | fl
         "reward/mean": reward_BG.nanmean(),
         "reward/std": (deviation_BG.square().nansum(1) / freedom_B).sqrt().mean(),  # within groups
         "reward/zero_variance": zero_variance_share(reward_BG),
+        **_of_filtering(experience),
         **{f"reward/{name}": part_BG.nanmean() for name, part_BG in rewards.parts.items()},
         "advantage/std": experience.advantage_BG.std(),
         "advantage/max_abs": experience.advantage_BG.abs().max(),
@@ -41,6 +42,15 @@ def of_rollout(experience: Experience, max_tokens: int) -> dict[str, Tensor | fl
         **_of_actions("policy", rollout),
         **_of_images(experience),
     }
+
+
+def _of_filtering(experience: Experience) -> dict[str, Tensor | float]:
+    """Shares of what `uae.groups.Filtering` did: images that were drawn again, and rows that the loss counts."""
+    values: dict[str, Tensor | float] = {"reward/redrawn": experience.redrawn} if experience.redrawn else {}
+    for name, segment in experience.segments.items():
+        if segment.kept_R is not None:
+            values[f"{POLICIES[name]}/kept"] = segment.kept_R.float().mean()
+    return values
 
 
 def _of_actions(policy: str, actions: Actions) -> dict[str, Tensor | float]:
@@ -60,10 +70,13 @@ def _of_images(experience: Experience) -> dict[str, Tensor | float]:
     return {"image_policy/logp": logp, **_of_actions("image_policy", image.actions)}
 
 
-def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment[Any]) -> dict[str, Tensor | float]:
+def of_update(
+    name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment[Any], correction: Correction | None = None
+) -> dict[str, Tensor | float]:
     """Scalars of one mini-batch and segment.
 
-    ``.../kl`` is the k3 estimate of the KL divergence in nats per action, however the loss aggregates it.
+    ``.../kl`` is the k3 estimate of the KL divergence in nats per action, however the loss aggregates it. For ``.../correction``, see
+    `of_correction`.
     """
     policy = POLICIES[name]
     values: dict[str, Tensor | float] = {
@@ -76,7 +89,47 @@ def of_update(name: str, terms: LossTerms, logp_RS: Tensor, segment: Segment[Any
     if segment.reference_logp_RS is not None:
         d_RS = segment.reference_logp_RS - logp_RS.detach()
         values[f"{policy}/kl"] = masked_mean(d_RS.exp() - d_RS - 1, segment.actions.mask_RS)
+    if correction is not None:
+        values |= {f"{policy}/{tag}": value for tag, value in of_correction(correction, segment).items()}
     return values
+
+
+def of_correction(correction: Correction, segment: Segment[Any]) -> dict[str, Tensor | float]:
+    """What the correction of the sampler's gap did.
+
+    ``correction/effective`` is the effective sample size of the weights as a share of the actions, and ``correction/limited`` the
+    share of the actions whose weight was cut off or masked. ``sampler_gap/quarter_1`` to ``quarter_4`` are the means of the absolute
+    log-ratio in nats by quarter of the row: a gap that grows along a caption comes from the cache or from positions.
+    """
+    assert segment.old_logp_RS is not None, "the first pass of the update sets them"
+    arguments = segment.actions.logp_RS, segment.old_logp_RS, segment.mask_RS
+    values: dict[str, Tensor | float] = {
+        "correction/effective": effective_sample_size(correction(*arguments), segment.mask_RS),
+        "correction/limited": correction.limited(*arguments),
+    }
+    mask_RS = segment.actions.mask_RS
+    gap_RS = (segment.old_logp_RS - segment.actions.logp_RS).abs()
+    quarter_RS = 4 * (mask_RS.cumsum(1) - 1) / mask_RS.sum(1, keepdim=True).clamp(min=1)
+    for quarter in range(4):
+        inside_RS = mask_RS * ((quarter_RS >= quarter) & (quarter_RS < quarter + 1))
+        mean = masked_mean(gap_RS, inside_RS)
+        values[f"sampler_gap/quarter_{quarter + 1}"] = torch.where(inside_RS.sum() > 0, mean, torch.nan)
+    return values
+
+
+def check_gap(seen: dict[str, Tensor], tolerance: float) -> None:
+    """Refuse a run whose sampler and training code disagree about the policy.
+
+    Raises:
+        RuntimeError: A ``.../sampler_gap`` is above the tolerance, or NaN.
+    """
+    gap = max(float(value) for tag, value in seen.items() if tag.endswith("/sampler_gap"))
+    if not gap <= tolerance:
+        raise RuntimeError(
+            f"the first rollout's policy ratio is off by {gap:.3g}; allowed: model.init_args.ratio_tolerance={tolerance:g}. Sampler "
+            "and training code disagree about the policy: other position ids, another processor, dropout, or low precision (bfloat16 "
+            "alone may reach 0.1: raise model.init_args.ratio_tolerance only then, and set model.init_args.correction)"
+        )
 
 
 def sampler_gap(segment: Segment[Any]) -> Tensor:

@@ -24,7 +24,8 @@ from uae.checkpoints.adapters import ADAPTERS, adapters_of, check_adapters
 from uae.checkpoints.resuming import begin_resumed, note_settings, resumable
 from uae.checkpoints.trainable import check_trainable_state, trainable_state
 from uae.evaluation import AutoEncoder
-from uae.grpo import GRPOLoss
+from uae.groups import Filtering, Order
+from uae.grpo import Correction, GRPOLoss
 from uae.metrics import UnifiedScore
 from uae.models.finetune import Finetune, check_resolution
 from uae.models.flow.policy import Exploration
@@ -35,7 +36,7 @@ from uae.stopwatch import now
 from uae.strategy import FSDP2Strategy, refuse_other_sharding
 from uae.trainer import batch_size, check_precision, is_dry_run
 from uae.types import ImageBatch, Sampling, System
-from uae.windows import check_epoch, check_windows, close_window, ends_epoch
+from uae.windows import check_epoch, check_windows, close_window, counted, ends_epoch, normalizer, threshold_of
 
 
 class UnifiedGRPO(AutoEncoder):
@@ -49,6 +50,9 @@ class UnifiedGRPO(AutoEncoder):
         sampling: How captions are drawn in training; this defines the policy.
         group: G, captions per image, 2 or more.
         advantage_scale: Divide centred rewards by the std of the "group", of the "batch" (all ranks), or by nothing.
+        advantage_order: Compare the weighted sum of the reward's parts, or every part by itself (GDPO), see `uae.groups.credit`.
+        filtering: Which groups are drawn again, and which captions the loss leaves out, see `uae.groups.Filtering`.
+        correction: Weights of actions for the gap between sampler and training code, see `uae.grpo.Correction`; None is 1.
         train: Whose actions the reward teaches: "captions" (generation for understanding), "images" (understanding for
             generation: image tokens, or the steps of a diffusion renderer), or "both".
         reconstructions: M, images drawn of every caption. A caption's reward is their mean; a renderer's images are
@@ -85,6 +89,9 @@ class UnifiedGRPO(AutoEncoder):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         group: int = 8,
         advantage_scale: Literal["group", "batch", "none"] = "group",
+        advantage_order: Order = "sum_then_normalize",
+        filtering: Filtering = Filtering(),  # noqa: B008 (frozen)
+        correction: Correction | None = None,
         train: Train = "captions",
         reconstructions: int = 1,
         image_loss: GRPOLoss | None = None,
@@ -129,12 +136,14 @@ class UnifiedGRPO(AutoEncoder):
             seed=seed,
             shared_noise=shared_noise,
             advantage_scale=advantage_scale,
+            advantage_order=advantage_order,
+            filtering=filtering,
             instruction=instruction,
             mini_batches=mini_batches,
             train=train,
             reconstructions=reconstructions,
         )
-        self.num_iterations, self.ratio_tolerance = num_iterations, ratio_tolerance
+        self.num_iterations, self.ratio_tolerance, self.correction = num_iterations, ratio_tolerance, correction
         self.optimizer, self.scheduler = optimizer, scheduler
         self.experience: Experience | None = None
         self.seconds: Counter[str] = Counter()  # of all rollouts and updates so far, by stage
@@ -152,10 +161,13 @@ class UnifiedGRPO(AutoEncoder):
         for name, segment in self._mini_batch(batch, turn).items():
             logp_RS = segment.logprobs()
             terms = self.losses[name](
-                logp_RS, segment.since_rollout(logp_RS), segment.advantage_R, segment.actions.mask_RS,
-                segment.reference_logp_RS, self._normalizer(name, batch_idx),
+                logp_RS, segment.since_rollout(logp_RS), segment.advantage_R, segment.mask_RS, segment.reference_logp_RS,
+                self._normalizer(name, batch_idx), segment.weights(self.correction), segment.actions.entropy_RS,
+                self._thresholds[name],
             )  # fmt: skip
-            self._check_gap(self._log_all(measure.of_update(name, terms, logp_RS, segment)))
+            seen = self._log_all(measure.of_update(name, terms, logp_RS, segment, self.correction))
+            if self._first_rollout:
+                measure.check_gap(seen, self.ratio_tolerance)
             losses.append(terms.loss * self.weights[name])
         return torch.stack(losses).sum()
 
@@ -189,6 +201,10 @@ class UnifiedGRPO(AutoEncoder):
             self._mini_batches = split(self.experience, self.plan.mini_batches, on_policy)
         self.seconds.update(self.experience.seconds)
         self._actions_M = {name: self._count(name, one) for name, one in self.experience.segments.items()}
+        self._thresholds = {
+            name: threshold_of(self.losses[name], one.actions.entropy_RS, one.mask_RS)
+            for name, one in self.experience.segments.items()
+        }
         self._log_all(
             measure.of_rollout(self.experience, self.plan.sampling.max_tokens)
             | {"condition/truncated": float(self.umm.conditioner.truncated)}  # captions since the start of the run
@@ -210,22 +226,18 @@ class UnifiedGRPO(AutoEncoder):
         return [name for name, loss in self.losses.items() if loss.beta > 0 and name in SEGMENTS[self.plan.train]]
 
     def _count(self, name: str, segment: Segment[Any]) -> Tensor:
-        """Actions of every mini-batch; of all ranks where the loss divides by them."""
-        actions_M: Tensor = segment.actions.mask_RS.view(self.plan.mini_batches, -1).sum(1)
-        if self.losses[name].window == "global":
-            actions_M = self._gathered(actions_M).view(-1, self.plan.mini_batches).sum(0)
+        """What the loss divides by in every mini-batch; of all ranks where they share it."""
+        loss = self.losses[name]
+        actions_M = counted(loss, segment.mask_RS, self.plan.mini_batches)
+        if loss.window == "global" or (loss.window == "none" and self.plan.filtering.drops):
+            return self._gathered(actions_M).view(-1, self.plan.mini_batches).sum(0)
         return actions_M
 
     def _normalizer(self, name: str, batch_idx: int) -> Tensor | None:
-        """Actions of the optimizer window, divided by the number of losses that Lightning and the ranks will average."""
         window = self.losses[name].window
-        if window == "none":
-            return None
-        accumulate = self.trainer.accumulate_grad_batches
-        start = batch_idx // accumulate * accumulate
-        actions_M = self._actions_M[name]
-        turns = [turn % self.plan.mini_batches for turn in range(start, start + accumulate)]
-        return actions_M[turns].sum() / (accumulate * (self.trainer.world_size if window == "global" else 1))
+        if window == "none" and not self.plan.filtering.drops:
+            return None  # all rows of every mini-batch
+        return normalizer(self.trainer, self._actions_M[name], batch_idx, 1 if window == "local" else self.trainer.world_size)
 
     def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
         """Refuse data whose length nobody knew, if they end inside a rollout, before an optimizer step is taken from its parts.
@@ -286,7 +298,8 @@ class UnifiedGRPO(AutoEncoder):
         size = batch_size(self.trainer)
         if size is not None:
             parts(size, self.plan.mini_batches)
-        check_windows(self.trainer, self.batches_per_rollout, [self.losses[name] for name in SEGMENTS[self.plan.train]])
+        losses = [self.losses[name] for name in SEGMENTS[self.plan.train]]
+        check_windows(self.trainer, self.batches_per_rollout, losses, self.plan.filtering.drops)
 
     def configure_model(self) -> None:
         """Build the system, decide what trains, load the encoders, shard where the strategy asks for it. Idempotent."""
@@ -316,19 +329,6 @@ class UnifiedGRPO(AutoEncoder):
     def on_train_start(self) -> None:
         """Refuse an epoch that would end inside a rollout, unless it is a dry run of which nothing is kept."""
         check_epoch(self.trainer, self.batches_per_rollout)
-
-    def _check_gap(self, seen: dict[str, Tensor]) -> None:
-        """Refuse a run whose sampler and training code disagree about the policy."""
-        if not self._first_rollout:
-            return
-        gap = max(float(value) for tag, value in seen.items() if tag.endswith("/sampler_gap"))
-        if not gap <= self.ratio_tolerance:
-            raise RuntimeError(
-                f"the first rollout's policy ratio is off by {gap:.3g}; allowed: "
-                f"model.init_args.ratio_tolerance={self.ratio_tolerance:g}. Sampler and training code disagree about the policy: "
-                "other position ids, another processor, dropout, or low precision (bfloat16 alone may reach 0.1: raise "
-                "model.init_args.ratio_tolerance only then)"
-            )
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 

@@ -8,14 +8,15 @@ mini-batches of the update, with the log-probs that the loss compares with. Noth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from uae.grpo import group_advantages
+from uae.groups import Credit, Drawn, Filtering, Order, credit, distinct, in_varied_groups, on_any_rank
+from uae.grpo import Correction
 from uae.rewards import WeightedReward
 from uae.seeds import seed_of
 from uae.stopwatch import Stopwatch
@@ -34,10 +35,20 @@ class Plan:
     seed: int = 0
     shared_noise: bool = True
     advantage_scale: Literal["group", "batch", "none"] = "group"
+    advantage_order: Order = "sum_then_normalize"
+    filtering: Filtering = Filtering()
     instruction: str | None = None
     mini_batches: int = 1
     train: Train = "captions"
     reconstructions: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse two ways to scale an advantage."""
+        if self.advantage_order == "normalize_then_sum" and self.advantage_scale != "group":
+            raise ValueError(
+                f"model.init_args.advantage_scale={self.advantage_scale} with model.init_args.advantage_order=normalize_then_sum, "
+                "which divides every part by its std within the group and the sum by the std of the batch; allowed: group"
+            )
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Segment(Generic[A]):
         reference_logp_RS: Log-probs under the weights the run started from; None where the loss has no KL term.
         old_logp_RS: Log-probs under the weights of the rollout, computed as the update computes them. None until they have
             been computed, see `split`.
+        kept_R: Whether the loss counts a row; None if it counts all, see `uae.groups.Filtering`.
     """
 
     policy: Policy[A]
@@ -58,6 +70,12 @@ class Segment(Generic[A]):
     advantage_R: Tensor
     reference_logp_RS: Tensor | None = None
     old_logp_RS: Tensor | None = None
+    kept_R: Tensor | None = None
+
+    @property
+    def mask_RS(self) -> Tensor:  # noqa: N802 (a shape)
+        """1 where the loss counts an action, else 0."""
+        return self.actions.mask_RS if self.kept_R is None else self.actions.mask_RS * self.kept_R[:, None]
 
     def logprobs(self) -> Tensor:
         """Log-probs ``[R, S]`` of the actions under the policy's current weights, with gradient."""
@@ -74,6 +92,13 @@ class Segment(Generic[A]):
             self.old_logp_RS = logp_RS.detach()
         return self.old_logp_RS
 
+    def weights(self, correction: Correction | None) -> Tensor | None:
+        """Importance weights ``[R, S]`` for the sampler's gap, from the old log-probs; None if nothing is corrected."""
+        if correction is None:
+            return None
+        assert self.old_logp_RS is not None, "`since_rollout` has set them"
+        return correction(self.actions.logp_RS, self.old_logp_RS, self.mask_RS)
+
     def of(self, images: Sequence[int], per_image: int) -> Segment[A]:
         """The segment of some images, each with ``per_image`` rows."""
         rows = rows_of(images, per_image)
@@ -83,6 +108,7 @@ class Segment(Generic[A]):
             advantage_R=self.advantage_R[rows],
             reference_logp_RS=None if self.reference_logp_RS is None else self.reference_logp_RS[rows],
             old_logp_RS=None if self.old_logp_RS is None else self.old_logp_RS[rows],
+            kept_R=None if self.kept_R is None else self.kept_R[rows],
         )
 
 
@@ -99,6 +125,7 @@ class Experience:
         advantage_BG: Advantages of captions.
         segments: What trains, by the names "caption" and "image". Their old log-probs are those of `split`.
         seconds: Wall time of each stage.
+        redrawn: Share of the images that were drawn again, see `uae.groups.Filtering`.
     """
 
     id_B: Tensor
@@ -108,6 +135,7 @@ class Experience:
     advantage_BG: Tensor
     segments: dict[str, Segment[Any]]
     seconds: dict[str, float] = field(default_factory=dict)
+    redrawn: float = 0.0
 
     def select(self, images: Sequence[int]) -> Experience:
         """The experience of some of its images; whole groups, in the order given."""
@@ -119,7 +147,7 @@ class Experience:
             id_B=self.id_B[images],
             rollout=self.rollout.of(images, self.rollout.group),
             reconstructions_NCHW=drawn,
-            rewards=Rewards(self.rewards.reward_BG[images], parts),
+            rewards=Rewards(self.rewards.reward_BG[images], parts, self.rewards.weights),
             advantage_BG=self.advantage_BG[images],
             segments={name: one.of(images, len(one.actions) // count) for name, one in self.segments.items()},
         )
@@ -140,24 +168,72 @@ def roll_out(
         references: Segments whose loss needs log-probs of the reference.
     """
     watch = Stopwatch()
-    rollout, reconstructions_NCHW, trajectory = autoencode(umm, batch, plan, step, watch)
-    with watch("reward"):
-        texts = [text for text in rollout.texts for _ in range(plan.reconstructions)]
-        rewards, advantage_BG, drawn_advantage_R = credit(reward(batch["image"], reconstructions_NCHW, texts), plan)
+    drawn, worth, redrawn = draw_until_varied(umm, reward, batch, plan, step, watch)
 
-    def recorded(name: str, policy: Policy[A], actions: A, advantage_R: Tensor) -> Segment[A]:
+    def recorded(name: str, policy: Policy[A], actions: A, advantage_R: Tensor, compared: int) -> Segment[A]:
         reference_RS = None
         if name in references:
             with watch("reference"), policy.learner.reference():
                 reference_RS = replay(policy, actions, len(batch["id"]), plan.mini_batches)
-        return Segment(policy, actions, advantage_R, reference_RS)
+        return Segment(policy, actions, advantage_R, reference_RS, kept_R=kept(actions, advantage_R, compared, plan))
 
     segments: dict[str, Segment[Any]] = {}
     if plan.train != "images":
-        segments["caption"] = recorded("caption", umm.captioner, rollout, advantage_BG.flatten())
-    if umm.image_policy is not None and trajectory is not None:
-        segments["image"] = recorded("image", umm.image_policy, trajectory, drawn_advantage_R)
-    return Experience(batch["id"], rollout, reconstructions_NCHW, rewards, advantage_BG, segments, watch.seconds)
+        segments["caption"] = recorded("caption", umm.captioner, drawn.rollout, worth.advantage_BG.flatten(), plan.group)
+    if umm.image_policy is not None and drawn.trajectory is not None:
+        compared = plan.reconstructions if plan.reconstructions > 1 else plan.group
+        segments["image"] = recorded("image", umm.image_policy, drawn.trajectory, worth.drawn_advantage_R, compared)
+    return Experience(
+        batch["id"], drawn.rollout, drawn.reconstructions_NCHW, worth.rewards, worth.advantage_BG, segments, watch.seconds, redrawn
+    )
+
+
+def draw_until_varied(
+    umm: UMM, reward: WeightedReward, batch: ImageBatch, plan: Plan, step: int, watch: Stopwatch
+) -> tuple[Drawn, Credit, float]:
+    """Draw every image, and images without any advantage again, up to ``plan.filtering.rounds`` times.
+
+    Returns:
+        What was drawn, what it is worth, and the share of the images that were drawn more than once.
+    """
+
+    def encode(rollout: Rollout[Any]) -> Any:
+        return _repeated(umm.conditioner.encode(rollout.texts, rollout), plan)
+
+    again = set[int]()
+    drawn = draw(umm, reward, batch, plan, step, watch)
+    worth = credit(drawn.each, plan.reconstructions, plan.advantage_scale, plan.advantage_order)
+    for attempt in range(1, plan.filtering.rounds + 1):
+        flat = worth.flat(plan.train).nonzero().flatten().tolist()
+        if not on_any_rank(bool(flat), batch["id"].device):
+            break
+        if flat:
+            some: ImageBatch = {"image": batch["image"][flat], "id": batch["id"][flat]}
+            other = replace(plan, seed=seed_of(plan.seed, "attempt", attempt))
+            drawn = drawn.with_images(flat, draw(umm, reward, some, other, step, watch), encode)
+            again |= set(flat)
+        worth = credit(drawn.each, plan.reconstructions, plan.advantage_scale, plan.advantage_order)
+    return drawn, worth, len(again) / len(batch["id"])
+
+
+def draw(umm: UMM, reward: WeightedReward, batch: ImageBatch, plan: Plan, step: int, watch: Stopwatch) -> Drawn:
+    """Caption, reconstruct and reward the images of a batch once."""
+    rollout, reconstructions_NCHW, trajectory = autoencode(umm, batch, plan, step, watch)
+    with watch("reward"):
+        texts = [text for text in rollout.texts for _ in range(plan.reconstructions)]
+        return Drawn(rollout, reconstructions_NCHW, trajectory, reward(batch["image"], reconstructions_NCHW, texts))
+
+
+def kept(actions: Actions, advantage_R: Tensor, compared: int, plan: Plan) -> Tensor | None:
+    """Which rows the loss counts, bool ``[R]``; None if nothing is ever left out. ``compared`` is the size of the rows' groups."""
+    if not plan.filtering.drops:
+        return None
+    kept_R = torch.ones_like(advantage_R, dtype=torch.bool)
+    if plan.filtering.drop_flat_groups:
+        kept_R &= in_varied_groups(advantage_R, compared)
+    if plan.filtering.drop_truncated and isinstance(actions, Rollout):
+        kept_R &= actions.mask_RS.sum(1) < plan.sampling.max_tokens
+    return kept_R
 
 
 @torch.no_grad()
@@ -181,8 +257,7 @@ def autoencode(
     with watch("condition"):
         condition = umm.conditioner.encode(rollout.texts, rollout)
     with watch("render"):
-        if plan.reconstructions > 1:
-            condition = condition.index([n for n in range(len(condition)) for _ in range(plan.reconstructions)])
+        condition = _repeated(condition, plan)
         seeds = noise_seeds(plan, ids, step)
         if plan.train == "captions" or umm.image_policy is None:
             first, row_of = distinct(_made_from(rollout, seeds, plan))
@@ -193,6 +268,13 @@ def autoencode(
         return rollout, umm.image_policy.pixels(trajectory), trajectory
 
 
+def _repeated(condition: Any, plan: Plan) -> Any:
+    """One row for every reconstruction, from one for every caption."""
+    if plan.reconstructions == 1:
+        return condition
+    return condition.index([n for n in range(len(condition)) for _ in range(plan.reconstructions)])
+
+
 def _made_from(rollout: Rollout[Any], seeds: Sequence[int], plan: Plan) -> list[tuple[Any, ...]]:
     """What each reconstruction follows from: its image, the tokens of its caption, and its noise."""
     captions = [
@@ -200,47 +282,6 @@ def _made_from(rollout: Rollout[Any], seeds: Sequence[int], plan: Plan) -> list[
         for n, (tokens, masks) in enumerate(zip(rollout.tokens_NT.tolist(), rollout.mask_RS.tolist(), strict=True))
     ]
     return [(captions[row // plan.reconstructions], seed) for row, seed in enumerate(seeds)]
-
-
-def distinct(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Places of the first of each kind, and for every key its kind's number in that list."""
-    first: dict[Hashable, int] = {}
-    for place, key in enumerate(keys):
-        first.setdefault(key, place)
-    number = {key: kind for kind, key in enumerate(first)}
-    return list(first.values()), [number[key] for key in keys]
-
-
-def credit(each: Rewards, plan: Plan) -> tuple[Rewards, Tensor, Tensor]:
-    """Rewards of reconstructions to rewards and advantages of what made them.
-
-    A caption is compared with the other captions of its image, by the mean over its reconstructions. A reconstruction is
-    compared with the others of its caption; where there is one only, it shares its caption's advantage.
-
-    Args:
-        each: Rewards ``[B, G*M]`` of all reconstructions.
-        plan: Settings of the rollout, see `Plan`.
-
-    Returns:
-        Rewards ``[B, G]`` of captions, advantages ``[B, G]`` of captions, and advantages ``[N*M]`` of reconstructions.
-    """
-    B, M = len(each.reward_BG), plan.reconstructions
-    rewards = Rewards(
-        each.reward_BG.view(B, -1, M).nanmean(2), {name: part.view(B, -1, M).nanmean(2) for name, part in each.parts.items()}
-    )
-    advantage_BG = compare(rewards.reward_BG, plan.advantage_scale)
-    if M == 1:
-        return rewards, advantage_BG, advantage_BG.flatten()
-    return rewards, advantage_BG, compare(each.reward_BG.view(-1, M), plan.advantage_scale).flatten()
-
-
-def compare(reward_BG: Tensor, scale: Literal["group", "batch", "none"]) -> Tensor:
-    """``advantage_BG``. The std of ``batch`` spans the rollouts of all ranks, which hold equally many images."""
-    if scale != "batch" or not distributed.is_initialized():
-        return group_advantages(reward_BG, scale)
-    everyone = [torch.empty_like(reward_BG) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(everyone, reward_BG.contiguous())
-    return group_advantages(torch.cat(everyone), scale).chunk(len(everyone))[distributed.get_rank()]
 
 
 @torch.no_grad()

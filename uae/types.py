@@ -292,6 +292,7 @@ class Rewards:
 
     reward_BG: Tensor  # the weighted sum
     parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [B, G], unweighted
+    weights: dict[str, float] = field(default_factory=dict)  # name -> the part's weight in the sum
 
 
 @dataclass(frozen=True)

@@ -47,28 +47,14 @@ def random_case(seed: int, rows: int = 6, tokens: int = 7, spread: float = 0.35,
 
 
 def loss_and_gradient(
-    case: Case,
-    *,
-    eps_low=0.2,
-    eps_high=0.2,
-    beta=0.0,
-    kl="k3",
-    aggregation="grpo",
-    importance="token",
-    delta=None,
-    max_tokens=None,
-    normalizer=None,
-    surrogate="clip",
-    sapo_temperatures=(1.0, 1.05),
-    kl_weighting="none",
-    entropy_bonus=0.0,
-    top_entropy=1.0,
+    case: Case, *, eps_low=0.2, eps_high=0.2, beta=0.0, kl="k3", aggregation="grpo", importance="token", delta=None, max_tokens=None,
+    normalizer=None, surrogate="clip", sapo_temperatures=(1.0, 1.05), kl_weighting="none", entropy_bonus=0.0, top_entropy=1.0,
     weighted=False,
-):
+):  # fmt: skip
     """Loss, d loss / d logp and the metrics, by hand. ``weighted`` multiplies by the weights of the case.
 
     Returns:
-        dict with loss, policy, kl, clip_fraction, ratio_mean, ratio_max (floats) and gradient (nested list).
+        dict of floats and, under "gradient", a nested list.
     """
     rows, tokens = len(case.logp), len(case.logp[0])
     counts = [sum(row) for row in case.mask]
@@ -91,23 +77,16 @@ def loss_and_gradient(
             ratio, advantage = math.exp(log_ratios[t]), case.advantages[n]
             top = top_entropy == 1 or case.entropy[n][t] >= threshold
             out["ratios"].append(ratio)
-            if surrogate == "cispo":
-                # -min(r, 1 + high) A logp: the weight is a constant, the log-prob is the token's own
-                value, slope = -min(ratio, 1 + eps_high) * advantage * case.logp[n][t], None
-                gradient[n][t] += top * share * -min(ratio, 1 + eps_high) * advantage
-                out["clipped"] += ratio > 1 + eps_high
-            elif surrogate == "sapo":
-                tau = sapo_temperatures[0] if advantage > 0 else sapo_temperatures[1]
-                gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
-                value, slope = -4 / tau * gate * advantage, -4 * gate * (1 - gate) * advantage
-            else:
-                value, slope = _token_policy(ratio, advantage, eps_low, eps_high, delta)
-                out["clipped"] += (advantage < 0 and ratio < 1 - eps_low) or (advantage > 0 and ratio > 1 + eps_high)
+            value, slope, limited = _token_term(
+                surrogate, ratio, advantage, case.logp[n][t], eps_low, eps_high, delta, sapo_temperatures
+            )
+            out["clipped"] += limited
             out["policy"] += top * share * value
-            # d ratio / d logp is the ratio itself, or ratio / T for every token of the row
-            if slope is not None and importance in ("token", "sequence_token"):
+            if surrogate == "cispo":  # the weight is a constant, the log-prob is the token's own
+                gradient[n][t] += top * share * slope
+            elif importance in ("token", "sequence_token"):  # d ratio / d logp is the ratio itself
                 gradient[n][t] += top * share * slope * ratio
-            elif slope is not None:
+            else:  # or ratio / T, for every token of the row
                 for u in inside:
                     gradient[n][u] += top * share * slope * ratio / len(inside)
             bonus = top * share * entropy_bonus * math.exp(own[t]) * (-case.old[n][t] - case.entropy[n][t])
@@ -158,6 +137,19 @@ def importance_weights(sampler, old, mask, level, mode, low, high):
             row[t] = weight
         weights.append(row)
     return weights
+
+
+def _token_term(surrogate, ratio, advantage, logp, eps_low, eps_high, delta, sapo_temperatures):
+    """Value of the token's policy term; its derivative in the ratio (cispo: in the log-prob); whether something was limited."""
+    if surrogate == "cispo":
+        weight = min(ratio, 1 + eps_high)
+        return -weight * advantage * logp, -weight * advantage, ratio > 1 + eps_high
+    if surrogate == "sapo":
+        tau = sapo_temperatures[0] if advantage > 0 else sapo_temperatures[1]
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        return -4 / tau * gate * advantage, -4 * gate * (1 - gate) * advantage, False
+    limited = (advantage < 0 and ratio < 1 - eps_low) or (advantage > 0 and ratio > 1 + eps_high)
+    return *_token_policy(ratio, advantage, eps_low, eps_high, delta), limited
 
 
 def _token_policy(ratio, advantage, eps_low, eps_high, delta):

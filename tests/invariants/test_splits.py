@@ -8,37 +8,53 @@ import torch
 from lightning.pytorch import Callback
 
 from tests.two_processes import run_on_two
+from uae.groups import Filtering
 from uae.grpo import GRPOLoss
 from uae.miniature.data import SceneData
+from uae.rewards import BaseReward
 
-LOSSES = {
-    "grpo": GRPOLoss(beta=0.1),
-    "bnpo": GRPOLoss(beta=0.1, aggregation="bnpo"),
-    "dapo": GRPOLoss(beta=0.1, aggregation="dapo"),
-    "dr_grpo": GRPOLoss(beta=0.1, aggregation="dr_grpo", max_tokens=6),
-    "sequence": GRPOLoss(importance="sequence", aggregation="dapo"),
+DROPPING = Filtering(drop_flat_groups=True, drop_truncated=True)
+VARIANTS = {
+    "grpo": {"loss": GRPOLoss(beta=0.1)},
+    "bnpo": {"loss": GRPOLoss(beta=0.1, aggregation="bnpo")},
+    "dapo": {"loss": GRPOLoss(beta=0.1, aggregation="dapo")},
+    "dr_grpo": {"loss": GRPOLoss(beta=0.1, aggregation="dr_grpo", max_tokens=6)},
+    "sequence": {"loss": GRPOLoss(importance="sequence", aggregation="dapo")},
+    "entropies": {"loss": GRPOLoss(top_entropy=0.4, entropy_bonus=0.1)},
+    "grpo, filtered": {"loss": GRPOLoss(beta=0.1), "filtering": DROPPING},
+    "dr_grpo, filtered": {"loss": GRPOLoss(beta=0.1, aggregation="dr_grpo", max_tokens=6), "filtering": DROPPING},
+    "dapo, filtered": {"loss": GRPOLoss(beta=0.1, aggregation="dapo"), "filtering": DROPPING},
 }
+
+
+class Parity(BaseReward):
+    """1 or 0, so that many groups of two are flat."""
+
+    def __call__(self, sources_BCHW, reconstructions_NCHW, texts):
+        return torch.tensor([float(sum(map(ord, text)) % 2) for text in texts]).view(len(sources_BCHW), -1)
 
 
 def weights(module):
     return {name: p.detach().clone() for name, p in module.policy.named_parameters() if p.requires_grad}
 
 
-def after_one_step(build, trainer, mini_batches, loss):
-    module = build(loss=loss, group=2, mini_batches=mini_batches)
+def after_one_step(build, trainer, mini_batches, **variant):
+    module = build(group=2, mini_batches=mini_batches, **variant)
     run = trainer(accumulate_grad_batches=mini_batches)
     run.fit(module, SceneData(batch_size=8, train_size=8))
     assert run.global_step == 1
+    kept_R = module.experience.segments["caption"].kept_R
+    assert kept_R is None or 0 < kept_R.sum() < len(kept_R)
     return weights(module)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_mini_batches_with_accumulation(system, build, trainer, name):
-    whole = after_one_step(build, trainer, 1, LOSSES[name])
+    whole = after_one_step(build, trainer, 1, **VARIANTS[name])
     start = dict(system.build().captioner.learner.network.named_parameters())
     assert max((whole[name] - start[name]).abs().max() for name in whole) > 1e-2  # it moved
     for mini_batches in (2, 8):
-        split = after_one_step(build, trainer, mini_batches, LOSSES[name])
+        split = after_one_step(build, trainer, mini_batches, **VARIANTS[name])
         for parameter in whole:
             torch.testing.assert_close(
                 split[parameter], whole[parameter], atol=1e-6, rtol=0, msg=lambda m: f"{name} {m}"
@@ -47,9 +63,9 @@ def test_mini_batches_with_accumulation(system, build, trainer, name):
 
 def test_windows_of_a_part_of_the_rollout(build, trainer):
     """Two steps of two mini-batches each, dapo: the first equals one step on the first half of the images."""
-    module = build(loss=LOSSES["dapo"], group=2, mini_batches=4)
+    module = build(**VARIANTS["dapo"], group=2, mini_batches=4)
     trainer(accumulate_grad_batches=2).fit(module, SceneData(batch_size=8, train_size=8))
-    half = build(loss=LOSSES["dapo"], group=2)
+    half = build(**VARIANTS["dapo"], group=2)
 
     class FirstHalf(SceneData):
         def on_after_batch_transfer(self, batch, index):
@@ -61,7 +77,17 @@ def test_windows_of_a_part_of_the_rollout(build, trainer):
         torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=0)
 
 
-def fit_distributed(rank, aggregation, processes):
+DISTRIBUTED = {
+    "grpo": {"loss": GRPOLoss(beta=0.1), "advantage_scale": "batch"},
+    "dapo": {"loss": GRPOLoss(beta=0.1, aggregation="dapo"), "advantage_scale": "batch"},
+    "filtered": {"loss": GRPOLoss(beta=0.1), "filtering": DROPPING},
+    "drawn again": {"filtering": Filtering(rounds=2, drop_flat_groups=True)},
+    "entropies": {"loss": GRPOLoss(top_entropy=0.4, entropy_bonus=0.1)},
+    "parts by themselves": {"advantage_order": "normalize_then_sum"},
+}
+
+
+def fit_distributed(rank, variant, processes):
     from lightning.pytorch import Trainer
 
     from tests.conftest import Letters
@@ -72,39 +98,48 @@ def fit_distributed(rank, aggregation, processes):
     from uae.rewards import EncoderSimilarity, WeightedReward
     from uae.types import Sampling
 
+    parts = {"layout": EncoderSimilarity(LayoutEncoder(cells=3)), "letters": Letters()}
+    if variant == "drawn again":
+        parts = {"parity": Parity()}
+    elif variant == "parts by themselves":  # pictures hardly differ, and a small std enlarges what another batch size rounds
+        parts = {"letters": Letters(), "parity": Parity()}
     module = UnifiedGRPO(
         RandomTiny(),
-        WeightedReward(
-            {"layout": EncoderSimilarity(LayoutEncoder(cells=3)), "letters": Letters()}, {"layout": 1.0, "letters": 0.5}
-        ),
+        WeightedReward(parts, dict(zip(parts, (1.0, 0.5), strict=False))),
         Full("language_model"),
-        GRPOLoss(aggregation=aggregation, max_tokens=6, beta=0.1),
-        Sampling(max_tokens=6),
+        sampling=Sampling(max_tokens=6),
         group=2,
-        advantage_scale="batch",
         optimizer=partial(torch.optim.SGD, lr=1.0),
+        **DISTRIBUTED[variant],
     )
     Trainer(
         accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False, max_steps=1,
         enable_checkpointing=False, enable_progress_bar=False, inference_mode=False, limit_val_batches=0,
         use_distributed_sampler=False, enable_model_summary=False,
     ).fit(module, SceneData(batch_size=8 // processes, train_size=8))  # fmt: skip
-    return weights(module), module.experience.rollout.mask_RS.sum(1).tolist()
+    segment = module.experience.segments["caption"]
+    return weights(module), segment.mask_RS.sum(1).tolist(), module.experience.redrawn
 
 
-def fit_both(rank, processes):
-    return {aggregation: fit_distributed(rank, aggregation, processes) for aggregation in ("grpo", "dapo")}
+def fit_all(rank, processes):
+    return {variant: fit_distributed(rank, variant, processes) for variant in DISTRIBUTED}
 
 
 def test_two_processes():
-    whole, halves = fit_both(0, 1), run_on_two(fit_both, 2, timeout=180)
-    for aggregation, (expected, lengths) in whole.items():
-        counts = [sum(half[aggregation][1]) for half in halves]
+    whole, halves = fit_all(0, 1), run_on_two(fit_all, 2, timeout=240)
+    for variant, (expected, lengths, redrawn) in whole.items():
+        counts = [sum(half[variant][1]) for half in halves]
         assert sum(counts) == sum(lengths)
         assert counts[0] != counts[1]  # or dividing by the rank's own tokens would pass
+        assert (0 in lengths) == (variant in ("filtered", "drawn again"))
+        shares = [half[variant][2] for half in halves]
+        assert sum(shares) / 2 == redrawn
+        if variant == "drawn again":
+            assert 0 < redrawn < 1
+            assert shares[0] != shares[1]
         for half in halves:
-            for name, found in half[aggregation][0].items():
-                torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=0)
+            for name, found in half[variant][0].items():
+                torch.testing.assert_close(found, expected[name], atol=1e-6, rtol=0, msg=lambda m, variant=variant: f"{variant}: {m}")
 
 
 class WithoutLength(SceneData):

@@ -284,8 +284,8 @@ def entropy_threshold(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     """The entropy ``[]`` that this share of the unmasked tokens reach: their quantile ``1 - share``, interpolated linearly.
 
     Args:
-        entropy: Entropies ``[N, T]`` in nats. All tokens that are compared have to be in it, of all mini-batches and processes.
-        mask: ``[N, T]``, 1 or True where a token counts.
+        entropy: Entropies in nats, of any shape. All tokens that are compared have to be in it, of all mini-batches and processes.
+        mask: 1 or True where a token counts, in the same shape.
         share: Share of the tokens, above 0 and at most 1.
 
     Returns:

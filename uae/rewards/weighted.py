@@ -59,4 +59,4 @@ class WeightedReward:
         for name, part_BG in parts.items():
             if self.weights[name] != 0:  # 0 * NaN would be NaN
                 total_BG = total_BG + self.weights[name] * part_BG
-        return Rewards(total_BG, parts)
+        return Rewards(total_BG, parts, self.weights)
