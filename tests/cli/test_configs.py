@@ -69,7 +69,16 @@ def test_fragments_are_deltas_that_take_effect(parse, file, monkeypatch):
     resolved = run.config.fit.as_dict()
     for path, value in leaves(yaml.safe_load(file.read_text())):
         if not str(value).startswith("${"):
-            assert at(resolved, path) == value, path
+            found = at(resolved, path)
+            assert (list(found) if isinstance(found, tuple) else found) == value, path
+
+
+def at(node, path):
+    """The value at a path. A class that a fragment does not name has its settings one level below."""
+    for key in path:
+        inside = node.get("init_args") if isinstance(node, dict) and key not in node else None
+        node = node[key] if inside is None else inside[key]
+    return node
 
 
 def leaves(node, path=()):
@@ -79,12 +88,6 @@ def leaves(node, path=()):
             yield from leaves(value, (*path, key))
     else:
         yield path, node
-
-
-def at(node, path):
-    for key in path:
-        node = node[key]
-    return node
 
 
 def test_random_reward_replaces_and_leaks_nothing(parse):

@@ -32,12 +32,14 @@ class Labels:
         finetune: What trains, as in ``full``.
         stage: Which stage of the method this is, as in ``joint``.
         reward: What a reconstruction is worth, as in ``random``.
+        loss: How the policy learns from advantages, as in ``cispo``.
         note: A word of the user's, as in ``lr3e-4``.
     """
 
     finetune: str | None = None
     stage: str | None = None
     reward: str | None = None
+    loss: str | None = None
     note: str | None = None
 
     def __post_init__(self) -> None:
