@@ -126,8 +126,8 @@ def compared(variant: Variant) -> tuple[float, float, float, float]:
     other = variant.factor * GRPOTrainer._compute_loss(stand_in(theirs, entropy, variant.theirs), None, inputs)
     ours.backward()
     other.backward()
-    assert mine.grad is not None and theirs.grad is not None
-    return ours.item(), other.item(), abs(ours - other).item(), (mine.grad - theirs.grad).abs().max().item()
+    gap = torch.stack([t.grad for t in (mine, theirs) if t.grad is not None]).diff(dim=0).abs().max()
+    return ours.item(), other.item(), abs(ours - other).item(), gap.item()
 
 
 def main() -> None:
