@@ -137,9 +137,10 @@ def main() -> None:
         f"# The loss beside that of TRL {importlib.metadata.version('trl')}", "",
         "| variant | ours | TRL | difference | largest difference of a gradient | |", "|---|---|---|---|---|---|",
         *(f"| {v.name} | {a:.9f} | {b:.9f} | {c:.1e} | {d:.1e} | {v.note} |" for v, (a, b, c, d) in found),
-        "", "float64, one process. Not compared, because TRL defines them in another way: the entropy bonus (TRL differentiates the entropy",
-        "of all words, ours has the same gradient in expectation), and at sequence level the weighting of the KL term (TRL takes the ratio of",
-        "the sequence, ours that of the token).",
+        "",
+        "float64, one process. Not compared, because TRL defines them in another way: the entropy bonus (TRL differentiates the",
+        "entropy of all words, ours has the same gradient in expectation), and at sequence level the weighting of the KL term (TRL",
+        "takes the ratio of the sequence, ours that of the token).",
     ]  # fmt: skip
     print("\n".join(lines))
     (RESULTS / "trl_losses.md").write_text("\n".join(lines) + "\n")
