@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from abc import abstractmethod
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 import torch
@@ -93,7 +94,7 @@ class ForeignScript(CaptionPenalty):
         ValueError: No script is given, or no letter of Unicode's first plane has a name that begins so.
     """
 
-    def __init__(self, scripts: tuple[str, ...] = ("LATIN",)) -> None:
+    def __init__(self, scripts: Sequence[str] = ("LATIN",)) -> None:
         self.scripts = frozenset(scripts)
         unknown = sorted(self.scripts - _known_scripts())
         if unknown or not scripts:
