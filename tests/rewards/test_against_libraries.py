@@ -87,27 +87,32 @@ def test_other_distances_are_those_of_torchmetrics(tmp_path, distance):
     assert reward(sources, sources, texts[:B]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("name", "tokens"), [(TROCR, 12), (GOT, 6)])
+@pytest.mark.parametrize(("name", "tokens"), [(TROCR, 12), (GOT, 6), (JUDGE, 6)])
 @torch.no_grad()
 def test_text_is_what_greedy_decoding_reads(mirror, name, tokens):  # noqa: F811
     sources, redrawn, texts = pictures(32)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(mirror / name).eval()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(mirror / name, dtype=torch.float32).eval()
     processor = transformers.AutoProcessor.from_pretrained(mirror / name)
 
+    def read_by_chat(image):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "What is written here?"}]
+        turn = [{"role": "user", "content": content}]
+        return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+
     def read(image):
-        inputs = processor(images=[image], return_tensors="pt")
-        greedy = {"num_beams": 1, "do_sample": False, "no_repeat_ngram_size": 0, "early_stopping": False}
+        inputs = read_by_chat(image) if name == JUDGE else processor(images=[image], return_tensors="pt")
+        greedy = {"num_beams": 1, "do_sample": False, "no_repeat_ngram_size": 0, "early_stopping": False, "repetition_penalty": 1.0}
         out = model.generate(**inputs, **greedy, max_new_tokens=tokens, max_length=None)
         out = out[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else out
         return " ".join(processor.batch_decode(out, skip_special_tokens=True)[0].split())
 
     a, b = [read(image) for image in pil(sources)], [read(image) for image in pil(redrawn)]
-    assert len(set(a + b)) > 4
+    assert len(set(a + b)) > (1 if name == JUDGE else 4)  # a chat model with random weights says much the same
     pairs = [(a[n // G], b[n]) for n in range(B * G)]
     expected = [1 - library_edit_distance(*pair, reduction="sum").item() / max(map(len, pair)) for pair in pairs]
     expected = [score if any(map(str.isalnum, source)) else 1.0 for score, (source, _) in zip(expected, pairs, strict=True)]
-    assert len(set(expected)) > 2
-    reward = TextFidelity(name, max_tokens=tokens)
+    assert len(set(expected)) > 1
+    reward = TextFidelity(name, prompt="What is written here?", max_tokens=tokens)
     torch.testing.assert_close(reward(sources, redrawn, texts), torch.tensor(expected).view(B, G), rtol=1e-5, atol=1e-5)
 
 
