@@ -74,7 +74,10 @@ class NetworkReward(BaseReward):
     def scores(
         self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]
     ) -> Tensor:
-        """Scores ``[N]`` of finite float32 images, which are on the network's device. No gradient is kept."""
+        """Scores ``[N]`` of float32 images, which are on the network's device. No gradient is kept.
+
+        What a row with pixels that are not finite gets is replaced by NaN afterwards.
+        """
 
     def load(self, device: torch.device | str = "cpu") -> NetworkReward:
         """Load the network, once per process, and move it to ``device``; returns the reward itself.
@@ -104,7 +107,7 @@ class NetworkReward(BaseReward):
         assert self._loaded is not None
         whole_N = _finite(reconstructions_NCHW) & _finite(sources_BCHW).repeat_interleave(group).to(reconstructions_NCHW.device)
         with at_work([self._loaded.network], self.placement, self._device) as device, torch.autocast(device.type, enabled=False):
-            sources, redrawn = (_clean(images).to(device) for images in (sources_BCHW, reconstructions_NCHW))
+            sources, redrawn = (images.to(device, torch.float32) for images in (sources_BCHW, reconstructions_NCHW))
             scores_N = self.scores(self._loaded, sources, redrawn, texts).to(reconstructions_NCHW.device, torch.float32)
         return scores_N.masked_fill(~whole_N, torch.nan).view(batch, group)
 
@@ -196,10 +199,6 @@ def asked(loaded: Loaded, content: list[dict[str, str]], images: list[list[Tenso
         text=[prompt] * len(images), images=images, padding=True, padding_side="left", return_tensors="pt"
     )
     return inputs.to(device, loaded.network.dtype)
-
-
-def _clean(images_NCHW: Tensor) -> Tensor:
-    return images_NCHW.float().nan_to_num(0, 0, 0)
 
 
 def _finite(images_NCHW: Tensor) -> Tensor:
