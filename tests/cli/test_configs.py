@@ -12,7 +12,20 @@ from uae.encoders import HFEncoder, LayoutEncoder, OpenCLIPEncoder
 from uae.encoders.tower import Tower
 from uae.miniature.data import SceneData
 from uae.models.finetune import Finetune, Full, LoRA
-from uae.rewards import CaptionFormat, EncoderSimilarity, RandomReward
+from uae.rewards import (
+    CaptionFormat,
+    CopiedInstruction,
+    EncoderSimilarity,
+    ForeignScript,
+    LengthBand,
+    PerceptualSimilarity,
+    PreferenceScore,
+    RandomReward,
+    Repetition,
+    TextFidelity,
+    VLMJudge,
+)
+from uae.rewards.network import NetworkReward
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -133,7 +146,10 @@ def test_full_finetuning_replaces_lora_and_back(parse):
 
 @pytest.mark.parametrize("siblings", [
     (Finetune, LoRA, Full),
-    (object, EncoderSimilarity, CaptionFormat, RandomReward),
+    (
+        NetworkReward, EncoderSimilarity, CaptionFormat, RandomReward, LengthBand, Repetition, ForeignScript, CopiedInstruction,
+        TextFidelity, PreferenceScore, PerceptualSimilarity, VLMJudge,
+    ),
     (Tower, HFEncoder, OpenCLIPEncoder, LayoutEncoder),
     (ImageData, SceneData, PhotographData),
     (PhotographData, ImageFolderData, StreamedData),

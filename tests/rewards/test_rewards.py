@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from uae.encoders import LayoutEncoder
-from uae.rewards import BaseReward, CaptionFormat, EncoderSimilarity, RandomReward, WeightedReward
+from uae.rewards import (
+    BaseReward,
+    CaptionFormat,
+    EncoderSimilarity,
+    RandomReward,
+    RegionSimilarity,
+    Repetition,
+    VLMJudge,
+    WeightedReward,
+)
 from uae.weights.placement import Placement
 
 
@@ -133,7 +142,10 @@ def test_caption_format_matches_the_whole_caption(rollout):
         CaptionFormat("(")
 
 
-@pytest.mark.parametrize("reward", [EncoderSimilarity(LayoutEncoder()), RandomReward(), CaptionFormat(".*")])
+@pytest.mark.parametrize("reward", [
+    EncoderSimilarity(LayoutEncoder()), RegionSimilarity(LayoutEncoder()), RandomReward(), CaptionFormat(".*"), Repetition(),
+    VLMJudge("nobody/nothing"),
+])  # fmt: skip
 def test_shapes_are_checked(reward, rollout):
     sources, reconstructions, texts = rollout
     for rows, captions in ((5, 5), (6, 5), (0, 0), (1, 1)):

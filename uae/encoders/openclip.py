@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from uae.encoders.preprocessing import Preprocessing
+from uae.encoders.preprocessing import Preprocessing, from_open_clip
 from uae.encoders.tower import EXACT, Tower, located
 from uae.files.locations import locate
 from uae.weights.placement import Placement
@@ -98,7 +98,7 @@ class OpenCLIPEncoder(Tower):
                 f"open_clip cannot load name={self.name!r}, pretrained={self.pretrained!r} ({reason}); "
                 "set the encoder's init_args.name or init_args.pretrained"
             ) from error
-        return model.visual, _preprocessing(model.visual.preprocess_cfg)
+        return model.visual, from_open_clip(model.visual.preprocess_cfg)
 
     # Models of open_clip have no types, hence Any.
     def _from_file(self, open_clip: ModuleType, file: str) -> Any:
@@ -132,23 +132,4 @@ def _quickgelu(name: str, weights: str) -> str:
     return (
         f"name={name!r} and pretrained={weights!r} disagree on the activation (QuickGELU or GELU), which would shift "
         f"every score silently; set the encoder's init_args.name to {bare if bare != name else name + '-quickgelu'!r}"
-    )
-
-
-def _preprocessing(numbers: dict[str, Any]) -> Preprocessing:
-    size = numbers["size"]
-    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-    mode = numbers["resize_mode"]
-    if mode not in ("shortest", "squash") or (mode == "shortest" and height != width):
-        raise ValueError(
-            f"open_clip preprocessing resize_mode={mode}, size={size}; supported: shortest (square), squash; "
-            "set the encoder's init_args.name to another model"
-        )
-    return Preprocessing(
-        resize=height if mode == "shortest" else (height, width),
-        crop=(height, width) if mode == "shortest" else None,
-        mean=tuple(numbers["mean"]),
-        std=tuple(numbers["std"]),
-        interpolation=numbers["interpolation"],
-        offset=round,
     )

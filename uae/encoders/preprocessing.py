@@ -106,6 +106,33 @@ def from_image_processor(numbers: Mapping[str, Any]) -> Preprocessing:
     )
 
 
+def from_open_clip(numbers: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing of a model of open_clip.
+
+    Args:
+        numbers: The settings of its image tower: ``model.visual.preprocess_cfg``.
+
+    Raises:
+        ValueError: The settings ask for a resize rule that is not implemented here.
+    """
+    size = numbers["size"]
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+    mode = numbers["resize_mode"]
+    if mode not in ("shortest", "squash") or (mode == "shortest" and height != width):
+        raise ValueError(
+            f"open_clip preprocessing resize_mode={mode}, size={size}; supported: shortest (square), squash; "
+            "set the encoder's init_args.name to another model"
+        )
+    return Preprocessing(
+        resize=height if mode == "shortest" else (height, width),
+        crop=(height, width) if mode == "shortest" else None,
+        mean=tuple(numbers["mean"]),
+        std=tuple(numbers["std"]),
+        interpolation=numbers["interpolation"],
+        offset=round,
+    )
+
+
 def _resize_rule(size: int | Mapping[str, int | None]) -> int | tuple[int, int]:
     if isinstance(size, int):
         return size

@@ -85,7 +85,7 @@ class Tower(ABC):
             device: Where the weights go, unless the placement names a device of its own. Offloaded weights stay on the CPU
                 until `embed` needs them.
         """
-        with _ordinary_tensors():
+        with ordinary_tensors():
             if self._loaded is None:
                 key = self.weights(), self.placement
                 loaded = _LOADED.get(key) or _Loaded(*self.read(), torch_dtype(self.placement))
@@ -195,12 +195,12 @@ def check_images(images_NCHW: Tensor) -> None:
 
 
 @contextmanager
-def _ordinary_tensors() -> Iterator[None]:
-    """Inside, new weights are ordinary float32 tensors on the CPU, whatever surrounds the first use of an encoder.
+def ordinary_tensors() -> Iterator[None]:
+    """Inside, new weights are ordinary float32 tensors on the CPU, whatever surrounds the first use of a network.
 
     Validation runs in inference mode, whose tensors could never enter a later backward pass. Lightning's
     ``configure_model`` may have set a meta device or a default of bfloat16. The random state is restored, so that captions
-    do not depend on whether a tower had been loaded before.
+    do not depend on whether a network had been loaded before.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

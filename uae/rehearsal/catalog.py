@@ -31,9 +31,10 @@ def catalog() -> dict[str, Callable[[Path], None]]:
     from uae.rehearsal.language_models import LANGUAGE_MODELS
     from uae.rehearsal.layouts import LAYOUTS
     from uae.rehearsal.pipelines import PIPELINES
+    from uae.rehearsal.rewards import REWARDS
 
     pipelines = {name: PIPELINES[kind] for name, kind in PIPELINE_NAMES.items()}
-    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **EMU3, **pipelines, **ENCODERS}
+    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **EMU3, **pipelines, **ENCODERS, **REWARDS}
 
 
 def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], None] = lambda line: None) -> None:
