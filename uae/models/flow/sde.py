@@ -100,14 +100,15 @@ class FlowCPS(SDE):
         x' = (1 - t') x_0^ + t' cos(eta pi / 2) x_1^ + t' sin(eta pi / 2) z,   z ~ N(0, 1)
 
     so the squared coefficients of both noises add up to t'^2, and latents hold as much noise as the network expects at t'.
-    The mean of the marginals is preserved, their spread is not: the noise of a step does not shrink with its length, so more
-    steps do not correct it.
+    Of Gaussian data, the mean of the marginals is preserved, but their spread is not: the noise of a step does not shrink with
+    its length, so more steps do not correct it.
 
     The paper's log-prob is ``-(x' - mean)^2``, without the density's factor ``1 / (2 std^2)``, so it weighs steps by their
     variance. Here it is the density itself, as for the other kinds of noise, because ratio, entropy and KL divergence are those
     of one distribution only then. A clip range of the paper corresponds to one of the range divided by ``2 std^2`` here. The
-    std falls with t', so late steps are clipped, and learn, more than early ones: a step to t' = 0.01 hundreds of times as much
-    as the first. Train early steps only (`uae.models.flow.policy.Exploration.window`), or choose the ratio "ratio_norm".
+    std falls with t', so late steps are clipped, and learn, more than early ones: with ten steps in Stable Diffusion 3's
+    schedule, the one to t' = 0.009 hundreds of times as much as the first. Train early steps only
+    (`uae.models.flow.policy.Exploration.window`), or choose the ratio "ratio_norm".
 
     Args:
         eta: Share of the noise that is new, as an angle: above 0, where the step is Euler's, and at most 1, where all noise is.
