@@ -15,7 +15,7 @@ from torch import Tensor
 
 SUFFIX = re.compile(r"_([A-Z0-9]+)$")
 INTEGERS = {"tokens_NT", "id_B", "first_N", "ids_NL", "uncond_ids_NL", "mask_NL"}  # everything else is float
-LATENTS = {"start_N", "final_N"}  # more dimensions follow
+LATENTS = {"start_N", "final_N", "mean_RS"}  # more dimensions follow
 RETURNS = {  # what a method gives back: the name of a tensor, or the kind of record
     "prepare": "context", "sample": "actions", "logprobs": "logp_RS", "encode": "condition", "render": "images_NCHW",
     "pixels": "images_NCHW", "embed": "embedding_ND", "__call__": "rewards",

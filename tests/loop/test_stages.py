@@ -76,6 +76,20 @@ def test_who_learns(fit, stage, captions, images):
         assert logged["image_policy/ratio_max"] != 1.0  # clipping can act: the second mini-batch saw an update
 
 
+def test_centred_ratios_with_a_reference(fit):
+    """Two passes over two mini-batches, so that the last step sees three updates since its rollout and since the reference."""
+    options = {"ratio": "centred", "noise": "cps", "window": 2}
+    module = fit(
+        "understanding_for_generation", "--model.init_args.image_loss.init_args.beta=0.01", "--trainer.max_steps=4",
+        "--model.init_args.num_iterations=2", *(f"--model.init_args.exploration.{key}={value}" for key, value in options.items()),
+    )  # fmt: skip
+    logged = module.trainer.logged_metrics
+    assert learnt(module.image_policy)
+    assert logged["image_policy/sampler_gap"] < 1e-5
+    assert logged["image_policy/ratio_max"] != 1.0
+    assert logged["image_policy/kl"] > 0
+
+
 def test_full_finetuning_of_the_decoder_moves_it_and_nothing_else(fit, tmp_path):
     delta = tmp_path / "full.yaml"
     delta.write_text("model: {init_args: {image_finetune: {class_path: uae.models.finetune.Full}}}")

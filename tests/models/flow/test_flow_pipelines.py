@@ -20,7 +20,7 @@ def create(name, guidance=1.0, placement=FLOAT32, pipe=None, negative=True, **se
     return FlowPolicy(DiffusersRenderer(pipe or load(name, placement), rendering, given), Exploration(**settings))
 
 
-@pytest.mark.parametrize("variant", [("flow", 0.7), ("dance", 0.3)])
+@pytest.mark.parametrize("variant", [("flow", 0.7), ("dance", 0.3), ("cps", 0.7)])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_ratio_is_one(name, guidance, variant):

@@ -267,7 +267,9 @@ def test_windows_leave_out_the_last_step(create, settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"noise": "cps"}, "exploration.noise='cps'"),
+        ({"noise": "ode"}, "exploration.noise='ode'; allowed: flow, dance, cps; change model.init_args.exploration.noise"),
+        ({"noise": "cps", "noise_level": 1.5}, "eta=1.5: .*at most 1; change model.init_args.exploration.noise_level"),
+        ({"ratio": "mean"}, "exploration.ratio='mean'; allowed: density, centred, ratio_norm; change model.init_args"),
         ({"start": "end"}, "exploration.start='end'"),
         ({"guidance_in_update": "both"}, "guidance_in_update='both'"),
         ({"noise_level": 0.0}, "noise_level=0.0: without noise"),

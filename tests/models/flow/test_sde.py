@@ -7,10 +7,11 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from uae.models.flow import sde
-from uae.models.flow.sde import DanceSDE, FlowSDE
+from uae.models.flow.sde import DanceSDE, FlowCPS, FlowSDE
 
 MEAN, STD = 0.7, 0.5  # of the data
 VARIANTS = {"flow": FlowSDE(0.7), "dance": DanceSDE(0.3)}
+ALL = VARIANTS | {"cps": FlowCPS(0.7)}
 TIMES = [(1.0, 0.9), (0.9, 0.75), (0.6, 0.3), (0.3, 0.01)]
 g = torch.Generator().manual_seed(0)
 X, V, Y = torch.randn(3, 2, 4, 5, generator=g, dtype=torch.float64)
@@ -73,6 +74,28 @@ def test_an_uneven_schedule_ends_in_the_data_too():
         assert law(variant.moments, shifted)[1] == pytest.approx(STD, abs=1e-3)
 
 
+def test_preserving_coefficients_preserves_the_mean_and_narrows_the_rest():
+    """Its noise does not shrink with the step, so more steps do not correct the spread."""
+    for steps, std in zip((10, 40, 400, 20000), (0.370, 0.409, 0.423, 0.425), strict=True):
+        found = law(FlowCPS(0.7).moments, evenly(steps))
+        assert found[0] == pytest.approx(MEAN, abs=1e-9)
+        assert found[1] == pytest.approx(std, abs=2e-3)
+
+
+@pytest.mark.parametrize("eta", [0.2, 0.7, 1.0])
+@pytest.mark.parametrize(("t", "t_next"), TIMES)
+def test_flow_cps_as_published(t, t_next, eta):
+    mean, std = FlowCPS(eta).moments(X, V, t, t_next)
+    fresh = t_next * math.sin(eta * math.pi / 2)
+    kept = (t_next**2 - fresh**2) ** 0.5
+    assert std == pytest.approx(fresh)
+    torch.testing.assert_close(mean, (1 - t_next) * (X - t * V) + kept * (X + (1 - t) * V), atol=1e-7, rtol=0)
+    image, noise = torch.eye(2, dtype=torch.float64)
+    mean, std = FlowCPS(eta).moments((1 - t) * image + t * noise, noise - image, t, t_next)
+    assert mean[0].item() == pytest.approx(1 - t_next)
+    assert mean[1].item() ** 2 + std**2 == pytest.approx(t_next**2, abs=1e-15)
+
+
 @pytest.mark.parametrize(("t", "t_next"), TIMES)
 def test_flow_grpo_as_published(t, t_next):
     s = 0.7 * (t / (1 - (t_next if t == 1 else t))) ** 0.5
@@ -101,7 +124,7 @@ def test_pure_noise_is_no_singularity(t):
     torch.testing.assert_close(mean, at_one, atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("variant", ALL.values(), ids=ALL)
 def test_the_last_step_is_deterministic(variant):
     mean, std = variant.moments(X, V, 0.3, 0.0)
     assert std == 0
@@ -110,14 +133,15 @@ def test_the_last_step_is_deterministic(variant):
 
 @pytest.mark.parametrize(("t", "t_next"), TIMES)
 def test_without_noise_the_step_is_eulers(t, t_next):
-    for variant in (FlowSDE(1e-9), DanceSDE(1e-9)):
+    for variant in (FlowSDE(1e-9), DanceSDE(1e-9), FlowCPS(1e-9)):
         mean, std = variant.moments(X, V, t, t_next)
         torch.testing.assert_close(mean, X + (t_next - t) * V)
         assert 0 < std < 1e-8
 
 
-def test_log_prob_is_the_normal_density():
-    mean, std = FlowSDE().moments(X, V, 0.6, 0.5)
+@pytest.mark.parametrize("variant", ALL.values(), ids=ALL)
+def test_log_prob_is_the_normal_density(variant):
+    mean, std = variant.moments(X, V, 0.6, 0.5)
     expected = Normal(mean, std).log_prob(Y)
     torch.testing.assert_close(sde.log_prob(Y, mean, std), expected.mean((1, 2)))
     torch.testing.assert_close(sde.log_prob(Y, mean, std, "sum"), expected.sum((1, 2)))
@@ -146,8 +170,14 @@ def test_half_precision_is_computed_with_in_single():
 def test_a_policy_needs_noise(value):
     with pytest.raises(ValueError, match="noise_level=.*change model.init_args.exploration.noise_level"):
         FlowSDE(value)
-    with pytest.raises(ValueError, match="eta=.*change model.init_args.exploration.noise_level"):
-        DanceSDE(value)
+    for variant in (DanceSDE, FlowCPS):
+        with pytest.raises(ValueError, match="eta=.*change model.init_args.exploration.noise_level"):
+            variant(value)
+
+
+def test_all_noise_is_the_most_that_can_be_new():
+    with pytest.raises(ValueError, match="eta=1.01: .*above 0 and at most 1; change model.init_args.exploration.noise_level"):
+        FlowCPS(1.01)
 
 
 def test_unknown_reduction():

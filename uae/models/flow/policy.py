@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,32 +25,45 @@ from uae.models.pipelines.steps import check_flow, stepping
 from uae.models.renderers.diffusers import Call, DiffusersRenderer, PipelineCondition, generators_of
 from uae.types import Trajectory
 
+Noise = Literal["flow", "dance", "cps"]
+Ratio = Literal["density", "centred", "ratio_norm"]
+Update = Literal["guided", "conditional"]
+
 
 @dataclass(frozen=True)
 class Exploration:
     """Which denoising steps are random, and how much. These settings *define* the policy.
 
     Args:
-        noise: Kind of random step: "flow" (Flow-GRPO) or "dance" (DanceGRPO), see `uae.models.flow.sde`.
-        noise_level: Strength of the noise, above 0: a of Flow-GRPO, or eta of DanceGRPO (0.3 in its paper).
+        noise: Kind of random step: "flow" (Flow-GRPO), "dance" (DanceGRPO) or "cps" (Flow-CPS), see `uae.models.flow.sde`.
+        noise_level: Strength of the noise, above 0: a of Flow-GRPO, eta of DanceGRPO (0.3 in its paper), or eta of Flow-CPS (at
+            most 1).
         window: S, how many consecutive steps are random and trained; the others are deterministic. None is all but the
             last, which is always deterministic.
         start: First step of the window: a number, or "random", drawn for every row from its seed.
         guidance_in_update: Which velocity log-probs are computed from. "guided": the guided velocity, from which the sample
             was drawn; exact, but it takes two passes with gradient. "conditional": the velocity without guidance; half the
             memory, but biased, because the sample was drawn from another policy. Without guidance both are the same.
+        ratio: What policy ratios are taken of. "density": of the densities of steps. "centred": without the term that pushes
+            all ratios below 1, so that clipping is symmetric; the first gradient after a rollout is the same. "ratio_norm": its
+            logarithm times the standard deviation of the step, so that ratios of all steps spread alike (GRPO-Guard's
+            RatioNorm). Steps then weigh by their standard deviation in the gradient, and clip ranges and KL coefficients are in
+            that unit. GRPO-Guard also divides the loss of a step by the step's length; that is left out, as it is one factor
+            for all steps of an even schedule, which AdamW does not see. See `uae.models.flow.sde.centred_log_prob`.
     """
 
-    noise: Literal["flow", "dance"] = "flow"
+    noise: Noise = "flow"
     noise_level: float = 0.7
     window: int | None = None
     start: int | Literal["random"] = 0
-    guidance_in_update: Literal["guided", "conditional"] = "guided"
+    guidance_in_update: Update = "guided"
+    ratio: Ratio = "density"
 
     @property
     def sde(self) -> sde.SDE:
         """The formula of the random step."""
-        return sde.FlowSDE(self.noise_level) if self.noise == "flow" else sde.DanceSDE(self.noise_level)
+        kinds: dict[Noise, Callable[[float], sde.SDE]] = {"flow": sde.FlowSDE, "dance": sde.DanceSDE, "cps": sde.FlowCPS}
+        return kinds[self.noise](self.noise_level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +76,15 @@ class FlowTrajectory(Trajectory[PipelineCondition]):
     start_N: Tensor  # [N, ...] latents before the first trained step
     final_N: Tensor  # [N, ...] latents after the last step of all
     first_N: Tensor  # int64, number of the first trained step
+    mean_RS: Tensor | None = None  # [N, S, ...] means of the trained steps under the weights that drew; None: ratios of densities
 
     def select(self, rows: list[int]) -> FlowTrajectory:
         """The trajectories of some rows, in the order given."""
         chosen: FlowTrajectory = super().select(rows)
-        return replace(chosen, start_N=self.start_N[rows], final_N=self.final_N[rows], first_N=self.first_N[rows])
+        mean_RS = None if self.mean_RS is None else self.mean_RS[rows]
+        return replace(
+            chosen, start_N=self.start_N[rows], final_N=self.final_N[rows], first_N=self.first_N[rows], mean_RS=mean_RS
+        )
 
 
 class FlowPolicy:
@@ -118,7 +135,8 @@ class FlowPolicy:
 
         def start(rows: list[int]) -> Call:
             generators = generators_of([seeds[row] for row in rows])
-            draws.append(Drawn(self.exploration.sde, generators, first_N[rows].tolist(), self.window))
+            first = first_N[rows].tolist()
+            draws.append(Drawn(self.exploration.sde, generators, first, self.window, self.exploration.ratio != "density"))
             return Call(generators, during=partial(stepping, advance=draws[-1]), output_type="latent")
 
         parts = self.renderer.calls(condition, start)
@@ -133,17 +151,35 @@ class FlowPolicy:
             start_N=_in_order([(rows, draw.starts()) for rows, draw in drawn]),
             final_N=_in_order(parts),
             first_N=first_N,
+            mean_RS=None if self.exploration.ratio == "density" else _in_order([(rows, draw.means()) for rows, draw in drawn]),
         )
-        return taken if self._updating is self.renderer else replace(taken, logp_RS=self.logprobs(taken))
+        if self._updating is self.renderer:
+            return taken
+        mean_NS, std_NS = self.moments(taken)
+        taken = replace(taken, mean_RS=None if taken.mean_RS is None else mean_NS)
+        return replace(taken, logp_RS=self._scored(taken, mean_NS, std_NS))
 
     def logprobs(self, trajectory: FlowTrajectory) -> Tensor:
         """Log-probs ``[N, S]`` of the trained steps under the current weights, in nats per latent dimension.
 
         All steps are in one graph. To save memory, set ``learner.network.gradient_checkpointing``, train fewer steps
         (`Exploration.window`), or pass fewer rows.
+
+        With another `Exploration.ratio` than "density" they are log-densities at the weights that drew only. Elsewhere they are
+        linear in the mean of the step, for the policy and for the reference alike, so that differences between both are 0
+        where the weights are equal.
         """
-        mean_NS, std_NS = self.moments(trajectory)
-        logp = sde.log_prob(trajectory.actions_RS.flatten(0, 1), mean_NS.flatten(0, 1), std_NS.flatten())
+        return self._scored(trajectory, *self.moments(trajectory))
+
+    def _scored(self, trajectory: FlowTrajectory, mean_NS: Tensor, std_NS: Tensor) -> Tensor:
+        """Log-probs ``[N, S]`` of the trained steps, given their means and standard deviations under the current weights."""
+        actions, mean, std = trajectory.actions_RS.flatten(0, 1), mean_NS.flatten(0, 1), std_NS.flatten()
+        if self.exploration.ratio == "density":
+            logp = sde.log_prob(actions, mean, std)
+        else:
+            assert trajectory.mean_RS is not None, "`sample` has recorded it"
+            old_mean = trajectory.mean_RS.flatten(0, 1)
+            logp = sde.centred_log_prob(actions, mean, old_mean, std, self.exploration.ratio == "ratio_norm")
         return logp.view_as(std_NS).masked_fill(trajectory.mask_RS == 0, 0.0)
 
     def divergence(self, trajectory: FlowTrajectory) -> Tensor:
@@ -211,12 +247,11 @@ class FlowPolicy:
 
 def _check(exploration: Exploration, renderer: DiffusersRenderer) -> None:
     """Raise ValueError for settings out of range, and for a denoiser whose placement does not allow training."""
-    if exploration.noise not in ("flow", "dance"):
-        raise ValueError(
-            f"model.init_args.exploration.noise={exploration.noise!r}; allowed: flow, dance; change "
-            "model.init_args.exploration.noise"
-        )
-    _ = exploration.sde  # raises for a noise level that is not above 0
+    for key, allowed in (("noise", Noise), ("guidance_in_update", Update), ("ratio", Ratio)):
+        if (value := getattr(exploration, key)) not in get_args(allowed):
+            key = f"model.init_args.exploration.{key}"
+            raise ValueError(f"{key}={value!r}; allowed: {', '.join(get_args(allowed))}; change {key}")
+    _ = exploration.sde  # raises for a noise level out of range
     steps, start = renderer.rendering.steps, exploration.start
     first = 0 if start == "random" else start
     window = steps - 1 if exploration.window is None else exploration.window
@@ -229,11 +264,6 @@ def _check(exploration: Exploration, renderer: DiffusersRenderer) -> None:
             f"model.init_args.exploration.window={exploration.window} from step {start} of {steps} denoising steps; allowed: 1 to "
             f"{steps - 1} steps in all, as the last is deterministic; change model.init_args.exploration.window or "
             "model.init_args.system.init_args.rendering.steps"
-        )
-    if exploration.guidance_in_update not in ("guided", "conditional"):
-        raise ValueError(
-            f"model.init_args.exploration.guidance_in_update={exploration.guidance_in_update!r}; allowed: guided, conditional; "
-            "change model.init_args.exploration.guidance_in_update"
         )
     placement = renderer.rendering.placement
     if placement.offload or placement.device is not None or placement.dtype == "float8":

@@ -5,7 +5,8 @@
 
     dx = (v + s^2 / (2 t) (x + (1 - t) v)) dt + s dW
 
-have the same marginals (``-(x + (1 - t) v) / t`` is the score). A step from t down to t' is the Gaussian of its Euler scheme.
+have the same marginals (``-(x + (1 - t) v) / t`` is the score). A step from t down to t' is the Gaussian of its Euler scheme,
+except in `FlowCPS`, which mixes the predicted image and noise instead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NEAR_NOISE = 0.999  # a t above this counts as pure noise; schedules start at 1,
 
 @dataclass(frozen=True)
 class SDE:
-    """The random step for any rate of noise; subclasses define the rate."""
+    """The random step for any rate of noise; subclasses define the rate, or the whole step."""
 
     def rate(self, t: float, t_next: float) -> float:
         """s(t), the standard deviation of the noise per square root of time; above 0."""
@@ -90,6 +91,50 @@ class DanceSDE(SDE):
         return self.eta
 
 
+@dataclass(frozen=True)
+class FlowCPS(SDE):
+    """Coefficient-preserving sampling (Flow-CPS, arXiv 2509.05952): part of the predicted noise is drawn anew.
+
+    With the predicted image ``x_0^ = x - t v`` and the predicted noise ``x_1^ = x + (1 - t) v``, the step is
+
+        x' = (1 - t') x_0^ + t' cos(eta pi / 2) x_1^ + t' sin(eta pi / 2) z,   z ~ N(0, 1)
+
+    so the squared coefficients of both noises add up to t'^2, and latents hold as much noise as the network expects at t'.
+    Of Gaussian data, the mean of the marginals is preserved, but their spread is not: the noise of a step does not shrink with
+    its length, so more steps do not correct it.
+
+    The paper's log-prob is ``-(x' - mean)^2``, without the density's factor ``1 / (2 std^2)``, so it weighs steps by their
+    variance. Here it is the density itself, as for the other kinds of noise, because ratio, entropy and KL divergence are those
+    of one distribution only then. A clip range of the paper corresponds to one of the range divided by ``2 std^2`` here. The
+    std falls with t', so late steps are clipped, and learn, more than early ones: with ten steps in Stable Diffusion 3's
+    schedule, the one to t' = 0.009 hundreds of times as much as the first. Train early steps only
+    (`uae.models.flow.policy.Exploration.window`), or choose the ratio "ratio_norm".
+
+    Args:
+        eta: Share of the noise that is new, as an angle: above 0, where the step is Euler's, and at most 1, where all noise is.
+    """
+
+    eta: float = 0.7
+
+    def __post_init__(self) -> None:
+        """Refuse a policy without probabilities, and angles beyond all of the noise."""
+        _above_zero("eta", self.eta)
+        if self.eta > 1:
+            raise ValueError(
+                f"eta={self.eta}: a step cannot draw more than all of its noise anew; allowed with noise cps: above 0 and at most "
+                "1; change model.init_args.exploration.noise_level"
+            )
+
+    def moments(self, x: Tensor, velocity: Tensor, t: float, t_next: float) -> tuple[Tensor, float]:
+        """Mean and standard deviation of the next latents, see `SDE.moments`."""
+        if t_next <= 0:
+            return euler(x, velocity, t, t_next), 0.0
+        x, velocity = _single(x), _single(velocity)
+        image, noise = x - t * velocity, x + (1 - t) * velocity
+        angle = self.eta * math.pi / 2
+        return (1 - t_next) * image + t_next * math.cos(angle) * noise, t_next * math.sin(angle)
+
+
 def euler(x: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
     """The deterministic step, which the random steps become when their noise goes to zero."""
     return _single(x) + (t_next - t) * _single(velocity)
@@ -112,6 +157,31 @@ def log_prob(x_next: Tensor, mean: Tensor, std: float | Tensor, reduction: Liter
     std = _per_row(std, mean)
     z = (_single(x_next) - mean) / std
     return _reduced(-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
+
+
+def centred_log_prob(x_next: Tensor, mean: Tensor, old_mean: Tensor, std: float | Tensor, scaled: bool = False) -> Tensor:
+    """A log-prob whose ratios are centred: `log_prob` with its logarithm made linear in the mean, at the mean of the sampler.
+
+    With ``z = (x_next - old_mean) / std``, the logarithm of the ratio of two densities is
+    ``z (mean - old_mean) / std - (mean - old_mean)^2 / (2 std^2)``. The second term pushes all ratios below 1, at every step by
+    another amount, so clipping is lopsided. Without it the mean of the log-ratio is 0. At the sampler's weights, value and
+    gradient are those of `log_prob`. Source: RatioNorm of GRPO-Guard, arXiv 2510.22319.
+
+    Args:
+        x_next: Latents after the step, ``[N, ...]``.
+        mean: Mean of the step's Gaussian under the current weights, in the shape of ``x_next``.
+        old_mean: The same under the weights that drew ``x_next``, without gradient.
+        std: Standard deviation of the step's Gaussian: one number, or one per row ``[N]``.
+        scaled: Whether the log-ratio is multiplied by ``std``, as in the paper, so that its spread depends on how far the mean
+            moved, but not on how noisy the step is. The gradient of a step is multiplied by it, too.
+
+    Returns:
+        One number per row, ``[N]``, in nats per latent dimension (times ``std`` if scaled).
+    """
+    std_N1 = _per_row(std, mean)
+    z = (_single(x_next) - old_mean) / std_N1
+    moved = mean - old_mean if scaled else (mean - old_mean) / std_N1
+    return log_prob(x_next, old_mean, std) + (z * moved).flatten(1).mean(1)
 
 
 def divergence(

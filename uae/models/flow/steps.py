@@ -18,10 +18,15 @@ class Drawn:
         generators: One random generator per row, which has already drawn the row's initial noise.
         first: Number of the first random step of each row.
         window: S, the number of consecutive random steps.
+        keep_means: Whether the means of the random steps are kept, which takes as much memory as the latents in float32.
     """
 
-    def __init__(self, variant: SDE, generators: list[torch.Generator], first: list[int], window: int) -> None:
+    def __init__(
+        self, variant: SDE, generators: list[torch.Generator], first: list[int], window: int, keep_means: bool = False
+    ) -> None:
         self.variant, self.generators, self.first, self.window = variant, generators, first, window
+        self.keep_means = keep_means
+        self.kept: list[list[Tensor]] = [[] for _ in first]  # per random step, its mean
         self.rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in first]  # per random step: latents after it, its log-prob
         self.stds: list[list[float]] = [[] for _ in first]
         self.before: list[Tensor] = [torch.empty(0)] * len(first)
@@ -36,6 +41,9 @@ class Drawn:
         noise = [torch.randn(x.shape[1:], generator=self.generators[row]) for row in trained]
         after[trained] = (mean + std * torch.stack(noise).to(mean)).to(x.dtype)
         logp = log_prob(after[trained], mean, std)
+        if self.keep_means:
+            for row, own in zip(trained, mean, strict=True):
+                self.kept[row].append(own)
         for row, own in zip(trained, logp, strict=True):
             if number == self.first[row]:
                 self.before[row] = x[row]
@@ -46,6 +54,10 @@ class Drawn:
     def actions(self) -> Tensor:
         """Latents ``[N, S, ...]`` after each random step."""
         return torch.stack([torch.stack([after for after, _ in row]) for row in self.rows])
+
+    def means(self) -> Tensor:
+        """Means ``[N, S, ...]`` of the normal distributions of the random steps, if they were kept."""
+        return torch.stack([torch.stack(row) for row in self.kept])
 
     def logprobs(self) -> Tensor:
         """Log-probs ``[N, S]`` of the random steps, in nats per latent dimension."""
