@@ -75,8 +75,9 @@ SEEDS ?= 5
 claims: $(READY)  ## the paper's claims in miniature, with controls, over SEEDS seeds (about half an hour each, two CPU cores)
 	$(RUN) benchmarks/claims.py --seeds $(shell seq 0 $$(($(SEEDS) - 1)))
 
-ablations: $(READY)  ## what the settings of the stages do, three seeds each; needs the runs of the claims
+ablations: $(READY)  ## what settings of the stages, losses and rewards do, three seeds each; needs the runs of the claims
 	$(RUN) benchmarks/ablations.py
+	$(RUN) benchmarks/loss_ablations.py
 
 bench: $(READY)  ## how fast we are beside others: tables and curves in benchmarks/results/speed_* (a quarter of an hour, one CPU core)
 	for part in grpo_step parts miniature_step curves; do $(RUN) benchmarks/speed/$$part.py || exit 1; done

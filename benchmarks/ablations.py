@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from claims import FAMILIES, Job, Measured, even, remembered
-from claims_table import cell
+from claims_table import ablated
 from measuring import caption, generation, reconstruction, scenes_of_test, trained
 from results import write
 from runs import RUNS, Run
@@ -143,11 +143,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def markdown(found: dict[str, list[dict[str, float]]], seeds: int) -> str:
     """Means and 95 % intervals of all rows."""
-    lines = [f"{seeds} seeds, mean and 95 % interval, greedy captions.", ""]
-    lines += ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, scores in found.items():
-        lines.append(f"| {name} | " + " | ".join(cell(tag, [one[tag] for one in scores]) for tag in COLUMNS) + " |")
-    return "\n".join(lines)
+    return "\n".join([f"{seeds} seeds, mean and 95 % interval, greedy captions.", "", *ablated(found, COLUMNS)])
 
 
 if __name__ == "__main__":

@@ -74,6 +74,19 @@ def cell(tag: str, values: Sequence[float]) -> str:
     return f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if half == half else "")
 
 
+def ablated(rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Mapping[str, str]) -> list[str]:
+    """The lines of a table with one row per setting: means and 95 % intervals over its seeds.
+
+    Args:
+        rows: Scores of every seed, by the name of the row.
+        columns: Headings, by the tag of the score.
+    """
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, scores in rows.items():
+        lines.append(f"| {name} | " + " | ".join(cell(tag, [one[tag] for one in scores]) for tag in columns) + " |")
+    return lines
+
+
 def of(measured: Measured, case: str, how: str, tag: str) -> list[float] | None:
     """The values of a case, one per seed; None where it was not measured so."""
     scores = measured.get(case, {})

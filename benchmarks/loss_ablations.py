@@ -1,0 +1,108 @@
+"""What losses, corrections and rewards do, on the captions of the first miniature, one change at a time.
+
+    python benchmarks/loss_ablations.py --seeds 0 1 2
+
+Every row is a stage 2 of equally many optimizer steps: the same data, and the settings of configs/tiny.yaml but for the change that
+its name says. All are measured by greedy captions of scenes that no training has seen, and by encoders that no reward uses. Results
+go to benchmarks/results/loss_ablations.json and .md, of the seeds that are complete; what has been done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from ablations import MODEL
+from claims import CAPTIONS, Measured, remembered
+from claims_table import ablated
+from measuring import caption, reconstruction, scenes_of_test, trained
+from results import write
+from runs import Run
+
+from uae.rewards import LengthBand
+
+STEPS = 120
+LOSSES = ("dr_grpo", "gspo", "cispo", "sapo", "kl_ratio", "entropy_bonus", "top_entropy", "dapo", "dynamic_sampling")
+SYSTEM, REWARD = f"{MODEL}.system", f"{MODEL}.reward.init_args"
+BAND = LengthBand(shortest=8, longest=12, margin=8)  # the words of a scene in detail are about 19
+COLUMNS = {
+    "unified_score/held_out": "held out", "caption/full": "full", "caption/tiny_full": "tiny full", "caption/precision": "precision",
+    "caption/words": "words", "caption/in_band": "words in band", "reconstruction/whole": "right in everything",
+}  # fmt: skip
+
+
+def biased(**settings: float | bool) -> tuple[str, ...]:
+    """Options of a sampler that is off."""
+    inner = [f"{SYSTEM}.init_args.{key}={str(value).lower()}" for key, value in settings.items()]
+    return (f"{SYSTEM}=benchmarks.agreement.biased.Biased", *inner, f"{MODEL}.ratio_tolerance=1000")
+
+
+def part(name: str, reward: str, weight: float, **settings: object) -> tuple[str, ...]:
+    """Options that add a part to the reward."""
+    inner = [f"{REWARD}.parts.{name}.init_args.{key}={value}" for key, value in settings.items()]
+    return (f"{REWARD}.parts.{name}={reward}", *inner, f"{REWARD}.weights.{name}={weight}")
+
+
+def settings(seed: int) -> Iterator[tuple[str, Run]]:
+    """Every row of the table: what is changed, and the run."""
+
+    def row(name: str, configs: tuple[str, ...] = (), options: tuple[str, ...] = ()) -> tuple[str, Run]:
+        return name, Run(f"loss {name}", seed, "configs/tiny.yaml", (CAPTIONS, *configs), STEPS, options)
+
+    yield row("grpo, the default")
+    for loss in LOSSES:
+        options = (f"{MODEL}.loss.max_tokens=32",) if loss == "dr_grpo" else ()
+        yield row(loss, (f"configs/loss/{loss}.yaml",), options)
+    for name, sampler in {"bfloat16": biased(half=True), "temperature 1.5": biased(temperature=1.5)}.items():
+        yield row(f"sampler: {name}", options=sampler)
+        yield row(f"sampler: {name}, corrected", ("configs/loss/correction.yaml",), sampler)
+    band = part("band", "uae.rewards.LengthBand", 0.3, shortest=BAND.shortest, longest=BAND.longest, margin=BAND.margin)
+    yield row("reward: CLIP and a length band, summed", options=band)
+    yield row("reward: CLIP and a length band, by themselves (GDPO)", ("configs/loss/gdpo.yaml",), band)
+    tiles = part("tiles", "uae.rewards.RegionSimilarity", 1.0, encoder="uae.miniature.tiny.TinyCLIP", tiles=3, temperature=0.1)
+    yield row("reward: CLIP and CLIP of tiles", options=tiles)
+
+
+def measure(run: Run, count: int) -> Measured:
+    """Train and measure one row with one seed, unless it has been done."""
+    torch.set_num_threads(1)
+    run()
+
+    def greedy() -> Measured:
+        umm, scenes = trained("tiny", run.export), scenes_of_test(count)
+        texts = caption(umm, scenes, 0.0)
+        in_band = sum(BAND.penalty(text) == 0 for text in texts) / len(texts)
+        return {**reconstruction(umm, scenes, texts, run.seed), "caption/in_band": in_band}
+
+    return remembered(run.folder / f"measured_{count}.json", greedy)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Train, measure, write, one seed after the other."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in settings(0)}
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for number, seed in enumerate(arguments.seeds, 1):
+            rows = list(settings(seed))
+            measured = pool.map(measure, [run for _, run in rows], [arguments.scenes] * len(rows))
+            for (name, _), scores in zip(rows, measured, strict=True):
+                found[name].append(scores)
+                print(f"seed {seed}: {name}: held out {scores['unified_score/held_out']:.3f}", flush=True)
+            report = {"scenes": arguments.scenes, "steps": STEPS, "seeds": arguments.seeds[:number], "rows": found}
+            write("loss_ablations", report, markdown(found, number))
+
+
+def markdown(found: dict[str, list[dict[str, float]]], seeds: int) -> str:
+    """Means and 95 % intervals of all rows."""
+    head = f"{STEPS} steps of stage 2, {seeds} seeds, mean and 95 % interval, greedy captions."
+    return "\n".join([head, "", *ablated(found, COLUMNS)])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scenes", type=int, default=512, help="scenes; a multiple of 8")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one thread")
+    main(parser.parse_args())
