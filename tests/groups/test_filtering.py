@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import data
+from tests.invariants.test_resume import Save, fit, module_of
 from tests.invariants.test_splits import Parity
 from uae.groups import Credit, Filtering, in_varied_groups
 from uae.grpo import Correction, GRPOLoss
@@ -135,6 +136,18 @@ def test_windows_over_several_rollouts_refuse_to_leave_rows_out(build, trainer):
     module = build(filtering=Filtering(drop_truncated=True), group=2)
     with pytest.raises(ValueError, match=r"filtering leaves captions out.*accumulate_grad_batches to a divisor of 1"):
         trainer(accumulate_grad_batches=2).fit(module, data())
+
+
+def test_a_resumed_run_draws_the_same_groups_again(build, trainer, tmp_path):
+    def module():
+        return module_of(build, reward=PARITY, group=2, filtering=Filtering(rounds=2, drop_flat_groups=True))
+
+    straight = fit(module(), trainer, Save(tmp_path, (4,)))
+    resumed = fit(module(), trainer, Save(tmp_path), resume=tmp_path / "4.ckpt")
+    assert resumed.experience.redrawn == straight.experience.redrawn > 0
+    assert resumed.experience.rollout.texts == straight.experience.rollout.texts
+    for name, parameter in straight.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name))
 
 
 def biased(module, bias):
