@@ -2,8 +2,8 @@
 
 from uae.rewards.base import BaseReward
 from uae.rewards.caption import CaptionFormat
-from uae.rewards.control import RandomReward
+from uae.rewards.control import CaptionLength, RandomReward
 from uae.rewards.similarity import EncoderSimilarity
 from uae.rewards.weighted import WeightedReward
 
-__all__ = ["BaseReward", "CaptionFormat", "EncoderSimilarity", "RandomReward", "WeightedReward"]
+__all__ = ["BaseReward", "CaptionFormat", "CaptionLength", "EncoderSimilarity", "RandomReward", "WeightedReward"]
