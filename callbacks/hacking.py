@@ -91,7 +91,7 @@ class RewardHacking(Callback):
       of every part of it, with the held-out score, over the images; 0 for a part that is the same for all;
     * ``hacking/rise/reward`` and ``hacking/rise/held_out``: the mean rise since the first validation of the run, in *spreads*
       (standard deviations over the images of that validation);
-    * ``hacking/improvement_correlation``: the rank correlation of both rises over the images, from the second validation on;
+    * ``hacking/improvement_correlation``: the rank correlation of both rises over the images, 0 at the first validation;
     * ``hacking/alarm``: whether the rule below holds, 1 or 0;
 
     and draws the images whose reward ranks highest above their held-out score, as ``hacking/disagreement`` in TensorBoard and
@@ -102,7 +102,8 @@ class RewardHacking(Callback):
     reward has risen by more than 0.25 spreads since the first validation, and the held-out score by less than a quarter of the
     reward's rise; or if, since the validation with the best held-out score so far, the reward has risen, and the held-out score
     has fallen by more than 0.1 spreads. Each inequality has to hold by three standard errors of the mean over images. If it is
-    an equality, one does so by chance in 1 of 741 validations.
+    an equality, it does so by chance in 1 of 741 validations. Measured on the miniature: no alarm in 34 validations of rewards that
+    are not cheated; one within 75 steps in four runs of two that are (docs/health.md).
 
     Checkpoints contain the first and the best validation, so a resumed run compares with the original ones.
 
@@ -169,15 +170,14 @@ class RewardHacking(Callback):
         now = Validation.of_rows(trainer.global_step, {one: row for part in reversed(parts) for one, row in part.items()})
         if not now.ids:
             return
-        self.first, self.best = self.first or now, self.best or now
+        self.first, self.best = _earlier(self.first, now), _earlier(self.best, now)
         tags = {tag.removeprefix(f"{REWARD}/"): tag for tag in now.scores if tag != HELD_OUT}
         logged = {
             f"rank_correlation/{name}": agreement.rank_correlation(now.scores[tag], now.scores[HELD_OUT]) for name, tag in tags.items()
         }
         since_first, since_best = (_change(self.first, earlier, now) for earlier in (self.first, self.best))
         logged |= {"rise/reward": float(since_first.reward_N.mean()), "rise/held_out": float(since_first.held_out_N.mean())}
-        if now is not self.first:
-            logged["improvement_correlation"] = since_first.correlation
+        logged["improvement_correlation"] = since_first.correlation
         reason = ""
         if since_best.turned:
             reason = _told(self.best.step, since_best)
@@ -247,6 +247,11 @@ def _worst(now: Validation) -> list[int]:
 def _examples(now: Validation, worst: Sequence[int]) -> str:
     named = [f"{now.names[row]} ({textwrap.shorten(now.captions[row], 100)!r})" for row in worst[:NAMED]]
     return f"look at hacking.png: {', '.join(named)}"
+
+
+def _earlier(one: Validation | None, now: Validation) -> Validation:
+    """What to compare with: a run that is resumed with other images begins anew."""
+    return now if one is None or not now.matched(one)[0] else one
 
 
 def _change(first: Validation, before: Validation, after: Validation) -> Change:

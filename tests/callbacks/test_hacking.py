@@ -68,7 +68,7 @@ class Course:
 
     def __init__(self, callback, folder=None, rows=None):
         self.callback, self.rows, self.logged = callback, rows, []
-        weights = {"clip": 1.0, "words": 0.5, "unused": 0.0}
+        weights = {"unused": 0.0, "clip": 1.0, "words": 0.5}
         self.module = SimpleNamespace(reward=SimpleNamespace(weights=weights), log_dict=self.logged.append)
         self.trainer = SimpleNamespace(global_step=0, loggers=[], is_global_zero=rank() == 0, log_dir=folder, fast_dev_run=False)
         self.module.unified_score = SimpleNamespace(held_out=("judge",))
@@ -161,7 +161,18 @@ def test_the_numbers_of_a_validation():
         assert second[f"hacking/rise/{tag}"] == pytest.approx((new_N.mean() - old_N.mean()) / old_N.std(), abs=1e-5)
     expected = stats.spearmanr(now[0] - then[0], now[1] - then[1])[0]
     assert second["hacking/improvement_correlation"] == pytest.approx(expected, abs=0.02)  # float32 makes ties
-    assert "hacking/improvement_correlation" not in first
+    assert first["hacking/improvement_correlation"] == 0
+
+
+def test_rises_since_the_best_are_in_spreads_of_the_first():
+    course, (reward_N, held_out_N) = Course(RewardHacking()), scores()
+    course.validate(reward_N, held_out_N)
+    course.validate(2 * reward_N, 2 * held_out_N)  # the best, with twice the spread
+    with pytest.warns(UserWarning, match=GAMED) as told:
+        course.validate(2 * reward_N + 0.3, 2 * held_out_N - 0.1)
+    rise, fall = 0.3 / reward_N.std(), -0.1 / held_out_N.std()
+    seen = f"since step 25 it rose by {rise:.2f} spreads, but the held-out score by {fall:.2f} (mean of {N} images;"
+    assert seen in str(told[0].message)
 
 
 def test_the_panel_has_the_worst_disagreement_first(tmp_path):
@@ -186,6 +197,15 @@ def test_images_without_a_reward_and_without_pictures_do_no_harm(tmp_path):
     assert len(course.callback.first.ids) == KEPT + 39
     assert course.callback.first.scores["held_out"].min() == -1
     assert (tmp_path / "hacking.png").exists()
+
+
+def test_other_images_are_another_start():
+    course = Course(RewardHacking())
+    course.validate(*scores())
+    course.rows = [range(N, N + 9)]
+    course.validate(*(row_N + 1 for row_N in scores(count=N + 9)))
+    assert course.callback.first.ids == course.callback.best.ids == list(range(N, N + 9))
+    assert course.logged[1]["hacking/rise/reward"] == 0
 
 
 def test_nothing_to_compare_is_said_in_one_line(build, trainer):
