@@ -178,35 +178,21 @@ class RewardHacking(Callback):
         since_first, since_best = (_change(self.first, earlier, now) for earlier in (self.first, self.best))
         logged |= {"rise/reward": float(since_first.reward_N.mean()), "rise/held_out": float(since_first.held_out_N.mean())}
         logged["improvement_correlation"] = since_first.correlation
-        reason = ""
-        if since_best.turned:
-            reason = _told(self.best.step, since_best)
-        elif since_first.left_behind:
-            reason = _told(self.first.step, since_first)
-        pl_module.log_dict({f"hacking/{name}": value for name, value in {**logged, "alarm": float(bool(reason))}.items()})
+        since, earlier = (since_best, self.best) if since_best.turned else (since_first, self.first)
+        alarmed = since_best.turned or since_first.left_behind
+        pl_module.log_dict({f"hacking/{name}": value for name, value in {**logged, "alarm": float(alarmed)}.items()})
         worst = _worst(now)[: self.images]
         self._show(trainer, now, worst)
-        if reason and not self.alarmed:
-            rank_zero_warn(f"step {now.step}: {reason}; {_examples(now, worst)}; {self._advice(pl_module, now)}")
-        self.alarmed = bool(reason)
+        if alarmed and not self.alarmed:
+            reward: Any = pl_module.reward
+            rank_zero_warn(
+                f"step {now.step}: {_told(earlier.step, since)}; look at hacking.png: {_examples(now, worst)}; lower "
+                f"{_key(reward.weights, earlier, now)} or reward more encoders there, raise model.init_args.loss.beta, or go back to "
+                f"step {self.best.step}, which has the best held-out score"
+            )
+        self.alarmed = alarmed
         if now.scores[HELD_OUT].mean() > self.best.scores[HELD_OUT].mean():
             self.best = now
-
-    def _advice(self, module: Any, now: Validation) -> str:
-        """Which key to change: the weight of the part of the reward that added most to its rise."""
-        assert self.first is not None
-        assert self.best is not None
-        here, there = now.matched(self.first)
-        added = {
-            part: weight * float(np.mean(now.scores[tag][here] - self.first.scores[tag][there]))
-            for part, weight in module.reward.weights.items()
-            if weight and (tag := f"{REWARD}/{part}") in self.first.scores  # a resumed run may have another reward
-        }
-        most = f".init_args.weights.{max(added, key=lambda part: added[part])}, where it rose most," if added else ""
-        return (
-            f"lower model.init_args.reward{most} or reward more encoders there, raise model.init_args.loss.beta, or go back to step "
-            f"{self.best.step}, which has the best held-out score"
-        )
 
     def _show(self, trainer: Trainer, now: Validation, worst: list[int]) -> None:
         """Draw some images, whose pictures are gathered from the processes that have them."""
@@ -246,7 +232,19 @@ def _worst(now: Validation) -> list[int]:
 
 def _examples(now: Validation, worst: Sequence[int]) -> str:
     named = [f"{now.names[row]} ({textwrap.shorten(now.captions[row], 100)!r})" for row in worst[:NAMED]]
-    return f"look at hacking.png: {', '.join(named)}"
+    return ", ".join(named)
+
+
+def _key(weights: Mapping[str, float], earlier: Validation, now: Validation) -> str:
+    """The key to change: the weight of the part that added most to the rise of the reward."""
+    here, there = now.matched(earlier)
+    added = {
+        part: weight * float(np.mean(now.scores[tag][here] - earlier.scores[tag][there]))
+        for part, weight in weights.items()
+        if weight and (tag := f"{REWARD}/{part}") in earlier.scores  # a resumed run may have another reward
+    }
+    key = "model.init_args.reward"
+    return f"{key}.init_args.weights.{max(added, key=lambda part: added[part])}, where it rose most," if added else key
 
 
 def _earlier(one: Validation | None, now: Validation) -> Validation:

@@ -67,7 +67,7 @@ class Course:
     """A run that a test tells: the reward and the held-out score of every image, validation by validation."""
 
     def __init__(self, callback, folder=None, rows=None):
-        self.callback, self.rows, self.logged = callback, rows, []
+        self.callback, self.rows, self.logged, self.clip = callback, rows, [], 0.5
         weights = {"unused": 0.0, "clip": 1.0, "words": 0.5}
         self.module = SimpleNamespace(reward=SimpleNamespace(weights=weights), log_dict=self.logged.append)
         self.trainer = SimpleNamespace(global_step=0, loggers=[], is_global_zero=rank() == 0, log_dir=folder, fast_dev_run=False)
@@ -75,7 +75,7 @@ class Course:
         callback.setup(self.trainer, self.module, "fit")
 
     def validate(self, reward_N, held_out_N):
-        """One validation, in batches of 16 at most; the words earn what the reward has more than the first image's."""
+        """One validation, in batches of 16 at most. Of the reward, the clip is 0.5 unless a test says else, and the words are the rest."""
         self.callback.on_validation_start(self.trainer, self.module)
         for batch in self.rows or np.array_split(np.arange(len(reward_N)), math.ceil(len(reward_N) / 16)):
             reward_B, held_out_B = (torch.from_numpy(row_N[batch]).float() for row_N in (reward_N, held_out_N))
@@ -83,7 +83,7 @@ class Course:
                 "id": torch.from_numpy(np.asarray(batch)), "caption": [f"caption {one}" for one in batch],
                 "image": torch.stack([torch.full((3, 8, 8), one / 100) for one in batch]),
                 "reconstruction": torch.stack([torch.full((3, 8, 8), 1 - one / 100) for one in batch]),
-                "reward": reward_B, "reward/clip": torch.full_like(reward_B, 0.5), "reward/words": 2 * reward_B - 1,
+                "reward": reward_B, "reward/clip": torch.full_like(reward_B, self.clip), "reward/words": 2 * (reward_B - self.clip),
                 "reward/unused": torch.full_like(reward_B, math.nan), "held_out": held_out_B,
             }  # fmt: skip
             names = {"name": [f"{one}.png" for one in batch]}
@@ -167,12 +167,14 @@ def test_the_numbers_of_a_validation():
 def test_rises_since_the_best_are_in_spreads_of_the_first():
     course, (reward_N, held_out_N) = Course(RewardHacking()), scores()
     course.validate(reward_N, held_out_N)
+    course.clip = 5.0  # rose most since the start, but no more since the best
     course.validate(2 * reward_N, 2 * held_out_N)  # the best, with twice the spread
     with pytest.warns(UserWarning, match=GAMED) as told:
         course.validate(2 * reward_N + 0.3, 2 * held_out_N - 0.1)
     rise, fall = 0.3 / reward_N.std(), -0.1 / held_out_N.std()
     seen = f"since step 25 it rose by {rise:.2f} spreads, but the held-out score by {fall:.2f} (mean of {N} images;"
     assert seen in str(told[0].message)
+    assert "weights.words, where it rose most" in str(told[0].message)
 
 
 def test_the_panel_has_the_worst_disagreement_first(tmp_path):
