@@ -75,7 +75,7 @@ class Course:
         callback.setup(self.trainer, self.module, "fit")
 
     def validate(self, reward_N, held_out_N):
-        """One validation, in batches of 16 at most. Of the reward, the clip is 0.5 unless a test says else, and the words are the rest."""
+        """One validation, in batches of 16 at most. Of the reward, the clip is ``self.clip``, the words the rest."""
         self.callback.on_validation_start(self.trainer, self.module)
         for batch in self.rows or np.array_split(np.arange(len(reward_N)), math.ceil(len(reward_N) / 16)):
             reward_B, held_out_B = (torch.from_numpy(row_N[batch]).float() for row_N in (reward_N, held_out_N))
