@@ -102,8 +102,9 @@ class RewardHacking(Callback):
     reward has risen by more than 0.25 spreads since the first validation, and the held-out score by less than a quarter of the
     reward's rise; or if, since the validation with the best held-out score so far, the reward has risen, and the held-out score
     has fallen by more than 0.1 spreads. Each inequality has to hold by three standard errors of the mean over images. If it is
-    an equality, it does so by chance in 1 of 741 validations of many images. Measured on the miniature: no alarm in 34 validations of rewards that
-    are not cheated, and an alarm within 100 steps in all five runs of three that are, of 128 images each (docs/health.md).
+    an equality, it does so by chance in 1 of 741 validations of many images. Measured on the miniature, with 128 images: no
+    alarm in 34 validations of rewards that are not cheated, and an alarm within 100 steps in all five runs of three that are
+    (docs/health.md).
 
     Checkpoints contain the first and the best validation, so a resumed run compares with the original ones.
 
