@@ -71,11 +71,14 @@ class AutoEncoder(LightningModule):
         """Caption, reconstruct, score. An image that comes again, on whatever process, does not count again.
 
         Returns:
-            What `predict_step` returns, for callbacks.
+            What `predict_step` returns, for callbacks, and ``held_out`` [B]: the mean cosine under the held-out encoders of
+            ``unified_score``, where it has some.
         """
         result = self.predict_step(batch)
         if self.unified_score is not None:
             self.unified_score.update(result["reconstruction"], batch["image"], batch["id"])
+            if self.unified_score.held_out:
+                result["held_out"] = self.unified_score.last_held_out()
         rows = self.once.new(batch["id"])
         if not rows:
             return result

@@ -11,7 +11,7 @@ import torch
 from tests.encoders import folders
 from uae.cli.command import Parser
 from uae.encoders import HFEncoder, LayoutEncoder
-from uae.metrics import UnifiedScore, unified_score
+from uae.metrics import UnifiedScore, similarity, unified_score
 from uae.rewards import EncoderSimilarity
 
 torch.set_num_threads(1)
@@ -264,3 +264,16 @@ def test_numbers_that_make_no_sense_are_refused_on_the_command_line(capsys):
             parser.parse_args(words)
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+def test_what_the_last_batch_scored_is_of_the_held_out_encoders_only():
+    sources, reconstructions = torch.rand(2, 7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    encoders = {"coarse": LayoutEncoder(2), "rewarded": LayoutEncoder(4), "fine": LayoutEncoder(8)}
+    metric = UnifiedScore(encoders, held_out=("fine", "coarse"), bootstrap=0)
+    metric.update(reconstructions[:3], sources[:3])
+    first_N = metric.last_held_out()
+    metric.update(reconstructions[3:], sources[3:])
+    both_N = torch.cat([first_N, metric.last_held_out()])
+    expected = (similarity(encoders[name].embed(reconstructions), encoders[name].embed(sources)) for name in ("coarse", "fine"))
+    assert torch.allclose(both_N, sum(expected) / 2)
+    assert both_N.mean().item() == pytest.approx(metric.compute()["held_out"], abs=1e-6)

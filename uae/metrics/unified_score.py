@@ -194,6 +194,15 @@ class UnifiedScore(Metric):
         for column, row_N in zip(self._columns, rows, strict=True):
             getattr(self, column).append(row_N.float())
 
+    def last_held_out(self) -> Tensor:
+        """What the last batch scored under the held-out encoders: the mean cosine of every image, float32 ``[N]``.
+
+        Values are in [-1, 1], 0 where an image has no embedding. Repeated images are all there. There has to be a held-out
+        encoder, and an update since the last reset.
+        """
+        places = [place for place, name in enumerate(self.encoders) if name in self.held_out]
+        return torch.stack([getattr(self, f"cosine_{place}")[-1] for place in places]).mean(0)
+
     def compute(self) -> dict[str, float]:
         """The scores of all images since the last reset, of all processes together.
 

@@ -2,7 +2,7 @@
 
 from uae.rewards.base import BaseReward
 from uae.rewards.caption import CaptionFormat
-from uae.rewards.control import RandomReward
+from uae.rewards.control import CaptionLength, RandomReward
 from uae.rewards.judge import VLMJudge
 from uae.rewards.penalties import CopiedInstruction, ForeignScript, LengthBand, Repetition
 from uae.rewards.perceptual import PerceptualSimilarity
@@ -13,6 +13,6 @@ from uae.rewards.text import TextFidelity
 from uae.rewards.weighted import WeightedReward
 
 __all__ = [
-    "BaseReward", "CaptionFormat", "CopiedInstruction", "EncoderSimilarity", "ForeignScript", "LengthBand", "PerceptualSimilarity",
-    "PreferenceScore", "RandomReward", "RegionSimilarity", "Repetition", "TextFidelity", "VLMJudge", "WeightedReward",
+    "BaseReward", "CaptionFormat", "CaptionLength", "CopiedInstruction", "EncoderSimilarity", "ForeignScript", "LengthBand",
+    "PerceptualSimilarity", "PreferenceScore", "RandomReward", "RegionSimilarity", "Repetition", "TextFidelity", "VLMJudge", "WeightedReward",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A reward without information, for control runs."""
+"""Rewards for control runs: one without information, and one that is easily cheated."""
 
 from __future__ import annotations
 
@@ -36,3 +36,25 @@ class RandomReward(BaseReward):
         self._stream = self._stream or torch.Generator().manual_seed(self.seed)
         noise = torch.rand(batch_and_group(sources_BCHW, reconstructions_NCHW, texts), generator=self._stream)
         return (self.low + (self.high - self.low) * noise).to(reconstructions_NCHW.device)
+
+
+class CaptionLength(BaseReward):
+    """Words of the caption, and nothing else: a reward that is easily cheated, to see what the callbacks that watch a run make of it.
+
+    Args:
+        words: Number of words from which on a caption gets 1.
+
+    Raises:
+        ValueError: ``words`` is below 1.
+    """
+
+    def __init__(self, words: int = 32) -> None:
+        if words < 1:
+            raise ValueError(f"words={words}; allowed: 1 or more; set the reward's init_args.words")
+        self.words = words
+
+    def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
+        """Rewards ``[B, G]`` in [0, 1]: the share of ``words`` that the caption has."""
+        shape = batch_and_group(sources_BCHW, reconstructions_NCHW, texts)
+        shares = [min(1.0, len(text.split()) / self.words) for text in texts]
+        return torch.tensor(shares, device=reconstructions_NCHW.device).view(shape)
