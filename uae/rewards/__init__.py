@@ -14,5 +14,6 @@ from uae.rewards.weighted import WeightedReward
 
 __all__ = [
     "BaseReward", "CaptionFormat", "CaptionLength", "CopiedInstruction", "EncoderSimilarity", "ForeignScript", "LengthBand",
-    "PerceptualSimilarity", "PreferenceScore", "RandomReward", "RegionSimilarity", "Repetition", "TextFidelity", "VLMJudge", "WeightedReward",
+    "PerceptualSimilarity", "PreferenceScore", "RandomReward", "RegionSimilarity", "Repetition", "TextFidelity", "VLMJudge",
+    "WeightedReward",
 ]  # fmt: skip
