@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from uae.evaluation import AutoEncoder
 from uae.files.examples import small
 from uae.files.tiles import Tile, grid, wrapped
 from uae.metrics import agreement
@@ -129,7 +130,9 @@ class RewardHacking(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask for the log directory while all ranks are here, and say so where nothing can be compared."""
         self._folder = Path(trainer.log_dir) if trainer.log_dir and not is_dry_run(trainer) else None
-        if stage == "fit" and not getattr(getattr(pl_module, "unified_score", None), "held_out", ()):
+        if stage != "fit" or not isinstance(pl_module, AutoEncoder):  # a cold start has no reward that could be cheated
+            return
+        if not getattr(pl_module.unified_score, "held_out", ()):
             rank_zero_warn(
                 "callbacks.hacking.RewardHacking does nothing: there are no held-out encoders; name some that no reward uses in "
                 "model.init_args.unified_score.init_args.held_out"

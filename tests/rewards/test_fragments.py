@@ -31,7 +31,7 @@ def reward_of(name):
 
 
 def test_every_fragment_weighs_the_parts_that_it_has():
-    assert {file.stem for file in (ROOT / "configs/reward").glob("*.yaml")} == {*PARTS, "clip", "random"}
+    assert {file.stem for file in (ROOT / "configs/reward").glob("*.yaml")} == {*PARTS, "clip", "random", "length"}
     for name, parts in PARTS.items():
         assert reward_of(name)["parts"].keys() == reward_of(name)["weights"].keys() == parts
 
