@@ -132,7 +132,7 @@ class RewardHacking(Callback):
         self._folder = Path(trainer.log_dir) if trainer.log_dir and not is_dry_run(trainer) else None
         if stage != "fit" or not isinstance(pl_module, AutoEncoder):  # a cold start has no reward that could be cheated
             return
-        if not getattr(pl_module.unified_score, "held_out", ()):
+        if pl_module.unified_score is None or not pl_module.unified_score.held_out:
             rank_zero_warn(
                 "callbacks.hacking.RewardHacking does nothing: there are no held-out encoders; name some that no reward uses in "
                 "model.init_args.unified_score.init_args.held_out"

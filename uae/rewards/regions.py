@@ -6,12 +6,11 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from uae.encoders import similarity
-from uae.rewards.base import BaseReward, batch_and_group
+from uae.rewards.similarity import EncoderSimilarity
 from uae.types import ImageEncoder
 
 
-class RegionSimilarity(BaseReward):
+class RegionSimilarity(EncoderSimilarity):
     """Mean cosine similarity of the tiles of a grid, each compared with the tile at the same place of the source.
 
     The cosine of two whole images hardly moves when one tiny object is wrong. A tile is enlarged to the encoder's own size,
@@ -27,17 +26,8 @@ class RegionSimilarity(BaseReward):
     """
 
     def __init__(self, encoder: ImageEncoder, tiles: PositiveInt = 3, temperature: PositiveFloat | None = None) -> None:
-        self.encoder, self.tiles, self.temperature = encoder, tiles, temperature
-
-    @property
-    def encoders(self) -> dict[str, ImageEncoder]:
-        """The one encoder, under the name "encoder"."""
-        return {"encoder": self.encoder}
-
-    def load(self, device: torch.device | str = "cpu") -> RegionSimilarity:
-        """Load the encoder and move it to ``device``; returns the reward itself."""
-        self.encoder.load(device)
-        return self
+        super().__init__(encoder)
+        self.tiles, self.temperature = tiles, temperature
 
     @torch.no_grad()
     def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
@@ -46,17 +36,17 @@ class RegionSimilarity(BaseReward):
         Raises:
             ValueError: An image has fewer pixels along a side than there are tiles.
         """
-        batch, group = batch_and_group(sources_BCHW, reconstructions_NCHW, texts)
-        cosines = []
-        for place in range(self.tiles**2):
-            source_BD = self.encoder.embed(self._tile(sources_BCHW, place))
-            reconstruction_ND = self.encoder.embed(self._tile(reconstructions_NCHW, place))
-            cosines.append(similarity(source_BD.repeat_interleave(group, dim=0), reconstruction_ND))
-        cosine_NK = torch.stack(cosines, dim=1)
+        cosine_BGK = torch.stack(
+            [
+                super(RegionSimilarity, self).__call__(self._tile(sources_BCHW, place), self._tile(reconstructions_NCHW, place), texts)
+                for place in range(self.tiles**2)
+            ],
+            dim=2,
+        )
         if self.temperature is None:
-            return cosine_NK.mean(dim=1).view(batch, group)
-        weight_NK: Tensor = (-cosine_NK / self.temperature).softmax(dim=1)
-        return (weight_NK * cosine_NK).sum(dim=1).clamp(-1, 1).view(batch, group)
+            return cosine_BGK.mean(dim=2)
+        weight_BGK: Tensor = (-cosine_BGK / self.temperature).softmax(dim=2)
+        return (weight_BGK * cosine_BGK).sum(dim=2).clamp(-1, 1)
 
     def _tile(self, images_NCHW: Tensor, place: int) -> Tensor:
         """One tile of every image; tiles differ by one pixel where the size is no multiple of their number."""
