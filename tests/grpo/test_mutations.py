@@ -194,8 +194,8 @@ MUTATIONS = {
     # importance.py
     "weights upside down": ("importance", "return gap_NT.exp()", "return (-gap_NT).exp()"),
     "sequence weight is a product": ("importance", " / valid_NT.sum(1, keepdim=True).clamp(min=1)).expand_as", ").expand_as"),
-    "range ignored by truncation": ("importance", "ratio_NT.clamp(low if mode", "ratio_NT.clamp(0.0 if mode"),
-    "mask mode truncates": ("importance", 'if mode == "mask":', "if False:"),
+    "range ignored by truncation": ("importance", "ratio_NT.clamp(self.low", "ratio_NT.clamp(0.0"),
+    "mask mode truncates": ("importance", 'if self.mode == "mask":', "if False:"),
     "weights with a gradient": ("importance", "old_logp.detach().to(dtype)", "old_logp.to(dtype)"),
     "effective size counts padding": ("importance", "(mask.bool().sum() *", "(mask.numel() *"),
     # loss.py again

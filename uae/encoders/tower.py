@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from uae.encoders.preprocessing import Preprocessing
 from uae.files.locations import locate
 from uae.types import ImageEncoder
-from uae.weights.placement import Placement, at_work, settle, torch_dtype
+from uae.weights.placement import Placement, at_work, frozen, settle, torch_dtype
 
 EXACT = Placement(dtype="float32")
 
@@ -23,13 +23,10 @@ class _Loaded:
     """A frozen module and its preprocessing, which encoders of the same weights share."""
 
     def __init__(self, module: nn.Module, preprocessing: Preprocessing, dtype: torch.dtype) -> None:
-        self.module = module.eval().requires_grad_(False)
+        self.module = frozen(module, dtype)
         self.preprocessing = preprocessing
         self.dtype = dtype
         self.device: torch.device | str = "cpu"  # what `Tower.load` was given last: where the policy is
-        for weight in module.state_dict(keep_vars=True).values():  # not buffers that are computed, which stay exact
-            if weight.is_floating_point():
-                weight.data = weight.data.to(dtype)
 
 
 _LOADED: WeakValueDictionary[Hashable, _Loaded] = WeakValueDictionary()  # an entry lives as long as an encoder uses it

@@ -46,11 +46,7 @@ def importance_weights(
     Raises:
         ValueError: The shapes differ, or a setting is outside of its range.
     """
-    settings = Correction(level, mode, low, high)
-    ratio_NT, valid_NT = settings.ratios(sampler_logp, old_logp, mask), mask.bool()
-    if mode == "mask":
-        ratio_NT = ratio_NT.masked_fill((ratio_NT < low) | (ratio_NT > high), 0.0)
-    return ratio_NT.clamp(low if mode == "truncate" else 0.0, high).masked_fill(~valid_NT, 0.0)
+    return Correction(level, mode, low, high)(sampler_logp, old_logp, mask)
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,11 @@ class Correction:
 
     def __call__(self, sampler_logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
         """The weights ``[N, T]`` of `importance_weights`."""
-        return importance_weights(sampler_logp, old_logp, mask, self.level, self.mode, self.low, self.high)
+        ratio_NT = self.ratios(sampler_logp, old_logp, mask)
+        limited_NT = ratio_NT.clamp(self.low, self.high)
+        if self.mode == "mask":
+            limited_NT = ratio_NT.masked_fill(self._outside(ratio_NT), 0.0)
+        return limited_NT.masked_fill(~mask.bool(), 0.0)
 
     def ratios(self, sampler_logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
         """The weights ``[N, T]`` before they are limited; 1 where masked."""
@@ -103,9 +103,12 @@ class Correction:
 
     def limited(self, sampler_logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
         """The share ``[]`` of the unmasked actions whose weight was outside of the range."""
-        ratio_NT, valid_NT = self.ratios(sampler_logp, old_logp, mask), mask.bool()
-        outside_NT = ((ratio_NT < self.low) | (ratio_NT > self.high)) & valid_NT
+        valid_NT = mask.bool()
+        outside_NT = self._outside(self.ratios(sampler_logp, old_logp, mask)) & valid_NT
         return outside_NT.sum() / valid_NT.sum().clamp(min=1)
+
+    def _outside(self, ratio_NT: Tensor) -> Tensor:
+        return (ratio_NT < self.low) | (ratio_NT > self.high)
 
 
 def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from uae.encoders.tower import EXACT, ordinary_tensors
 from uae.files.locations import locate
 from uae.rewards.base import BaseReward, batch_and_group
-from uae.weights.placement import Placement, at_work, settle, torch_dtype
+from uae.weights.placement import Placement, at_work, frozen, settle, torch_dtype
 from uae.weights.remote_code import refused
 
 
@@ -116,11 +116,8 @@ class NetworkReward(BaseReward):
         return (range(start, min(start + self.rows, count)) for start in range(0, count, self.rows))
 
     def _frozen(self) -> Loaded:
-        loaded, dtype = self.read(), torch_dtype(self.placement)
-        loaded.network.eval().requires_grad_(False)
-        for weight in loaded.network.state_dict(keep_vars=True).values():  # not buffers that are computed, which stay exact
-            if weight.is_floating_point():
-                weight.data = weight.data.to(dtype)
+        loaded = self.read()
+        frozen(loaded.network, torch_dtype(self.placement))
         return loaded
 
     def __getstate__(self) -> dict[str, object]:

@@ -72,6 +72,15 @@ def working_device(placement: Placement, device: torch.device | str) -> torch.de
     return torch.device(device if placement.device is None else placement.device)
 
 
+def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in evaluation mode, without gradients, and with its weights in ``dtype``. Buffers that are computed stay exact."""
+    module.eval().requires_grad_(False)
+    for weight in module.state_dict(keep_vars=True).values():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    return module
+
+
 def settle(modules: Iterable[nn.Module], placement: Placement, device: torch.device | str) -> None:
     """Move frozen modules to their device, or to the CPU if they are offloaded. Dtypes do not change.
 
