@@ -74,7 +74,7 @@ def measure(run: Run, count: int) -> Measured:
     def greedy() -> Measured:
         umm, scenes = trained("tiny", run.export), scenes_of_test(count)
         texts = caption(umm, scenes, 0.0)
-        in_band = sum(BAND.penalty(text) == 0 for text in texts) / len(texts)
+        in_band = sum(BAND.score(text) == 0 for text in texts) / len(texts)
         return {**reconstruction(umm, scenes, texts, run.seed), "caption/in_band": in_band}
 
     return remembered(run.folder / f"measured_{count}.json", greedy)

@@ -1,8 +1,9 @@
-"""A reward that reads the caption only."""
+"""Rewards that read the caption only: what they share, and one for its form."""
 
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -10,7 +11,20 @@ from torch import Tensor
 from uae.rewards.base import BaseReward, batch_and_group
 
 
-class CaptionFormat(BaseReward):
+class CaptionReward(BaseReward):
+    """One number for every caption, whatever the images are."""
+
+    @abstractmethod
+    def score(self, text: str) -> float:
+        """The reward of one caption."""
+
+    def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
+        """Rewards ``[B, G]``. The images are not looked at."""
+        shape = batch_and_group(sources_BCHW, reconstructions_NCHW, texts)
+        return torch.tensor([self.score(text) for text in texts], device=reconstructions_NCHW.device).view(shape)
+
+
+class CaptionFormat(CaptionReward):
     """1 for a caption of the wanted form, and 0 for any other.
 
     A small weight keeps captions readable: without it, a policy may drift into a language that only the renderer
@@ -32,8 +46,6 @@ class CaptionFormat(BaseReward):
             ) from error
         self.pattern = pattern
 
-    def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
-        """Rewards ``[B, G]``, each 0.0 or 1.0."""
-        shape = batch_and_group(sources_BCHW, reconstructions_NCHW, texts)
-        matches = [float(re.fullmatch(self.pattern, text) is not None) for text in texts]
-        return torch.tensor(matches, device=reconstructions_NCHW.device).view(shape)
+    def score(self, text: str) -> float:
+        """1.0 or 0.0."""
+        return float(re.fullmatch(self.pattern, text) is not None)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from uae.rewards.base import BaseReward, batch_and_group
+from uae.rewards.caption import CaptionReward
 
 
 class RandomReward(BaseReward):
@@ -38,7 +39,7 @@ class RandomReward(BaseReward):
         return (self.low + (self.high - self.low) * noise).to(reconstructions_NCHW.device)
 
 
-class CaptionLength(BaseReward):
+class CaptionLength(CaptionReward):
     """Words of the caption, and nothing else: a reward that is easily cheated, to see what the callbacks that watch a run make of it.
 
     Args:
@@ -53,8 +54,6 @@ class CaptionLength(BaseReward):
             raise ValueError(f"words={words}; allowed: 1 or more; set the reward's init_args.words")
         self.words = words
 
-    def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
-        """Rewards ``[B, G]`` in [0, 1]: the share of ``words`` that the caption has."""
-        shape = batch_and_group(sources_BCHW, reconstructions_NCHW, texts)
-        shares = [min(1.0, len(text.split()) / self.words) for text in texts]
-        return torch.tensor(shares, device=reconstructions_NCHW.device).view(shape)
+    def score(self, text: str) -> float:
+        """The share of ``words`` that the caption has, in [0, 1]."""
+        return min(1.0, len(text.split()) / self.words)

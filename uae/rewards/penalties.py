@@ -6,31 +6,15 @@ They read the caption only, and all lie in [-1, 0], so that a weight says what t
 from __future__ import annotations
 
 import unicodedata
-from abc import abstractmethod
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from torch import Tensor
 
-from uae.rewards.base import BaseReward, batch_and_group
-
-
-class CaptionPenalty(BaseReward):
-    """A number in [-1, 0] for every caption; 0 is a caption without fault."""
-
-    @abstractmethod
-    def penalty(self, text: str) -> float:
-        """The penalty of one caption, in [-1, 0]."""
-
-    def __call__(self, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
-        """Penalties ``[B, G]`` in [-1, 0]. The images are not looked at."""
-        shape = batch_and_group(sources_BCHW, reconstructions_NCHW, texts)
-        return torch.tensor([self.penalty(text) for text in texts], device=reconstructions_NCHW.device).view(shape)
+from uae.rewards.caption import CaptionReward
 
 
-class LengthBand(CaptionPenalty):
+class LengthBand(CaptionReward):
     """0 for a caption of ``shortest`` to ``longest`` words; outside it falls with every word, to -1 at ``margin`` words.
 
     A word is what stands between white space, so this is of no use for languages that are written without spaces.
@@ -52,14 +36,14 @@ class LengthBand(CaptionPenalty):
             )
         self.shortest, self.longest, self.margin = shortest, longest, margin
 
-    def penalty(self, text: str) -> float:
+    def score(self, text: str) -> float:
         """Minus the number of words outside the band, divided by ``margin``; not below -1."""
         words = len(text.split())
         outside = max(self.shortest - words, words - self.longest, 0)
         return -float(min(1.0, outside / self.margin))
 
 
-class Repetition(CaptionPenalty):
+class Repetition(CaptionReward):
     """Minus the share of word n-grams of a caption that repeat an earlier one. Case does not count.
 
     It does not see the same thing said in other words. A list of several equal objects ("a red ball, a red ball") is
@@ -72,14 +56,14 @@ class Repetition(CaptionPenalty):
     def __init__(self, ngram: PositiveInt = 3) -> None:
         self.ngram = ngram
 
-    def penalty(self, text: str) -> float:
+    def score(self, text: str) -> float:
         """Different n-grams divided by all n-grams, minus 1; 0 without an n-gram."""
         words = text.casefold().split()
         grams = [tuple(words[start : start + self.ngram]) for start in range(len(words) - self.ngram + 1)]
         return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
-class ForeignScript(CaptionPenalty):
+class ForeignScript(CaptionReward):
     """Minus the share of letters and symbols of a caption that belong to other scripts than the allowed ones.
 
     It sees a policy that drifts into other alphabets, emoji, arrows or damaged characters. It does not see another language
@@ -103,14 +87,14 @@ class ForeignScript(CaptionPenalty):
                 "letters, such as LATIN, GREEK, CYRILLIC, CJK; set the reward's init_args.scripts"
             )
 
-    def penalty(self, text: str) -> float:
+    def score(self, text: str) -> float:
         """Minus the share of counted characters outside ``scripts``; 0 if no character counts."""
         counted = [c for c in unicodedata.normalize("NFC", text) if _is_counted(c)]
         foreign = sum(_script(c) not in self.scripts for c in counted)
         return -foreign / len(counted) if counted else 0.0
 
 
-class CopiedInstruction(CaptionPenalty):
+class CopiedInstruction(CaptionReward):
     """Minus the share of the instruction that a caption repeats in one piece. Case does not count.
 
     Args:
@@ -129,7 +113,7 @@ class CopiedInstruction(CaptionPenalty):
                 "the reward's init_args.free or set its init_args.instruction"
             )
 
-    def penalty(self, text: str) -> float:
+    def score(self, text: str) -> float:
         """Minus the words of the longest common piece beyond ``free``, divided by those of the whole instruction beyond it."""
         words = text.casefold().split()
         piece = SequenceMatcher(None, self.instruction, words, autojunk=False).find_longest_match()
