@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -127,28 +127,51 @@ def measure(run: Run, count: int) -> Measured:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Train, measure, write, one seed after the other."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in settings(0)}
+    """Make the decoders, then train, measure and write."""
     with ProcessPoolExecutor(arguments.jobs) as pool:
         list(pool.map(make_decoder, ERRORS))
+    every_seed("ablations", settings, measure, COLUMNS, "", arguments)
+
+
+def every_seed(
+    name: str,
+    settings: Callable[[int], Iterator[tuple[str, Run]]],
+    measure: Callable[[Run, int], Measured],
+    columns: dict[str, str],
+    what: str,
+    arguments: argparse.Namespace,
+) -> None:
+    """Train and measure the rows of a table, and write it, one seed after the other.
+
+    Args:
+        name: Name of the files in benchmarks/results/.
+        settings: The rows with a seed: what is changed, and the run.
+        measure: Scores of a run on a number of scenes.
+        columns: Headings of the table, by the tag of the score.
+        what: What the rows are, before the number of seeds in the line above the table.
+        arguments: Seeds, scenes and jobs, see `arguments_of`.
+    """
+    found: dict[str, list[dict[str, float]]] = {row: [] for row, _ in settings(0)}
+    with ProcessPoolExecutor(arguments.jobs) as pool:
         for number, seed in enumerate(arguments.seeds, 1):
             rows = sorted(settings(seed), key=lambda row: row[1].start is not None)  # no two processes train the same stage 2
             measured = pool.map(measure, [run for _, run in rows], [arguments.scenes] * len(rows))
-            for (name, _), scores in zip(rows, measured, strict=True):
-                found[name].append(scores)
-                print(f"seed {seed}: {name}", flush=True)
+            for (row, _), scores in zip(rows, measured, strict=True):
+                found[row].append(scores)
+                print(f"seed {seed}: {row}: held out {scores['unified_score/held_out']:.3f}", flush=True)
             report = {"scenes": arguments.scenes, "seeds": arguments.seeds[:number], "rows": found}
-            write("ablations", report, markdown(found, number))
+            head = f"{what}{number} seeds, mean and 95 % interval, greedy captions."
+            write(name, report, "\n".join([head, "", *ablated(found, columns)]))
 
 
-def markdown(found: dict[str, list[dict[str, float]]], seeds: int) -> str:
-    """Means and 95 % intervals of all rows."""
-    return "\n".join([f"{seeds} seeds, mean and 95 % interval, greedy captions.", "", *ablated(found, COLUMNS)])
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments_of(description: str | None) -> argparse.Namespace:
+    """Seeds, scenes and jobs from the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=512, help="scenes; a multiple of 8")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one thread")
-    main(parser.parse_args())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(arguments_of(__doc__))

@@ -9,17 +9,12 @@ go to benchmarks/results/loss_ablations.json and .md, of the seeds that are comp
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from ablations import MODEL
+from ablations import MODEL, arguments_of, every_seed
 from claims import CAPTIONS, Measured, remembered
-from claims_table import ablated
 from measuring import caption, reconstruction, scenes_of_test, trained
-from results import write
 from runs import Run
 
 from uae.rewards import LengthBand
@@ -80,29 +75,5 @@ def measure(run: Run, count: int) -> Measured:
     return remembered(run.folder / f"measured_{count}.json", greedy)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Train, measure, write, one seed after the other."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name, _ in settings(0)}
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        for number, seed in enumerate(arguments.seeds, 1):
-            rows = list(settings(seed))
-            measured = pool.map(measure, [run for _, run in rows], [arguments.scenes] * len(rows))
-            for (name, _), scores in zip(rows, measured, strict=True):
-                found[name].append(scores)
-                print(f"seed {seed}: {name}: held out {scores['unified_score/held_out']:.3f}", flush=True)
-            report = {"scenes": arguments.scenes, "steps": STEPS, "seeds": arguments.seeds[:number], "rows": found}
-            write("loss_ablations", report, markdown(found, number))
-
-
-def markdown(found: dict[str, list[dict[str, float]]], seeds: int) -> str:
-    """Means and 95 % intervals of all rows."""
-    head = f"{STEPS} steps of stage 2, {seeds} seeds, mean and 95 % interval, greedy captions."
-    return "\n".join([head, "", *ablated(found, COLUMNS)])
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=512, help="scenes; a multiple of 8")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one thread")
-    main(parser.parse_args())
+    every_seed("loss_ablations", settings, measure, COLUMNS, f"{STEPS} steps of stage 2, ", arguments_of(__doc__))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, Literal
 
 import torch
@@ -200,9 +201,10 @@ def draw_until_varied(
     def encode(rollout: Rollout[Any]) -> Any:
         return _repeated(umm.conditioner.encode(rollout.texts, rollout), plan)
 
+    valued = partial(credit, reconstructions=plan.reconstructions, scale=plan.advantage_scale, order=plan.advantage_order)
     again = set[int]()
     drawn = draw(umm, reward, batch, plan, step, watch)
-    worth = credit(drawn.each, plan.reconstructions, plan.advantage_scale, plan.advantage_order)
+    worth = valued(drawn.each)
     for attempt in range(1, plan.filtering.rounds + 1):
         flat = worth.flat(plan.train).nonzero().flatten().tolist()
         if not on_any_rank(bool(flat), batch["id"].device):
@@ -212,7 +214,7 @@ def draw_until_varied(
             other = replace(plan, seed=seed_of(plan.seed, "attempt", attempt))
             drawn = drawn.with_images(flat, draw(umm, reward, some, other, step, watch), encode)
             again |= set(flat)
-        worth = credit(drawn.each, plan.reconstructions, plan.advantage_scale, plan.advantage_order)
+        worth = valued(drawn.each)
     return drawn, worth, len(again) / len(batch["id"])
 
 
