@@ -3,21 +3,25 @@
     python benchmarks/loss_ablations.py --seeds 0 1 2
 
 Every row is a stage 2 of equally many optimizer steps: the same data, and the settings of configs/tiny.yaml but for the change that
-its name says. All are measured by greedy captions of scenes that no training has seen, and by encoders that no reward uses. Results
+its name says. The last two rows train on scenes that carry a word, three tiny letters side by side. All are measured by greedy
+captions of scenes, and of words, that no training has seen, and by encoders that no reward uses. Results
 go to benchmarks/results/loss_ablations.json and .md, of the seeds that are complete; what has been done is not done again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import eq
 
 import torch
 from ablations import MODEL, arguments_of, every_seed
 from claims import CAPTIONS, Measured, remembered
-from measuring import caption, reconstruction, scenes_of_test, trained
+from measuring import caption, draw, reconstruction, scenes_of_test, trained
 from runs import Run
 
+from uae.miniature.scenes import Scene, detect, parse, scene_of, word_of
 from uae.rewards import LengthBand
+from uae.types import UMM
 
 STEPS = 120
 LOSSES = ("dr_grpo", "gspo", "cispo", "sapo", "kl_ratio", "entropy_bonus", "top_entropy", "dapo", "dynamic_sampling")
@@ -26,6 +30,7 @@ BAND = LengthBand(shortest=8, longest=12, margin=8)  # the words of a scene in d
 COLUMNS = {
     "unified_score/held_out": "held out", "caption/full": "full", "caption/tiny_full": "tiny full", "caption/precision": "precision",
     "caption/words": "words", "caption/in_band": "words in band", "reconstruction/whole": "right in everything",
+    "words/said": "word said", "words/redrawn": "word redrawn",
 }  # fmt: skip
 
 
@@ -59,6 +64,20 @@ def settings(seed: int) -> Iterator[tuple[str, Run]]:
     yield row("reward: CLIP and a length band, by themselves (GDPO)", ("configs/loss/gdpo.yaml",), band)
     tiles = part("tiles", "uae.rewards.RegionSimilarity", 1.0, encoder="uae.miniature.tiny.TinyCLIP", tiles=3, temperature=0.1)
     yield row("reward: CLIP and CLIP of tiles", options=tiles)
+    words = ("--data.init_args.words=true",)
+    yield row("words: CLIP", options=words)
+    yield row("words: CLIP and fidelity of the word", options=(*words, *part("word", "uae.miniature.tiny.WordFidelity", 0.5)))
+
+
+def words(umm: UMM, count: int, seed: int) -> Measured:
+    """Shares of scenes with a word whose greedy caption says all its letters in order, and whose reconstruction shows them."""
+    scenes = [scene_of(number, "test", words=True) for number in range(count)]
+    texts = caption(umm, scenes, 0.0)
+    images = draw(umm, texts, [seed * count + number for number in range(count)])
+    said = [word_of(parse(text) or Scene(None, ())) for text in texts]
+    pairs = {"said": said, "redrawn": [word_of(scene) for scene in detect(images)]}
+    true = [word_of(scene) for scene in scenes]
+    return {f"words/{name}": sum(map(eq, found, true)) / count for name, found in pairs.items()}
 
 
 def measure(run: Run, count: int) -> Measured:
@@ -70,7 +89,7 @@ def measure(run: Run, count: int) -> Measured:
         umm, scenes = trained("tiny", run.export), scenes_of_test(count)
         texts = caption(umm, scenes, 0.0)
         in_band = sum(BAND.score(text) == 0 for text in texts) / len(texts)
-        return {**reconstruction(umm, scenes, texts, run.seed), "caption/in_band": in_band}
+        return {**reconstruction(umm, scenes, texts, run.seed), "caption/in_band": in_band, **words(umm, count, run.seed)}
 
     return remembered(run.folder / f"measured_{count}.json", greedy)
 

@@ -22,7 +22,7 @@ from uae.miniature.data import SceneData
 from uae.models.finetune import Full, LoRA
 from uae.models.merged import merged
 from uae.module import UnifiedGRPO
-from uae.rewards import EncoderSimilarity, WeightedReward
+from uae.rewards import EncoderSimilarity, TextFidelity, VLMJudge, WeightedReward
 from uae.strategy import FSDP2Strategy
 from uae.systems.blueprints import Blueprint
 from uae.types import Sampling
@@ -224,6 +224,13 @@ def test_shared_towers_count_once_and_fsdp_shares_what_trains():
     assert kept.sharded == kept.whole  # nothing is reduced before the last batch of the window
     buckets = rows_of(planned({"strategy": "ddp"}, **changes))["gradients"]
     assert buckets.whole == 2 * kept.whole
+
+
+def test_the_networks_of_rewards_that_are_not_counted_are_named():
+    parts = {"clip": EncoderSimilarity(HFEncoder(CLIP)), "text": TextFidelity("a/reader"), "judge": VLMJudge("a/judge")}
+    reward = WeightedReward(parts, dict.fromkeys(parts, 1.0))
+    assert planned(reward=reward).header.endswith(", not counting the networks of the rewards text, judge")
+    assert "not counting" not in planned().header
 
 
 def test_offloaded_parts_are_there_in_their_phase_only_and_others_not_at_all():

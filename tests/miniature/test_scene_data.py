@@ -3,7 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uae.miniature.data import SceneData
-from uae.miniature.scenes import detect
+from uae.miniature.scenes import Object, Scene, detect, parse, render, word_of
+from uae.miniature.scenes.world import COLUMNS
+from uae.miniature.tiny import WordFidelity
 
 
 def everything(loader):
@@ -34,6 +36,29 @@ def test_a_batch_shows_its_scenes():
     assert detect(batch["image"]) == batch["scene"]
     assert batch["id"].dtype == torch.int64
     assert batch["name"] == [f"scene-{i}" for i in batch["id"].tolist()]
+
+
+def test_scenes_that_carry_words():
+    batch = next(iter(SceneData(batch_size=64, words=True).train_dataloader()))
+    assert detect(batch["image"]) == batch["scene"]
+    words = [word_of(scene) for scene in batch["scene"]]
+    assert {len(word) for word in words} == {3}
+    assert set("".join(words)) == set("IOXA")
+    for scene, caption in zip(batch["scene"], batch["caption"], strict=True):
+        assert parse(caption) == scene
+        assert len({(obj.row, obj.color, obj.size) for obj in scene.objects}) == 1
+        assert [obj.column for obj in scene.objects] == ["left", "center", "right"]
+
+
+def test_the_fidelity_of_words_counts_the_letters_that_differ():
+    def word(shapes, row="top"):
+        objects = (Object(row, column, "red", shape, "tiny") for column, shape in zip(COLUMNS, shapes, strict=True))
+        return Scene("black", tuple(objects))
+
+    source = word(("ring", "cross", "triangle"))
+    redrawn = [source, word(("ring", "cross", "square"), "bottom"), Scene("gray", source.objects[:2]), Scene("black", ())]
+    rewards = WordFidelity()(render([source, word(("ring", "ring", "ring"))]), render(redrawn), ["a"] * 4)
+    torch.testing.assert_close(rewards, torch.tensor([[1.0, 2 / 3], [1 / 3, 0.0]]))
 
 
 def test_an_id_is_the_same_scene_whatever_the_batch_and_the_order():

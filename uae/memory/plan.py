@@ -19,6 +19,7 @@ from uae.memory.stages import floors
 from uae.memory.table import Plan, Row
 from uae.memory.weights import encoder_rows, frozen_rows, policy_rows
 from uae.models.captioners.policy import CaptionPolicy
+from uae.rewards.network import NetworkReward
 from uae.systems.blueprints import Blueprint
 from uae.types import PlannedSystem
 
@@ -96,6 +97,8 @@ def _header(blueprint: Blueprint, sizes: Sizes, module: Any, processes: Processe
         drawn = f", {blueprint.rendering.height} x {blueprint.rendering.width} pixels in calls of {blueprint.rendering.rows}"
     if module.plan.train != "captions" and blueprint.drawing is None:
         drawn += ", not counting what the renderer's own training takes"
+    if asked := [name for name, part in module.reward.parts.items() if isinstance(part, NetworkReward)]:
+        drawn += f", not counting the networks of the rewards {', '.join(asked)}"
     guess = f" (trainer.devices is all, none here: {processes.count} assumed)" if processes.assumed else ""
     return (
         f"{type(module.system).__name__} with {type(module.finetune).__name__}: {sizes.images} images x {sizes.group} "

@@ -90,7 +90,12 @@ class TextFidelity(NetworkReward):
     def _score(self, source: str, redrawn: str) -> float:
         if not any(character.isalnum() for character in source):
             return 1.0 if self.textless == "one" else torch.nan
-        return 1 - edit_distance(source, redrawn) / max(len(source), len(redrawn))
+        return fidelity(source, redrawn)
+
+
+def fidelity(source: str, redrawn: str) -> float:
+    """1 minus the edit distance of two texts relative to the longer one, in [0, 1]; two empty texts agree."""
+    return 1 - edit_distance(source, redrawn) / max(len(source), len(redrawn), 1)
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:

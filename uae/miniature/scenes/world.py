@@ -39,6 +39,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 }
 SIZES: dict[str, int] = {"tiny": 3, "medium": 5, "large": 7}  # pixels
 SHAPES = ("square", "ring", "cross", "triangle")
+LETTERS = dict(zip(SHAPES, "IOXA", strict=True))  # what a shape reads as, where objects stand side by side as a word
 LEAST_LEAD = 0.04  # smallest lead of the nearest picture over any other, see `_lead`; refuses blends of two
 KINDS = 1 + len(SHAPES) * len(SIZES) * len(COLORS)  # what a cell can hold: nothing, or one of these objects
 ROWS = ("top", "middle", "bottom")
@@ -86,11 +87,33 @@ def sample_scene(rng: random.Random, counts: tuple[int, ...] = (1, 2, 3)) -> Sce
     return Scene(rng.choice(list(BACKGROUNDS)), tuple(objects))
 
 
-def scene_of(index: int, split: Split = "train", seed: int = 0, counts: tuple[int, ...] = (1, 2, 3)) -> Scene:
-    """The ``index``-th scene of a split: a pure function, the same on every rank, worker and run."""
+def sample_word(rng: random.Random) -> Scene:
+    """A scene that carries a word: three tiny objects of one color side by side, whose shapes are its letters."""
+    row, color = rng.choice(ROWS), rng.choice(list(COLORS))
+    letters = (Object(row, column, color, rng.choice(SHAPES), "tiny") for column in COLUMNS)
+    return Scene(rng.choice(list(BACKGROUNDS)), tuple(letters))
+
+
+def word_of(scene: Scene) -> str:
+    """The letters of a scene's objects in reading order; "?" for an object that is not recognized."""
+    return "".join(LETTERS.get(obj.shape, "?") for obj in scene.objects)
+
+
+def scene_of(
+    index: int, split: Split = "train", seed: int = 0, counts: tuple[int, ...] = (1, 2, 3), words: bool = False
+) -> Scene:
+    """The ``index``-th scene of a split: a pure function, the same on every rank, worker and run.
+
+    Args:
+        index: Number of the scene.
+        split: Part of the data that the scene belongs to.
+        seed: Random seed of all scenes.
+        counts: How many objects a scene may have, drawn uniformly.
+        words: Whether scenes carry words, see `sample_word`. They have three objects then, whatever ``counts`` is.
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
     while True:
-        scene = sample_scene(rng, counts)
+        scene = sample_word(rng) if words else sample_scene(rng, counts)
         if scene.split == split:
             return scene
 
