@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from uae.grpo import selected_logprobs, token_logprobs
+from uae.grpo import LogitRule, selected_logprobs, token_logprobs
 
 from . import reference
 
@@ -28,9 +28,11 @@ def problem(seed=0, dtype=torch.float64, bias=False, m=M, d=D, v=V):
     return hidden, weight, ids, upstream, bias_V
 
 
-def whole(hidden, weight, ids, temperature=1.0, banned=None, bias=None):
+def whole(hidden, weight, ids, temperature=1.0, banned=None, bias=None, rule=None):
     """The matrix that token_logprobs avoids."""
     logits = hidden @ weight.t() if bias is None else hidden @ weight.t() + bias
+    if rule is not None:
+        logits = rule.cap * torch.tanh(rule.scale * logits / rule.cap) if rule.cap else rule.scale * logits
     logits = logits / temperature
     if banned is not None:
         logits = logits.index_fill(-1, banned, -math.inf)
@@ -55,6 +57,23 @@ def test_value_and_gradient_match_log_softmax(temperature, banned, bias, trained
     assert_close(logp, expected, atol=1e-12, rtol=1e-12)
     assert_close(entropy, expected_entropy, atol=1e-12, rtol=1e-12)
     assert not entropy.requires_grad
+    got = torch.autograd.grad((logp * upstream).sum(), leaves)
+    for g, e in zip(got, torch.autograd.grad((expected * upstream).sum(), leaves), strict=True):
+        assert_close(g, e, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("rule", [LogitRule(0.3), LogitRule(cap=1.5), LogitRule(-2.0, 3.0)])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_scaled_and_capped_logits(rule, trained_head):
+    """As Granite and Gemma have them; at a temperature, with banned tokens, chunk by chunk."""
+    hidden, weight, ids, upstream, bias_V = problem(bias=True)
+    banned = torch.tensor([3, 11])
+    ids = torch.where(torch.isin(ids, banned), 0, ids)
+    leaves = [hidden.requires_grad_(), *(t.requires_grad_() for t in (weight, bias_V) if trained_head)]
+    logp, entropy = token_logprobs(hidden, weight, ids, 0.6, 8, banned, bias_V, rule)
+    expected, expected_entropy = whole(hidden, weight, ids, 0.6, banned, bias_V, rule)
+    assert_close(logp, expected, atol=1e-12, rtol=1e-12)
+    assert_close(entropy, expected_entropy, atol=1e-12, rtol=1e-12)
     got = torch.autograd.grad((logp * upstream).sum(), leaves)
     for g, e in zip(got, torch.autograd.grad((expected * upstream).sum(), leaves), strict=True):
         assert_close(g, e, atol=1e-11, rtol=1e-11)

@@ -2,10 +2,10 @@
 
 from uae.grpo.advantages import group_advantages, zero_variance_share
 from uae.grpo.importance import Correction, effective_sample_size, importance_weights
-from uae.grpo.logprobs import logits, selected_logprobs, token_logprobs
+from uae.grpo.logprobs import LogitRule, logits, selected_logprobs, token_logprobs
 from uae.grpo.loss import GRPOLoss, LossTerms, entropy_threshold
 
 __all__ = [
-    "Correction", "GRPOLoss", "LossTerms", "effective_sample_size", "entropy_threshold", "group_advantages", "importance_weights",
-    "logits", "selected_logprobs", "token_logprobs", "zero_variance_share",
+    "Correction", "GRPOLoss", "LogitRule", "LossTerms", "effective_sample_size", "entropy_threshold", "group_advantages",
+    "importance_weights", "logits", "selected_logprobs", "token_logprobs", "zero_variance_share",
 ]  # fmt: skip

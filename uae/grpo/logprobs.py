@@ -8,11 +8,48 @@ computes it once more, chunk by chunk.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model does with the outputs z of its last layer to get its logits: ``c tanh(s z / c)``, or ``s z`` without a cap.
+
+    Args:
+        scale: The factor s, not 0 (Granite, HyperCLOVA X).
+        cap: The largest size c of a logit, more than 0 (Gemma); None is no limit.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply(self, logits_CV: Tensor) -> Tensor:
+        """The logits from the outputs of the last layer; changes them in place."""
+        if self.scale != 1:
+            logits_CV *= self.scale
+        return logits_CV if self.cap is None else logits_CV.div_(self.cap).tanh_().mul_(self.cap)
+
+    def chain(self, slope_CV: Tensor, logits_CV: Tensor, temperature: float) -> Tensor:
+        """From the gradient with respect to the logits to that with respect to the outputs of the last layer, in place.
+
+        Args:
+            slope_CV: The gradient.
+            logits_CV: The logits divided by the temperature, which are overwritten.
+            temperature: What they were divided by.
+        """
+        if self.scale != 1:
+            slope_CV *= self.scale
+        if self.cap is None:
+            return slope_CV
+        return slope_CV.mul_(logits_CV.mul_(temperature / self.cap).square_().neg_().add_(1.0))
+
+
+AS_THEY_ARE = LogitRule()
 
 
 def token_logprobs(
@@ -23,8 +60,9 @@ def token_logprobs(
     chunk: int = 1024,
     banned: Tensor | None = None,
     bias: Tensor | None = None,
+    rule: LogitRule = AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor]:
-    """The log-probs of tokens under ``softmax((hidden @ head_weight.T + bias) / temperature)``, and its entropy.
+    """The log-probs of tokens under ``softmax(rule(hidden @ head_weight.T + bias) / temperature)``, and its entropy.
 
     The policy is the same here and in the sampler only if both use the same temperature and the same banned ids. The logits
     are computed in the data type of the head, accumulated in float32, and stay float32 (float64 for a float64 head),
@@ -39,6 +77,7 @@ def token_logprobs(
         chunk: Number of tokens that are computed at a time, 1 or more. It changes memory and speed, not the result.
         banned: Tokens int64 that the policy never emits. Their logit is minus infinity, and so is their log-prob.
         bias: Bias of the output layer, ``[V]``, or None.
+        rule: How the model turns the outputs of that layer into logits.
 
     Returns:
         The log-probs, which are differentiable once with respect to hidden, head_weight and bias, and the entropies, which
@@ -47,7 +86,7 @@ def token_logprobs(
     Raises:
         ValueError: The shapes do not match, the temperature is 0 or less, or chunk is less than 1.
     """
-    logp_M, entropy_M = _scored(hidden, head_weight, ids, temperature, chunk, banned, bias, entropy=True)
+    logp_M, entropy_M = _scored(hidden, head_weight, ids, temperature, chunk, banned, bias, rule, entropy=True)
     return logp_M.view(ids.shape), entropy_M.view(ids.shape)
 
 
@@ -59,9 +98,10 @@ def selected_logprobs(
     chunk: int = 1024,
     banned: Tensor | None = None,
     bias: Tensor | None = None,
+    rule: LogitRule = AS_THEY_ARE,
 ) -> Tensor:
     """The log-probs of `token_logprobs` without the entropies, which are then not computed."""
-    logp_M, _ = _scored(hidden, head_weight, ids, temperature, chunk, banned, bias, entropy=False)
+    logp_M, _ = _scored(hidden, head_weight, ids, temperature, chunk, banned, bias, rule, entropy=False)
     return logp_M.view(ids.shape)
 
 
@@ -73,12 +113,13 @@ def _scored(
     chunk: int,
     banned: Tensor | None,
     bias: Tensor | None,
+    rule: LogitRule,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of M tokens, and their entropies (none where not asked for), by the function that fits what trains."""
     _check(hidden, head_weight, ids, temperature, chunk, bias)
     hidden_MD, ids_M = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
-    arguments = (hidden_MD, head_weight, bias, ids_M, banned, float(temperature), int(chunk), entropy)
+    arguments = (hidden_MD, head_weight, bias, ids_M, banned, float(temperature), int(chunk), rule, entropy)
     if not torch.is_grad_enabled():
         return _score(*arguments)
     trained_head = head_weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -99,12 +140,13 @@ class _FrozenHead(torch.autograd.Function):
         banned: Tensor | None,
         temperature: float,
         chunk: int,
+        rule: LogitRule,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         slope_MD = None
         if ctx.needs_input_grad[0]:
             slope_MD = torch.empty_like(hidden_MD, dtype=_accumulator(weight_VD))
-        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, entropy, slope_MD)
+        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, rule, entropy, slope_MD)
         ctx.save_for_backward(slope_MD)
         ctx.dtype = hidden_MD.dtype
         ctx.mark_non_differentiable(entropy_M)
@@ -116,7 +158,7 @@ class _FrozenHead(torch.autograd.Function):
         (slope_MD,) = ctx.saved_tensors
         # A masked token has an incoming gradient of 0 and must pass 0 on, even if its hidden state is NaN.
         grad_MD = (slope_MD * grad_M[:, None]).masked_fill(grad_M[:, None] == 0, 0.0)
-        return grad_MD.to(ctx.dtype), None, None, None, None, None, None, None
+        return grad_MD.to(ctx.dtype), *[None] * 8
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -132,11 +174,12 @@ class _TrainedHead(torch.autograd.Function):
         banned: Tensor | None,
         temperature: float,
         chunk: int,
+        rule: LogitRule,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden_MD, weight_VD, bias_V, ids_M, banned)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, entropy)
+        ctx.temperature, ctx.chunk, ctx.rule = temperature, chunk, rule
+        logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, rule, entropy)
         ctx.mark_non_differentiable(entropy_M)
         return logp_M, entropy_M
 
@@ -150,13 +193,14 @@ class _TrainedHead(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(grad_weight_VD[:, 0])
         for start in range(0, len(ids_M), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits_CV = logits(hidden_MD[rows], weight_VD, ctx.temperature, banned, bias_V)
-            slope_CV = _slope(logits_CV.softmax(1), ids_M[rows], banned, ctx.temperature).mul_(grad_M[rows, None])
+            logits_CV = logits(hidden_MD[rows], weight_VD, ctx.temperature, banned, bias_V, ctx.rule)
+            slope_CV = _slope(logits_CV.softmax(1), logits_CV, ids_M[rows], banned, ctx.temperature, ctx.rule)
+            slope_CV.mul_(grad_M[rows, None])
             grad_hidden_MD[rows] = _matmul(slope_CV, weight_VD).to(hidden_MD.dtype)
             grad_weight_VD += _matmul(slope_CV.t(), hidden_MD[rows].to(weight_VD.dtype))
             grad_bias_V += slope_CV.sum(0)
         grad_bias = None if bias_V is None else grad_bias_V.to(bias_V.dtype)
-        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias, None, None, None, None, None
+        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias, *[None] * 6
 
 
 def _score(
@@ -167,6 +211,7 @@ def _score(
     banned: Tensor | None,
     temperature: float,
     chunk: int,
+    rule: LogitRule,
     entropy: bool,
     slope_MD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -175,7 +220,8 @@ def _score(
     entropy_M = torch.empty_like(logp_M) if entropy else logp_M.new_empty(0)
     for start in range(0, len(ids_M), chunk):
         rows = slice(start, start + chunk)
-        logp_CV = logits(hidden_MD[rows], weight_VD, temperature, banned, bias_V).log_softmax(1)
+        logits_CV = logits(hidden_MD[rows], weight_VD, temperature, banned, bias_V, rule)
+        logp_CV = logits_CV.log_softmax(1)
         logp_M[rows] = logp_CV.gather(1, ids_M[rows, None]).squeeze(1)
         if not entropy and slope_MD is None:
             continue
@@ -183,7 +229,7 @@ def _score(
         if entropy:
             entropy_M[rows] = torch.special.entr(softmax_CV).sum(1)
         if slope_MD is not None:
-            slope_MD[rows] = _matmul(_slope(softmax_CV, ids_M[rows], banned, temperature), weight_VD)
+            slope_MD[rows] = _matmul(_slope(softmax_CV, logits_CV, ids_M[rows], banned, temperature, rule), weight_VD)
     return logp_M, entropy_M
 
 
@@ -193,6 +239,7 @@ def logits(
     temperature: float = 1.0,
     banned: Tensor | None = None,
     bias_V: Tensor | None = None,
+    rule: LogitRule = AS_THEY_ARE,
 ) -> Tensor:
     """The logits ``[C, V]`` of C tokens, as `token_logprobs` computes them: at least float32, banned tokens at -inf.
 
@@ -202,21 +249,24 @@ def logits(
         temperature: Number that divides the logits, more than 0.
         banned: Tokens int64 that the policy never emits.
         bias_V: Bias of the output layer, or None.
+        rule: How the model turns the outputs of that layer into logits.
     """
     logits_CV = _matmul(hidden_CD, weight_VD.t())
     if bias_V is not None:
         logits_CV += bias_V
+    logits_CV = rule.apply(logits_CV)
     logits_CV /= temperature
     return logits_CV if banned is None else logits_CV.index_fill_(1, banned, -torch.inf)
 
 
-def _slope(softmax_CV: Tensor, ids_C: Tensor, banned: Tensor | None, temperature: float) -> Tensor:
+def _slope(
+    softmax_CV: Tensor, logits_CV: Tensor, ids_C: Tensor, banned: Tensor | None, temperature: float, rule: LogitRule
+) -> Tensor:
     """``d logp / d (hidden @ W.T + bias)``, computed in place. It is 0 for banned tokens, whose logit is a constant."""
     slope_CV = softmax_CV.neg_()
     slope_CV.scatter_add_(1, ids_C[:, None], torch.ones_like(slope_CV[:, :1]))
-    if banned is not None:
-        slope_CV.index_fill_(1, banned, 0.0)
-    return slope_CV.div_(temperature)
+    slope_CV = rule.chain(slope_CV.div_(temperature), logits_CV, temperature)
+    return slope_CV if banned is None else slope_CV.index_fill_(1, banned, 0.0)
 
 
 def _accumulator(weight_VD: Tensor) -> torch.dtype:

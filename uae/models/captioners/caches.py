@@ -46,20 +46,33 @@ def check_memory(model: Any, gradient_checkpointing: bool) -> None:
     """Refuse a model whose caches are not known to continue a prompt exactly.
 
     Raises:
-        ValueError: A layer has another kind of cache than keys and values of all tokens, or linear attention; or the
-            model has linear attention and ``gradient_checkpointing`` is set.
+        ValueError: A layer has another kind of cache than keys and values, or linear attention; or the model has linear
+            attention and ``gradient_checkpointing`` is set; or text looks at images through layers of cross-attention.
     """
-    kinds = {type(layer).__name__ for layer in library_cache(model).layers}
-    if kinds - {"DynamicLayer", "LinearAttentionLayer"}:
+    name = type(model).__name__
+    if getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
         raise ValueError(
-            f"{type(model).__name__} caches a prompt as {', '.join(sorted(kinds))}; allowed: keys and values of all "
-            "tokens, and linear attention; set model.init_args.system.init_args.captioner to another model"
+            f"{name} reads images through layers of cross-attention, whose mask a caption cannot continue; allowed: models that "
+            "read images as tokens of the prompt; set model.init_args.system.init_args.captioner to another model"
         )
-    if gradient_checkpointing and kinds != {"DynamicLayer"}:
+    kinds = layer_kinds(model)
+    if kinds - {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "LinearAttentionLayer"}:
         raise ValueError(
-            f"model.init_args.system.init_args.reading.gradient_checkpointing=true, but {type(model).__name__} has layers of "
+            f"{name} caches a prompt as {', '.join(sorted(kinds))}; allowed: keys and values (of all tokens, of a window, or shared "
+            "by layers), and linear attention; set model.init_args.system.init_args.captioner to another model"
+        )
+    if gradient_checkpointing and "LinearAttentionLayer" in kinds:
+        raise ValueError(
+            f"model.init_args.system.init_args.reading.gradient_checkpointing=true, but {name} has layers of "
             "linear attention, whose state cannot be computed again; set it to false"
         )
+
+
+def layer_kinds(model: Any) -> set[str]:
+    """Names of the classes of transformers in which a model's layers keep a prompt."""
+    from transformers import DynamicCache
+
+    return {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
@@ -81,18 +94,26 @@ def _name_of_cache(forward: Callable[..., Any]) -> str:
 
 
 def library_cache(model: Any) -> Any:
-    """An empty cache of the kind that transformers uses for a model."""
-    from transformers import DynamicCache
+    """An empty cache of transformers for a model, whose layers of attention keep all tokens.
 
-    return DynamicCache(config=model.config)
+    The library drops tokens that have left the window of a layer. What a layer attends to is decided by its mask, which reaches
+    over all tokens here, so nothing changes; but captions of several lengths and a second computation can continue the cache.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    return cache
 
 
 def prompt_cache(model: Any) -> Any:
     """An empty cache for a prompt, safe to use where gradient checkpointing computes the prompt's layers twice."""
-    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
     CacheLayerMixin.register(PromptLayer)  # a real subclass would import transformers with this file
-    layers: list[Any] = [PromptLayer() for _ in range(model.config.get_text_config(decoder=True).num_hidden_layers)]
+    own = library_cache(model).layers
+    layers: list[Any] = [layer if type(layer) is DummyLayer else PromptLayer() for layer in own]
     return Cache(layers=layers)
 
 
@@ -101,7 +122,7 @@ def expand(cache: Any, rows: int, group: int) -> Any:
 
     A cache made by the library is changed in place.
     """
-    if all(isinstance(layer, PromptLayer) for layer in cache.layers):
+    if any(isinstance(layer, PromptLayer) for layer in cache.layers):
         return select(cache, torch.arange(rows).repeat_interleave(group))
     for layer in cache.layers:
         if hasattr(layer, "batch_repeat_interleave"):
@@ -115,22 +136,24 @@ def expand(cache: Any, rows: int, group: int) -> Any:
 
 def has_keys_only(cache: Any) -> bool:
     """Whether all layers of a prompt's cache are keys and values, which `select` can continue in parts."""
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DummyLayer, DynamicLayer
 
-    return all(type(layer) in (DynamicLayer, PromptLayer) for layer in cache.layers)
+    return all(type(layer) in (DynamicLayer, PromptLayer, DummyLayer) for layer in cache.layers)
 
 
 def select(cache: Any, prompt_N: Tensor) -> Any:
     """A cache for N captions in one pass, of keys and values of prompts, which are not changed.
 
     Args:
-        cache: The cache of the prompts, of keys and values only.
+        cache: The cache of the prompts, of keys and values only. Layers that use those of another layer have none.
         prompt_N: Number of the prompt of each caption.
     """
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     CacheLayerMixin.register(PromptLayer)
-    layers: list[Any] = [ContinuedLayer(layer.keys, layer.values, prompt_N) for layer in cache.layers]
+    layers: list[Any] = [
+        layer if layer.keys is None else ContinuedLayer(layer.keys, layer.values, prompt_N) for layer in cache.layers
+    ]
     return Cache(layers=layers)
 
 
@@ -138,6 +161,7 @@ class PromptLayer:
     """Keys and values ``[B, H, P, D]`` of a prompt in one layer. The first computation is kept, a second one is ignored."""
 
     is_sliding = is_compileable = is_croppable = False
+    supports_early_init = True
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         self.keys, self.values = keys, values

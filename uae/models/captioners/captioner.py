@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from uae.learner import Learner
 from uae.models.captioners.draws import draw, entropy, uniforms
+from uae.models.captioners.own_forward import adopt_logits
 from uae.models.captioners.policy import CaptionPolicy, Prefix, VLMContext
+from uae.models.captioners.special_tokens import sight_ids
 from uae.models.captioners.steps import check_whole
 from uae.models.merged import merged
 from uae.types import Rollout, Sampling
 
 LEAVING = 8  # fewest rows that leave a batch together: the others are copied then, and their numbers are rounded otherwise
-SPECIAL_VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+COUNTED = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}  # of processors that count patches
+TEXT = "A short text about a picture, which is read once when the captioner is loaded."
 
 
 class HFCaptioner:
@@ -50,16 +53,14 @@ class HFCaptioner:
             )
         self.processor = processor
         self.instruction, self.image_first = instruction, image_first
-        ids = [getattr(model.config, name, None) for name in SPECIAL_VISION_TOKENS]
-        for name in ("image_token_ids", "video_token_ids"):  # of the processor; some surround an image with more of them
-            ids += getattr(processor, name, None) or []
         tokenizer = processor.tokenizer
         ends = model.generation_config.eos_token_id
         self.end_ids = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
         pad = [self.pad_id] if self.pad_id not in self.end_ids else []
-        banned = sorted({i for i in [*ids, *extra_banned_ids, *pad] if i is not None})
+        banned = sorted({*(sight_ids(model.config, processor) - {*self.end_ids}), *extra_banned_ids, *pad})
         self.learner = Learner(CaptionPolicy(model, banned))
+        adopt_logits(self.learner.network, (tokenizer(TEXT, add_special_tokens=False)["input_ids"] * 8)[:8])
         self._prompts: dict[str, str] = {}
 
     @property
@@ -110,22 +111,29 @@ class HFCaptioner:
         """
         images = [(image.clamp(0, 1) * 255).round().to(torch.uint8).cpu() for image in images_BCHW]
         prompts = self.prompts(instruction, len(images))
-        inputs = self.processor(
-            text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.device)
-        rows, patches = dict(inputs), ()
-        if "image_grid_thw" in rows:
+
+        def again(some: Sequence[int]) -> dict[str, Any]:
+            return self._read([images[i] for i in some], [prompts[i] for i in some])
+
+        rows = again(range(len(images)))
+        if "image_grid_thw" in rows and rows.keys() <= COUNTED:
             patches = rows.pop("pixel_values").split(rows["image_grid_thw"].prod(1).tolist())
-        elif len(rows["pixel_values"]) != len(images):  # tiles, each of the same number of tokens
-            tokens_B = (rows["input_ids"] == self.learner.network.base.config.image_token_id).sum(1)
-            tiles_B = tokens_B * len(rows["pixel_values"]) // tokens_B.sum()
-            if tiles_B.sum() != len(rows["pixel_values"]):
-                raise ValueError(
-                    f"{type(self.processor).__name__} makes {len(rows['pixel_values'])} tiles of {len(images)} images, not "
-                    "all with the same number of tokens; set model.init_args.system.init_args.captioner to another model"
-                )
-            patches = rows.pop("pixel_values").split(tiles_B.tolist())
-        return VLMContext(rows, patches, tuple(images_BCHW))
+            return VLMContext(rows, patches, tuple(images_BCHW))
+        return VLMContext(rows, images=tuple(images_BCHW), again=again)
+
+    def _read(self, images: list[Tensor], prompts: list[str]) -> dict[str, Any]:
+        """The processor's output for prompts with one image each, uint8 ``[3, H, W]``."""
+        begin = self.processor.tokenizer.bos_token
+        written = begin is not None and prompts[0].startswith(begin)  # by the template; the tokenizer would add a second one
+        inputs = self.processor(
+            text=prompts,
+            images=[[image] for image in images],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **({"add_special_tokens": False} if written else {}),
+        )
+        return dict(inputs.to(self.device))
 
     @torch.no_grad()
     def sample(

@@ -40,7 +40,7 @@ def continued(cache: Any, rows: int, group: int, layer_of: Callable[[int], Fixed
             written = layer_of(layer.keys.shape[2])
             written.update(layer.keys.repeat_interleave(group, 0), layer.values.repeat_interleave(group, 0))
             cache.layers[number] = written
-        else:  # linear attention, whose states are of one size
+        else:  # linear attention, whose states are of one size; or a layer without keys of its own
             layer.reorder_cache(torch.arange(rows).repeat_interleave(group))
     return cache
 

@@ -7,7 +7,7 @@ image tower runs in sampling only, see `uae.models.captioners.features`. The res
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from uae.grpo import logits, selected_logprobs
+from uae.grpo import LogitRule, logits, selected_logprobs
 from uae.learner import Network
 from uae.models.captioners.caches import (
     cache_argument,
@@ -30,6 +30,7 @@ from uae.models.captioners.caches import (
 from uae.models.captioners.features import ImageFeatures, kept, looking
 from uae.models.captioners.fixed_cache import FixedLayer, continued
 from uae.models.captioners.steps import Places, WholeLayer
+from uae.models.captioners.trunk import inner, trunk
 from uae.models.lengths import alike
 
 FEWEST, SHARE = 8, 0.75  # captions that share a pass, see `uae.models.lengths.alike`
@@ -40,17 +41,20 @@ class VLMContext:
     """The processor's output for B images, padded on the left.
 
     Args:
-        rows: Tensors whose first dimension is B (``input_ids``, ``attention_mask``, ``image_grid_thw``, ...).
-        patches: The ``pixel_values`` of each image, for models that concatenate the patches or tiles of all images; empty
+        rows: Inputs of the model. Where ``again`` is None, the first dimension of each is B.
+        patches: The ``pixel_values`` of each image, for models that say how many patches of all images belong to each; empty
             for other models, whose ``pixel_values`` are in ``rows``.
         images: The B source images ``[3, H, W]`` in [0, 1].
         features: What a frozen image tower sees in them; None if it has to look.
+        again: Prepares some of the images anew, given their numbers, and returns what ``rows`` holds; for processors whose
+            tensors are not one row per image (tiles, pooling of patches, patches in one long row).
     """
 
-    rows: dict[str, Tensor]
+    rows: dict[str, Any]
     patches: tuple[Tensor, ...] = ()
     images: tuple[Tensor, ...] = ()
     features: ImageFeatures | None = None
+    again: Callable[[Sequence[int]], dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         """B, the number of images."""
@@ -58,11 +62,17 @@ class VLMContext:
 
     def index(self, images: Sequence[int]) -> VLMContext:
         """The same context for a subset of its images."""
-        rows = {key: value[list(images)] for key, value in self.rows.items()}
-        patches, sources = (tuple(x[i] for i in images) if x else () for x in (self.patches, self.images))
-        return VLMContext(rows, patches, sources, None if self.features is None else self.features.index(images))
+        chosen = [int(image) for image in images]
+        if chosen == list(range(len(self))):
+            return self
+        again = self.again
+        rows = {key: value[chosen] for key, value in self.rows.items()} if again is None else again(chosen)
+        patches, sources = (tuple(x[i] for i in chosen) if x else () for x in (self.patches, self.images))
+        features = None if self.features is None else self.features.index(chosen)
+        more = None if again is None else lambda some: again([chosen[i] for i in some])
+        return VLMContext(rows, patches, sources, features, more)
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward."""
         return {**self.rows, "pixel_values": torch.cat(self.patches)} if self.patches else dict(self.rows)
 
@@ -121,6 +131,7 @@ class CaptionPolicy(Network):
     """
 
     banned_ids: Tensor
+    rule = LogitRule()  # how logits follow from the last layer, see `uae.models.captioners.own_forward`
     compile_steps = False  # whether the steps of sampling are compiled, see `uae.models.captioners.steps`
 
     def __init__(self, model: nn.Module, banned_ids: Sequence[int] = (), gradient_checkpointing: bool = False) -> None:
@@ -190,22 +201,27 @@ class CaptionPolicy(Network):
                 "gradient_checkpointing_enable() of transformers drops the prompt's cache that captions continue: do not "
                 "call it, set model.init_args.system.init_args.reading.gradient_checkpointing to true"
             )
-        inputs, mask_BP = context.inputs(), context.rows["attention_mask"]
-        if not hasattr(self.base.model, "get_rope_index"):  # else left padding would shift the positions
+        network, mask_BP = inner(self.base), context.rows["attention_mask"]
+        inputs = {name: self._cast(value) for name, value in context.inputs().items()}
+        if not hasattr(network, "get_rope_index"):  # else left padding would shift the positions
             inputs["position_ids"] = (mask_BP.cumsum(1) - 1).clamp(min=0)
         cache = library_cache(self.base) if cache is None else cache
-        with looking(self.base.model, context.features) as seen:
-            out = self.base.model(**inputs, **cache_argument(self.base.model, cache), use_cache=True)
+        with looking(network, context.features) as seen:
+            out = trunk(self.base)(**inputs, **cache_argument(network, cache), use_cache=True)
         offset_B = mask_BP.sum(1)
         deltas = getattr(out, "rope_deltas", None)  # multimodal rope: an image takes fewer positions than tokens
         if deltas is None:  # newer versions keep it on the model
-            deltas = getattr(self.base.model, "rope_deltas", None)
+            deltas = getattr(network, "rope_deltas", None)
         if deltas is not None:
             offset_B = offset_B + deltas.view(-1).to(offset_B.device)
         features = context.features
         if keep_features and seen and not self.tower_learns:
             features = kept(seen, inputs["input_ids"], getattr(self.base.config, "image_token_id", None))
         return Prefix(cache, out.last_hidden_state[:, -1], mask_BP, offset_B, features)
+
+    def _cast(self, value: Any) -> Any:
+        """Pixels in the dtype of the weights: not every image tower casts them itself."""
+        return value.to(self.base.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     @property
     def tower_learns(self) -> bool:
@@ -221,29 +237,33 @@ class CaptionPolicy(Network):
         """Feed caption tokens after a prefix, whose cache grows, and return their final hidden states ``[N, T, D]``."""
         N, T = tokens_NT.shape
         position_NT = prefix.offset_N[:, None] + torch.arange(T, device=tokens_NT.device)
-        if hasattr(self.base.model, "get_rope_index"):
+        network = inner(self.base)
+        if hasattr(network, "get_rope_index"):
             position_NT = position_NT.expand(3, N, T)
         prefix.offset_N = prefix.offset_N + T
         if prefix.places is not None:
             inputs = {"input_ids": tokens_NT, "position_ids": position_NT.contiguous()}
-            return prefix.places.step(self.base.model, inputs, prefix.cache)
+            return prefix.places.step(network, inputs, prefix.cache)
         prefix.mask_NP = torch.cat([prefix.mask_NP, prefix.mask_NP.new_ones(N, T)], dim=1)
-        out = self.base.model(
+        out = trunk(self.base)(
             input_ids=tokens_NT,
             attention_mask=prefix.mask_NP,
             position_ids=position_NT,
-            **cache_argument(self.base.model, prefix.cache),
+            **cache_argument(network, prefix.cache),
             use_cache=True,
         )
-        return out.last_hidden_state
+        hidden_NTD: Tensor = out.last_hidden_state
+        return hidden_NTD
 
     def score(self, hidden_NTD: Tensor, tokens_NT: Tensor, temperature: float) -> Tensor:
         """Log-probs ``[N, T]`` of tokens from the hidden states that predict them."""
         head = self.base.get_output_embeddings()
         bias_V = getattr(head, "bias", None)
-        return selected_logprobs(hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=bias_V)
+        return selected_logprobs(
+            hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=bias_V, rule=self.rule
+        )
 
     def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
         """float32 logits ``[N, V]`` of the policy, as `score` computes them: temperature applied, banned tokens at -inf."""
         head = self.base.get_output_embeddings()
-        return logits(hidden_ND, head.weight, temperature, self.banned_ids, getattr(head, "bias", None))
+        return logits(hidden_ND, head.weight, temperature, self.banned_ids, getattr(head, "bias", None), self.rule)

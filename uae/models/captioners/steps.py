@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from uae.models.captioners.caches import cache_argument
+from uae.models.captioners.caches import cache_argument, layer_kinds
 from uae.models.captioners.fixed_cache import FixedLayer
 
 PIECE = 64  # a cache's length is a multiple of this, so that few lengths are compiled
@@ -80,10 +80,8 @@ def check_steps(model: Any) -> None:
     Raises:
         ValueError: Its attention takes no mask over the whole cache, or it has layers of linear attention.
     """
-    from uae.models.captioners.caches import library_cache
-
     attention = model.config._attn_implementation
-    kinds = {type(layer).__name__ for layer in library_cache(model).layers}
+    kinds = layer_kinds(model)
     if attention != "sdpa" or kinds != {"DynamicLayer"}:
         raise ValueError(
             f"{KEY}=true, but {type(model).__name__} has attention {attention!r} and caches of {', '.join(sorted(kinds))}; "

@@ -210,7 +210,7 @@ class Emu3Captioner(HFCaptioner):
         banned, recompute = self.learner.network.banned_ids.tolist(), captioner.learner.network.gradient_checkpointing
         moments = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
         policy = Emu3Policy(model, banned, recompute, (height, width), moments, self.pad_id)
-        policy.compile_steps = captioner.learner.network.compile_steps
+        policy.compile_steps, policy.rule = captioner.learner.network.compile_steps, captioner.learner.network.rule
         self.learner = Learner(policy.to(captioner.device))
 
     def prepare(self, images_BCHW: Tensor, instruction: str | Sequence[str] | None = None) -> VLMContext:

@@ -45,7 +45,7 @@ def unify(
     banned = sorted({*captioner.learner.network.banned_ids.tolist(), *marks})
     policy = captioner.learner.network
     learner = Learner(JanusPolicy(policy.model, banned, policy.gradient_checkpointing).to(captioner.device))
-    learner.network.compile_steps = policy.compile_steps
+    learner.network.compile_steps, learner.network.rule = policy.compile_steps, policy.rule
     captioner.learner = learner
     return UMM(captioner, TokenConditioner(tokenizer, template), ImageTokenPolicy(learner, sampling, rows))
 
