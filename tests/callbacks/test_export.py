@@ -13,7 +13,7 @@ from tests.tiny_random import RandomTiny
 from tests.two_processes import run_on_two
 from uae.grpo import GRPOLoss
 from uae.miniature.data import SceneData
-from uae.models.finetune import LANGUAGE_MODEL, Full, LoRA
+from uae.models.finetune import Full, LoRA, default_targets
 from uae.types import UMM
 
 
@@ -69,7 +69,7 @@ def trained(build, trainer, base, folder, finetune, **options):
 
 def started_adapter(base, folder):
     """An adapter that a run can start from: another name for its base, a rank of its own, a rank-stabilised scale."""
-    config = peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=LANGUAGE_MODEL, init_lora_weights=False)
+    config = peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=default_targets(plain(base)), init_lora_weights=False)
     torch.manual_seed(3)
     wrapped = peft.get_peft_model(plain(base), config)
     for name, parameter in wrapped.named_parameters():
@@ -145,7 +145,7 @@ def test_weights_merge_in_their_own_dtype(tmp_path, build, trainer, base):
 
 
 def test_an_adapter_that_cannot_be_merged_stops_the_run_at_its_start(tmp_path, build, trainer, base):
-    config = peft.LoraConfig(r=2, use_dora=True, target_modules=LANGUAGE_MODEL)
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=default_targets(plain(base)))
     peft.get_peft_model(plain(base), config).save_pretrained(tmp_path / "start")
     with pytest.raises(ValueError, match="more than two factors a layer .*magnitude"):
         trained(build, trainer, base, tmp_path / "export", LoRA(adapter=str(tmp_path / "start")), merge=True)

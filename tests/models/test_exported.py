@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from callbacks.export import save_model
 from tests.tiny_random import RandomTiny
 from uae.learner import FrozenCopy, Learner, Network
-from uae.models.finetune import LANGUAGE_MODEL, Full, LoRA
+from uae.models.finetune import Full, LoRA, default_targets
 from uae.models.flow.network import FlowNetwork
 from uae.weights.state import save_state
 
@@ -81,7 +81,7 @@ def test_what_is_not_all_of_the_model_is_one_line(exported, tmp_path, kind):
 
 def test_an_adapter_where_weights_are_asked_for_is_one_line(tmp_path):
     network, other = (RandomTiny().build().captioner.learner.network for _ in range(2))
-    peft.get_peft_model(other.model, peft.LoraConfig(target_modules=LANGUAGE_MODEL)).save_pretrained(tmp_path)
+    peft.get_peft_model(other.model, peft.LoraConfig(target_modules=default_targets(other.model))).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{KEY}=.* holds an adapter.*{KEY.replace('weights', 'adapter')}.*merge: true"):
         Full(weights=str(tmp_path)).attach(Learner(network), keep_reference=False)
 

@@ -16,14 +16,19 @@ from uae.files.locations import locate
 from uae.learner import FrozenAdapter, FrozenCopy, Learner, Network, WithoutAdapter, switch_dropout_off
 from uae.models.exported import load_exported
 
-LANGUAGE_MODEL = (  # attention, feed-forward, and the linear attention of hybrids; Emu3's is named text_model
-    r".*\b(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
+LANGUAGE_MODEL = (  # but for its head, and for what routes tokens to experts; Emu3's is named text_model
+    r".*\b(language_model|text_model)\.(?!(.*\.)?(\w*router\b.*|gate|shared_expert_gate|lm_head)$).*"
 )
 IMAGE_TRANSFORMER = (
     r".*attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # of diffusers; as Flow-GRPO adapts them
 )
-DEFAULT_TARGETS = f"{LANGUAGE_MODEL}|{IMAGE_TRANSFORMER}"
 IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Names of the layers that `LoRA` adapts if nothing is said: linear ones of the language model, or a denoiser's attention."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if re.fullmatch(f"{LANGUAGE_MODEL}|{IMAGE_TRANSFORMER}", name)]
 
 
 class Finetune:
@@ -69,7 +74,8 @@ class LoRA(Finetune):
         alpha: Scale of the adapter; it adds ``alpha / rank * B A`` to a weight. None is that of ``adapter``, or 32.
         target_modules: Regular expression over the names of modules that get an adapter, or "all-linear" for every linear
             layer except the output head, those of the image tower included, as UAE was trained. None is those of
-            ``adapter``, or the linear layers of the language model, or the attention of a diffusers denoiser.
+            ``adapter``, or all linear layers of the language model but its head and its routers, or the attention of a
+            diffusers denoiser. Experts that are one weight for all of them are no linear layers, and get no adapter.
         adapter: Folder or hub id of a PEFT adapter to start from; the reference is then a frozen copy of that adapter. What
             is given of the other arguments must be as in its ``adapter_config.json``.
         weights: Folder or hub id of a whole model, as `callbacks.export.Export` writes it with ``merge: true`` or after full
@@ -112,7 +118,7 @@ class LoRA(Finetune):
         """The model with a new adapter, which adapts none of the modules in ``aside``."""
         import peft
 
-        targets = DEFAULT_TARGETS if self.target_modules is None else self.target_modules
+        targets = default_targets(model) if self.target_modules is None else self.target_modules
         rank, alpha = 16 if self.rank is None else self.rank, 32 if self.alpha is None else self.alpha
         excluded = [name for name, module in model.named_modules() if module in aside]
         try:
@@ -124,7 +130,7 @@ class LoRA(Finetune):
             )
         except ValueError as error:
             raise ValueError(
-                f"{self.key}: rank={rank}, alpha={alpha}, target_modules={targets!r} are no adapter of this model: {error}"
+                f"{self.key}: rank={rank}, alpha={alpha}, target_modules={self.target_modules!r} are no adapter of this model: {error}"
             ) from error
 
     def _loaded(self, model: nn.Module, folder: str) -> Any:
