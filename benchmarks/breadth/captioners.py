@@ -18,7 +18,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +141,11 @@ def judge(verdict: Verdict, folder: Path) -> None:
     expected = gradients(network, plain)
     verdict.gradient = apart(gradients(network, logp), expected)
     with torch.no_grad():
-        second = rollout.select([1])
+        second = rollout.of([1], rollout.group)
         verdict.part = difference(captioner.logprobs(second), plain[3:, : second.tokens_NT.shape[1]])
         changed = rollout.tokens_NT.clone()
         changed[:, -1] = rollout.tokens_NT[:, 0]
-        again = captioner.logprobs(Rollout(**{**vars(rollout), "tokens_NT": changed}))
+        again = captioner.logprobs(replace(rollout, tokens_NT=changed))
         verdict.future = difference(again[:, :-1], logp[:, :-1])
     verdict.checkpointing = checkpointed(folder, captioner, rollout, expected)
     half = load(folder)
@@ -174,7 +174,7 @@ def line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said} ({Path(last.filename).name}:{last.lineno})"
 
 
-def measure(family: str, debug: Callable[[], None]) -> Verdict:
+def measure(family: str, debug: Callable[[], None] = lambda: None) -> Verdict:
     """The verdict on a family."""
     verdict = Verdict(family)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -199,12 +199,12 @@ def markdown(verdicts: list[Verdict]) -> str:
     lines = [
         "# Vision-language families as captioners",
         "",
-        f"`python -m benchmarks.breadth.captioners`: {works} of {len(verdicts)} families work. Tiny checkpoints with random weights, "
+        f"`python -m benchmarks.breadth.captioners`: {works} of {len(verdicts)} families work. Tiny checkpoints of random weights, "
         "loaded as a configuration loads them; two images of different sizes, questions of different lengths, three captions each. "
-        "Works: log-probs of sampler and update equal (ratio), equal to the library's own forward pass on one image alone (log-prob; "
-        f"{LOGP:.0e} nats), for a part of the batch, too; gradients of the default adapter equal to those of that pass ({GRADIENT:.0e} "
-        "of the largest number); no log-prob depends on a later token; bfloat16 loads and draws. Layers: share of the text decoder's linear "
-        "layers, routers aside, that the default adapter reaches. Before: the verdict of the first measurement, for comparison.",
+        "Works: log-probs of sampler and update equal (ratio), equal to the library's own forward pass on one image alone (log-prob), "
+        f"for a part of the batch, too ({LOGP:.0e} nats); gradients of the default adapter equal to its gradients ({GRADIENT:.0e} of "
+        "the largest number); no log-prob depends on a later token; bfloat16 loads and draws. Layers: share of the linear layers "
+        "of the text decoder, routers aside, that the default adapter reaches. Before: the verdict of the first measurement.",
         "",
         "| family | before | now | ratio | log-prob | part | gradient | layers | checkpointing | bfloat16 |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -1,5 +1,7 @@
 """Random-weight captioners of several library families, and the plain forward pass they are compared with."""
 
+from dataclasses import replace
+
 import torch
 
 from uae.miniature import tiny
@@ -179,6 +181,16 @@ def text_config(layers):
         vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
+
+
+def in_double(context):
+    """A captioner's context with all numbers in float64."""
+
+    def cast(rows):
+        return {name: x.double() if torch.is_floating_point(x) else x for name, x in rows.items()}
+
+    again = context.again and (lambda images: cast(context.again(images)))
+    return replace(context, rows=cast(context.rows), patches=tuple(x.double() for x in context.patches), again=again)
 
 
 def plain_logprobs(captioner, rollout):

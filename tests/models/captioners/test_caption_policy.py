@@ -37,30 +37,19 @@ def test_a_context_holds_its_source_images(captioner, images):
     assert torch.equal(rollout.of([1], rollout.group).context.images[0], images[1])
 
 
-def test_tiles_belong_to_their_image(created, images):
-    """InternVL's processor cuts pictures into different numbers of tiles and hands them over in one pile."""
-    captioner = created("internvl")
-    together = captioner.prepare([*images, images[1].flip(2)])
-    assert [len(x) for x in together.patches] == [5, 3, 3]
-    for i, image in enumerate([*images, images[1].flip(2)]):
-        alone = captioner.prepare([image])
-        assert torch.equal(together.index([i]).inputs()["pixel_values"], alone.inputs()["pixel_values"])
-
-
-def test_a_pile_that_cannot_be_divided_is_refused(created, images):
-    captioner = copy.deepcopy(created("internvl"))
-    honest = captioner.processor
-
-    class Odd(type(honest)):
-        def __call__(self, *args, **kwargs):
-            out = honest(*args, **kwargs)
-            out["pixel_values"] = out["pixel_values"][:-1]
-            return out
-
-    captioner.processor = Odd.__new__(Odd)
-    captioner.prompt("describe")
-    with pytest.raises(ValueError, match="7 tiles of 2 images"):
-        captioner.prepare(images)
+@pytest.mark.parametrize("family", ["internvl", "llava_onevision", "qwen2_5_vl"])
+def test_what_is_seen_of_an_image_belongs_to_it(created, images, family):
+    """Also where the processor hands over the tiles of all images in one pile, and of parts of a part."""
+    captioner = created(family)
+    several = [*images, images[1].flip(2)]
+    together = captioner.prepare(several, ["describe", "describe the red ring", "red"])
+    for context, chosen in ((together.index([2, 0]), [2, 0]), (together.index([2, 1, 0]).index([0, 2]), [2, 0])):
+        fresh = captioner.prepare([several[i] for i in chosen], [["describe", "describe the red ring", "red"][i] for i in chosen])
+        found, expected = context.inputs(), fresh.inputs()
+        cut = found["input_ids"].shape[1] - expected["input_ids"].shape[1]  # the padding of a longer batch may stay
+        found |= {name: found[name][:, cut:] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in found}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ prompt

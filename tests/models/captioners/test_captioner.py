@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.models.families import IDS, plain_logprobs, plain_logprobs_and_entropies
-from uae.models.captioners.captioner import HFCaptioner, VLMContext
+from tests.models.families import IDS, in_double, plain_logprobs, plain_logprobs_and_entropies
+from uae.models.captioners.captioner import HFCaptioner
 from uae.models.captioners.draws import draw
 from uae.types import Rollout, Sampling
 
@@ -48,9 +48,7 @@ def test_ratio_is_one(captioner, rollout):
 def test_logprobs_and_gradients_equal_one_plain_forward_per_caption(captioner, rollout):
     captioner = copy.deepcopy(captioner)
     captioner.learner.network.double()  # so that only the computation can differ, not its rounding
-    context = rollout.context
-    rows = {name: x.double() if x.is_floating_point() else x for name, x in context.rows.items()}
-    rollout = replace(rollout, context=VLMContext(rows, tuple(x.double() for x in context.patches)))
+    rollout = replace(rollout, context=in_double(replace(rollout.context, features=None)))
     ours_NT, plain_NT = captioner.logprobs(rollout), plain_logprobs(captioner, rollout)
     hybrid = hasattr(captioner.language_model.layers[0], "linear_attn")  # computes in float32, whatever it is given
     torch.testing.assert_close(ours_NT.double(), plain_NT, atol=2e-5 if hybrid else 1e-6, rtol=0)
@@ -102,7 +100,7 @@ def test_left_padding_changes_nothing(captioner, images):
         name: torch.nn.functional.pad(x, (3, 0), value=pads[name]) if name in pads else x
         for name, x in plain.rows.items()
     }
-    padded = captioner.sample(VLMContext(rows, plain.patches), 6, Sampling(0.7, 8), range(6))
+    padded = captioner.sample(replace(plain, rows=rows), 6, Sampling(0.7, 8), range(6))
     alone = captioner.sample(plain, 6, Sampling(0.7, 8), range(6))
     assert torch.equal(padded.tokens_NT, alone.tokens_NT)
     torch.testing.assert_close(padded.logp_RS, alone.logp_RS, **TOLERANCE)

@@ -112,6 +112,6 @@ def _check_continuation(policy: CaptionPolicy, ids_1L: Tensor) -> None:
     off = float((found_T - expected_T).abs().mean())
     if not off <= NATS[head.weight.dtype.itemsize > 2]:
         raise ValueError(
-            f"{type(policy.base).__name__} gives other log-probs behind the cache of a prompt than in one pass (off by {off:.2g} nats), "
+            f"{type(policy.base).__name__} gives other log-probs behind the cache of a prompt than in one pass (by {off:.2g} nats), "
             f"so captions cannot share a prompt; set {KEY} to a model of another class"
         )
