@@ -20,7 +20,7 @@ def alone(captioner: HFCaptioner, image: Tensor, instruction: str) -> dict[str, 
     inputs = captioner.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    return dict(inputs)
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def plain_logprobs(captioner: HFCaptioner, images: Sequence[Tensor], instructions: Sequence[str], rollout: Rollout[Any]) -> Tensor:

@@ -109,8 +109,8 @@ def gemma3n() -> Parts:
     roles = {**MARKS, **SOUND}
     words = tokenizer([*roles.values()], roles, begin=True)
     processor = transformers.Gemma3nProcessor(
-        transformers.Gemma3nAudioFeatureExtractor(), transformers.SiglipImageProcessor(size=square(64), **MOMENTS), words,
-        chat_template=template(MARKS["image_token"], begin=True), image_seq_length=4, audio_seq_length=4,
+        transformers.Gemma3nAudioFeatureExtractor(), transformers.SiglipImageProcessor(size=square(128), **MOMENTS), words,
+        chat_template=template(MARKS["image_token"], begin=True), image_seq_length=256, audio_seq_length=4,
     )  # fmt: skip
     size = len(words) + 8
     decoder = text(
@@ -119,10 +119,11 @@ def gemma3n() -> Parts:
         activation_sparsity_pattern=[0.0] * 4, tie_word_embeddings=True,
     )  # fmt: skip
     vision = {"architecture": "mobilenetv5_300m_enc", "hidden_size": 2048, "vocab_size": 8, "vocab_offset": size}
+    vision["model_args"] = {"channel_multiplier": 0.1}
     audio = {"vocab_size": 8, "vocab_offset": size + 8, "hidden_size": 32, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1}
     names = {f"{mark}_id": token for mark, token in roles.items()}
     config = transformers.Gemma3nConfig(
-        text_config=decoder, vision_config=vision, audio_config=audio, vision_soft_tokens_per_image=4, tie_word_embeddings=True,
+        text_config=decoder, vision_config=vision, audio_config=audio, vision_soft_tokens_per_image=256, tie_word_embeddings=True,
         **ids(words, **names),
     )  # fmt: skip
     return Parts("Gemma3nForConditionalGeneration", config, processor)

@@ -96,10 +96,12 @@ def model(parts: Parts, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = getattr(transformers, parts.kind)(parts.config)
+        tied = made.get_output_embeddings().weight is made.get_input_embeddings().weight
         for name, weight in made.named_parameters():
             if weight.ndim > 1:
                 table = "embed_tokens" in name or "lm_head" in name or "position" in name
-                torch.nn.init.normal_(weight, 0, 0.3 if table else 1.2 / weight[0].numel() ** 0.5)
+                scale = 0.08 if tied else 0.2  # with one table, a word would be followed by itself
+                torch.nn.init.normal_(weight, 0, scale if table else 1.0 / weight[0].numel() ** 0.5)
     words = parts.processor.tokenizer
     made.generation_config.eos_token_id = [words.eos_token_id, *parts.ends]
     made.generation_config.pad_token_id = words.pad_token_id

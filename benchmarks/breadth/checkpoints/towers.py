@@ -95,12 +95,12 @@ def fast_vlm() -> Parts:
 
     words = tokenizer([IMAGE, VIDEO])
     processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor(size=square(64), crop_size=square(64)), words, patch_size=64,
+        transformers.CLIPImageProcessor(size=square(64), crop_size=square(64)), words, patch_size=32,
         vision_feature_select_strategy="full", chat_template=template(), image_token=IMAGE,
     )  # fmt: skip
     vision = {
-        "model_type": "timm_wrapper", "architecture": "fastvit_mci2", "do_pooling": True, "num_classes": 0, "hidden_size": 96,
-        "model_args": {"inference_mode": True, "layers": [1, 1, 1, 1], "embed_dims": [8, 16, 32, 48], "fc_se": False},
+        "model_type": "timm_wrapper", "architecture": "fastvit_mci2", "do_pooling": True, "num_classes": 0, "hidden_size": 128,
+        "model_args": {"inference_mode": True, "layers": [1, 1, 1, 1], "embed_dims": [8, 16, 32, 64]},
     }  # fmt: skip
     config = transformers.FastVlmConfig(
         vision_config=vision, text_config=text(words, model_type="qwen2"), tie_word_embeddings=False,
@@ -194,15 +194,14 @@ def command_a() -> Parts:
     words = tokenizer([*roles.values()], roles, begin=True)
     processor = transformers.Cohere2VisionProcessor(
         transformers.Cohere2VisionImageProcessor(
-            size=square(28), patch_size=7, downsample_factor=2, max_patches=4, crop_to_patches=True, **MOMENTS
+            size=square(32), patch_size=4, downsample_factor=2, max_patches=4, crop_to_patches=True, **MOMENTS
         ),
         words,
         chat_template=template("<|IMG_PATCH|>", begin=True),
     )
-    processor.patch_size = 2  # tokens along a side of a tile
     config = transformers.Cohere2VisionConfig(
-        vision_config=tower("siglip_vision_model", patch=7, vision_use_head=False), text_config=_cohere(words), downsample_factor=2,
-        alignment_intermediate_size=64, tie_word_embeddings=True, **ids(words, image_token_id="<|IMG_PATCH|>"),
+        vision_config=tower("siglip_vision_model", side=32, patch=4, vision_use_head=False), text_config=_cohere(words),
+        downsample_factor=2, alignment_intermediate_size=64, tie_word_embeddings=True, **ids(words, image_token_id="<|IMG_PATCH|>"),
     )  # fmt: skip
     return Parts("Cohere2VisionForConditionalGeneration", config, processor)
 

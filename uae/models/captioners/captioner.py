@@ -18,6 +18,7 @@ from uae.models.captioners.own_forward import adopt_logits
 from uae.models.captioners.policy import CaptionPolicy, Prefix, VLMContext
 from uae.models.captioners.special_tokens import sight_ids
 from uae.models.captioners.steps import check_whole
+from uae.models.captioners.trunk import text_decoder
 from uae.models.merged import merged
 from uae.types import Rollout, Sampling
 
@@ -75,7 +76,7 @@ class HFCaptioner:
         Its ``last_hidden_state`` is taken after the final norm. Positions are counted from the first token, so a caller
         pads on the right or passes ``position_ids``.
         """
-        decoder: nn.Module = self.learner.network.base.get_decoder()
+        decoder: nn.Module = text_decoder(self.learner.network.base)
         return decoder
 
     def to(self, device: torch.device | str) -> HFCaptioner:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+HANDED_ON = {"pooler_output", "deepstack_features"}  # of a tower's output: what is put in the place of image tokens ...
+ASIDE = {"last_hidden_state", "hidden_states", "attentions"}  # ... and what is not used once they are made
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def kept(seen: Sequence[Any], ids_BP: Tensor, image_token: int | None) -> ImageF
     """
     if image_token is None or len(seen) != 1 or getattr(seen[0], "pooler_output", None) is None:
         return None
+    if {name for name, value in seen[0].items() if value is not None} - HANDED_ON - ASIDE:
+        return None  # the model may use what is not kept here
     layers = [seen[0].pooler_output, *(getattr(seen[0], "deepstack_features", None) or ())]
     if not all(isinstance(part, Tensor) for layer in layers for part in _parts(layer)):
         return None
@@ -91,8 +96,10 @@ def kept(seen: Sequence[Any], ids_BP: Tensor, image_token: int | None) -> ImageF
     if any(len(rows) != sum(tokens_B) for rows in flat):
         return None
     rows = zip(*(layer.split(tokens_B) for layer in flat), strict=True)
-    kind: Callable[..., Any] = type(seen[0])
-    return ImageFeatures(partial(kind), tuple(layer.ndim if isinstance(layer, Tensor) else 0 for layer in layers), tuple(rows))
+    kind: Any = type(seen[0])
+    unused = {one.name: None for one in fields(kind) if one.name in ASIDE}  # some classes want them said
+    shapes = tuple(layer.ndim if isinstance(layer, Tensor) else 0 for layer in layers)
+    return ImageFeatures(partial(kind, **unused), shapes, tuple(rows))
 
 
 def _parts(layer: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

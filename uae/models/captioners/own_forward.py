@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uae.grpo import LogitRule, logits
 from uae.models.captioners.policy import CaptionPolicy, VLMContext
-from uae.models.captioners.trunk import has_trunk
+from uae.models.captioners.trunk import has_trunk, inner, text_decoder
 
 KEY = "model.init_args.system.init_args.captioner"
 FACTORS = ("logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")  # names in configurations
@@ -34,14 +34,21 @@ def adopt_logits(policy: CaptionPolicy, ids: list[int]) -> None:
         ids: A few tokens of text, at least 4.
 
     Raises:
-        ValueError: The model's logits are none that the policy can have, or a continued cache gives others.
+        ValueError: The model's logits are none that the policy can have, a continued cache gives others, or a pass fails.
     """
     if policy.banned_ids.is_meta or any(weight.is_meta for weight in policy.parameters()):
         return
     ids_1L = torch.tensor([ids], device=policy.banned_ids.device)
-    with torch.no_grad(), torch.autocast(ids_1L.device.type, enabled=False):
-        policy.rule = _rule(policy.base, ids_1L)
-        _check_continuation(policy, ids_1L)
+    try:
+        with torch.no_grad(), torch.autocast(ids_1L.device.type, enabled=False):
+            policy.rule = _rule(policy.base, ids_1L)
+            _check_continuation(policy, ids_1L)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise ValueError(
+            f"{type(policy.base).__name__} cannot read a few tokens of text ({said}); set {KEY} to a model of another class, "
+            "or install another transformers"
+        ) from error
 
 
 def _rule(model: Any, ids_1L: Tensor) -> LogitRule:
@@ -78,7 +85,7 @@ def _loud_logits(model: Any, ids_1L: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(output.last_hidden_state[0])
         return output
 
-    handle = (model.model if has_trunk(model) else model.get_decoder()).register_forward_hook(enlarge)
+    handle = (model.model if has_trunk(model) else text_decoder(model)).register_forward_hook(enlarge)
     try:
         own_1LV = model(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L), use_cache=False).logits
     finally:
@@ -99,6 +106,11 @@ def _candidates(config: Any) -> Iterator[LogitRule]:
 
 def _check_continuation(policy: CaptionPolicy, ids_1L: Tensor) -> None:
     """Compare log-probs behind a prompt's cache with those of one plain pass over all tokens."""
+    if getattr(policy.base.config.get_text_config(decoder=True), "use_bidirectional_attention", None) is True:
+        return  # without an image, one pass would take the whole text for a prompt, whose tokens look both ways (PaliGemma)
+    network = inner(policy.base)
+    if hasattr(network, "rope_deltas"):
+        network.rope_deltas = None  # of the last prompt with an image, which a text without one would be counted on from
     half, rule = ids_1L.shape[1] // 2, policy.rule
     plain_LV = policy.base(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L), use_cache=False).logits[0].float()
     asked_T = ids_1L[0, half:]

@@ -20,12 +20,18 @@ class Trunk:
     def __call__(self, **inputs: Any) -> Any:
         """The output of the text decoder, whose ``last_hidden_state`` is taken after the final norm."""
         seen: list[Any] = []
-        handle = self.model.get_decoder().register_forward_hook(lambda module, arguments, output: seen.append(output))
+        handle = text_decoder(self.model).register_forward_hook(lambda module, arguments, output: seen.append(output))
         try:
             self.model(**inputs, logits_to_keep=1)
         finally:
             handle.remove()
         return seen[-1]
+
+
+def text_decoder(model: Any) -> Any:
+    """The text decoder without its output head, whose ``last_hidden_state`` is taken after the final norm."""
+    found = model.get_decoder()
+    return found.model if found.get_output_embeddings() is not None and has_trunk(found) else found
 
 
 def has_trunk(model: Any) -> bool:
