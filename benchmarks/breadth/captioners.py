@@ -144,7 +144,9 @@ def judge(verdict: Verdict, folder: Path) -> None:
     verdict.gradient = apart(gradients(network, logp), expected)
     with torch.no_grad():
         second = rollout.of([1], rollout.group)
-        verdict.part = difference(captioner.logprobs(second), plain[3:, : second.tokens_NT.shape[1]])
+        looking = replace(second, context=replace(second.context, features=None))  # its pixels are read, not what the tower saw
+        wanted = plain[3:, : second.tokens_NT.shape[1]]
+        verdict.part = max(difference(captioner.logprobs(part), wanted) for part in (second, looking))
         changed = rollout.tokens_NT.clone()
         changed[:, -1] = rollout.tokens_NT[:, 0]
         again = captioner.logprobs(replace(rollout, tokens_NT=changed))
@@ -204,8 +206,8 @@ def markdown(verdicts: list[Verdict]) -> str:
         f"`python -m benchmarks.breadth.captioners`: {works} of {len(verdicts)} families work. Tiny checkpoints of random weights, "
         "loaded as a configuration loads them; two images of different sizes, questions of different lengths, three captions each. "
         "Works: log-probs of sampler and update equal (ratio), equal to the library's own forward pass on one image alone (log-prob), "
-        f"for a part of the batch, too ({LOGP:.0e} nats, {LINEAR:.0e} with linear attention); gradients of the default adapter equal to "
-        f"its gradients ({GRADIENT:.0e} of the largest number); no log-prob depends on a later token; bfloat16 loads and draws. "
+        f"for a part of the batch, too ({LOGP:.0e} nats, {LINEAR:.0e} with linear attention); gradients of the default adapter equal "
+        f"to its own ({GRADIENT:.0e} of the largest number); no log-prob depends on a later token; bfloat16 loads and draws. "
         "Layers: share of the linear layers of the text decoder, routers aside, that the default adapter reaches. Before: the verdict "
         "of the first measurement.",
         "",

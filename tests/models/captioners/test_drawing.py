@@ -22,6 +22,7 @@ def batches(monkeypatch):
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_rows_that_have_ended_leave_the_batch(family, batches, monkeypatch):
     captioner = families.create(family)
+    batches.clear()
     generator = torch.Generator().manual_seed(0)
     context = captioner.prepare([torch.rand(3, 24, width, generator=generator) for width in (24, 40, 24)])
     drawn = captioner.sample(context, 8, Sampling(1.0, 90), range(24))

@@ -229,7 +229,9 @@ def test_a_memory_that_cannot_be_continued(created):
     with pytest.raises(ValueError, match=r"reading.gradient_checkpointing=true, but Qwen3_5.*linear attention"):
         assemble_captioner(model, words, Reading(gradient_checkpointing=True), "describe")
     model = copy.deepcopy(created("llava").learner.network.model)
-    model.config.text_config.layer_types = ["sliding_attention", "full_attention"]
-    model.config.text_config.sliding_window = 8
-    with pytest.raises(ValueError, match=r"DynamicSlidingWindowLayer.*system.init_args.captioner to another model"):
+    model.config.text_config.layer_types = ["indexed_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"DynamicIndexedLayer.*system.init_args.captioner to another model"):
+        assemble_captioner(model, created("llava").processor, Reading(), "describe")
+    model.config.text_config.cross_attention_layers = [1]
+    with pytest.raises(ValueError, match=r"layers of cross-attention.*system.init_args.captioner to another model"):
         assemble_captioner(model, created("llava").processor, Reading(), "describe")
