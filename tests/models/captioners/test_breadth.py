@@ -11,6 +11,7 @@ from benchmarks.breadth.checkpoints import catalog, parts
 from uae.grpo import LogitRule
 from uae.models.captioners import own_forward
 from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.loading import Reading, assemble_captioner
 from uae.models.captioners.policy import CaptionPolicy, VLMContext
 from uae.models.captioners.special_tokens import sight_ids
 
@@ -103,6 +104,12 @@ def test_logits_that_nobody_explains_are_refused(monkeypatch):
     monkeypatch.setattr(type(model), "forward", squared)
     with pytest.raises(ValueError, match=r"logits of GraniteDocling.* are not those .*model\.init_args\.system\.init_args\.captioner"):
         HFCaptioner(model, made.processor, "Describe.")
+
+
+def test_compiled_steps_are_refused_where_layers_have_windows():
+    made = catalog.FAMILIES["Gemma 3"]()
+    with pytest.raises(ValueError, match=r"reading\.compile=true, but Gemma3.*DynamicSlidingWindowLayer.*compile to false"):
+        assemble_captioner(parts.model(made), made.processor, Reading(compile=True), "Describe.")
 
 
 MARKS = {
