@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.breadth.checkpoints.catalog import FAMILIES, write
 from benchmarks.breadth.plain import plain_logprobs
+from benchmarks.breadth.tiny.catalog import FAMILIES, write
 from benchmarks.results import write as write_report
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.captioners.loading import Reading, load_captioner

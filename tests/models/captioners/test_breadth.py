@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from benchmarks.breadth import captioners
-from benchmarks.breadth.checkpoints import catalog, parts
+from benchmarks.breadth.tiny import catalog, parts
 from uae.grpo import LogitRule
 from uae.models.captioners import own_forward
 from uae.models.captioners.captioner import HFCaptioner

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.breadth.checkpoints.parts import (
-    MOMENTS,
-    VIDEO,
-    WIDTH,
-    Parts,
-    ids,
-    multimodal_rope,
-    template,
-    text,
-    tokenizer,
-)
+from benchmarks.breadth.tiny.parts import MOMENTS, VIDEO, WIDTH, Parts, ids, multimodal_rope, template, text, tokenizer
 
 SIDES: dict[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
 SIZE = {"shortest_edge": 24 * 24, "longest_edge": 24 * 48}

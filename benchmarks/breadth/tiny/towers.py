@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.breadth.checkpoints.parts import (
-    IMAGE,
-    MOMENTS,
-    VIDEO,
-    Parts,
-    ids,
-    square,
-    template,
-    text,
-    tokenizer,
-    tower,
-)
+from benchmarks.breadth.tiny.parts import IMAGE, MOMENTS, VIDEO, Parts, ids, square, template, text, tokenizer, tower
 
 PINPOINTS = [[28, 28], [28, 56], [56, 28], [56, 56]]
 CLIP = {"projection_dim": 32}
@@ -216,11 +205,7 @@ def ovis2() -> Parts:
         transformers.Ovis2ImageProcessor(size=square(28), crop_to_patches=True, max_patches=4), words, chat_template=template(),
         image_seq_length=4,
     )  # fmt: skip
-    vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 28, "patch_size": 7,
-        "vocab_size": 48, "hidden_stride": 2, "num_visual_indicator_tokens": 5,
-    }  # fmt: skip
+    vision = tower("ovis2_vision", patch=7, vocab_size=48, hidden_stride=2, num_visual_indicator_tokens=5)
     config = transformers.Ovis2Config(
         vision_config=vision, text_config=text(words, model_type="qwen2"), hidden_size=64, vocab_size=len(words) + 8,
         visual_indicator_token_ids=words.convert_tokens_to_ids(marks), tie_word_embeddings=False,

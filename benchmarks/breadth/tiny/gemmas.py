@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.breadth.checkpoints.parts import (
-    HEAD,
-    IMAGE,
-    MOMENTS,
-    WIDTH,
-    Parts,
-    ids,
-    square,
-    template,
-    text,
-    tokenizer,
-    tower,
-)
+from benchmarks.breadth.tiny.parts import IMAGE, MOMENTS, WIDTH, Parts, ids, square, template, text, tokenizer, tower
 
 WINDOW = 6  # shorter than every prompt
 LAYERS = ["sliding_attention", "full_attention"]
@@ -33,7 +21,7 @@ def paligemma2() -> Parts:
     """PaliGemma 2: caps on logits and on attention, windows of attention."""
     return _paligemma(
         "gemma2", sliding_window=WINDOW, layer_types=LAYERS, final_logit_softcapping=2.0, attn_logit_softcapping=5.0,
-        query_pre_attn_scalar=HEAD,
+        query_pre_attn_scalar=16,
     )  # fmt: skip
 
 
@@ -61,7 +49,7 @@ def gemma3() -> Parts:
         transformers.Gemma3ImageProcessor(size=square(28), **MOMENTS), words,
         chat_template=template("<start_of_image>", begin=True), image_seq_length=4,
     )  # fmt: skip
-    decoder = text(words, sliding_window=WINDOW, layer_types=LAYERS, query_pre_attn_scalar=HEAD)
+    decoder = text(words, sliding_window=WINDOW, layer_types=LAYERS, query_pre_attn_scalar=16)
     names = {"image_token_index": "image_token", "boi_token_index": "boi_token", "eoi_token_index": "eoi_token"}
     config = transformers.Gemma3Config(
         vision_config=tower("siglip_vision_model", patch=7, vision_use_head=False), text_config=decoder, mm_tokens_per_image=4,
@@ -83,7 +71,7 @@ def gemma4() -> Parts:
     )  # fmt: skip
     decoder = text(
         words, sliding_window=WINDOW, num_hidden_layers=4, layer_types=LAYERS * 2, final_logit_softcapping=2.0, num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=len(words) + 8, global_head_dim=HEAD,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=len(words) + 8, global_head_dim=16,
         use_bidirectional_attention="vision", tie_word_embeddings=True,
     )  # fmt: skip
     vision = {

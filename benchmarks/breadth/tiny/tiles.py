@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.breadth.checkpoints.parts import (
-    HEAD,
-    IMAGE,
-    MOMENTS,
-    VIDEO,
-    WIDTH,
-    Parts,
-    ids,
-    square,
-    template,
-    text,
-    tokenizer,
-    tower,
-)
+from benchmarks.breadth.tiny.parts import IMAGE, VIDEO, WIDTH, Parts, ids, square, template, text, tokenizer, tower
 
 ROWS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 IDEFICS = ["<fake_token_around_image>", IMAGE, "<end_of_utterance>", "<global-img>", VIDEO, *ROWS]
 GRANITE: dict[str, Any] = {
-    "logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 1 / HEAD,
+    "logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.0625,
 }  # fmt: skip
 
 
@@ -35,11 +22,16 @@ def idefics3() -> Parts:
         transformers.Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}), words, image_seq_len=4,
         chat_template=template(begin=True),
     )  # fmt: skip
-    config = transformers.Idefics3Config(
-        vision_config=tower("idefics3_vision", patch=7), text_config=text(words, model_type="llama"), scale_factor=2,
+    return Parts("Idefics3ForConditionalGeneration", _idefics("Idefics3", words), processor)
+
+
+def _idefics(kind: str, words: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{kind}Config")(
+        vision_config=tower(f"{kind.lower()}_vision", patch=7), text_config=text(words, model_type="llama"), scale_factor=2,
         tie_word_embeddings=False, pad_token_id=words.pad_token_id, **ids(words, image_token_id=IMAGE),
     )  # fmt: skip
-    return Parts("Idefics3ForConditionalGeneration", config, processor)
 
 
 def smolvlm() -> Parts:
@@ -54,11 +46,7 @@ def smolvlm() -> Parts:
         transformers.SmolVLMImageProcessor(**sizes), words, transformers.SmolVLMVideoProcessor(**video), image_seq_len=4,
         chat_template=template(),
     )  # fmt: skip
-    config = transformers.SmolVLMConfig(
-        vision_config=tower("smolvlm_vision", patch=7), text_config=text(words, model_type="llama"), scale_factor=2,
-        tie_word_embeddings=False, pad_token_id=words.pad_token_id, **ids(words, image_token_id=IMAGE),
-    )  # fmt: skip
-    return Parts("SmolVLMForConditionalGeneration", config, processor)
+    return Parts("SmolVLMForConditionalGeneration", _idefics("SmolVLM", words), processor)
 
 
 def lfm2_vl() -> Parts:
@@ -196,7 +184,7 @@ def mllama() -> Parts:
 
     words = tokenizer(["<|image|>", "<|python_tag|>"], {"image_token": "<|image|>"}, begin=True)
     processor = transformers.MllamaProcessor(
-        transformers.MllamaImageProcessor(size=square(28), max_image_tiles=4, **MOMENTS), words,
+        transformers.MllamaImageProcessor(size=square(28), max_image_tiles=4), words,
         chat_template=template("<|image|>", begin=True),
     )  # fmt: skip
     vision = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.breadth.checkpoints import gemmas, grids, tiles, towers
-from benchmarks.breadth.checkpoints.parts import Parts, model
+from benchmarks.breadth.tiny import gemmas, grids, tiles, towers
+from benchmarks.breadth.tiny.parts import Parts, model
 
 FAMILIES: dict[str, Callable[[], Parts]] = {
     "Qwen2-VL": lambda: grids.qwen("Qwen2"),
