@@ -7,6 +7,7 @@ found out here by a few tokens of text, and a model that does something unknown 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,21 +45,30 @@ def adopt_logits(policy: CaptionPolicy, ids: list[int]) -> None:
             policy.rule = _rule(policy.base, ids_1L)
             _check_continuation(policy, ids_1L)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        name, said = type(policy.base).__name__, f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        if not ids_1L.is_cuda and torch.cuda.is_available():
+            warnings.warn(f"{name} does not run on the CPU ({said}), so its cache is not compared with one pass", stacklevel=2)
+            return
         raise ValueError(
-            f"{type(policy.base).__name__} cannot read a few tokens of text ({said}); set {KEY} to a model of another class, "
-            "or install another transformers"
+            f"{name} cannot read a few tokens of text ({said}); set {KEY} to a model of another class, or install another transformers"
         ) from error
 
 
 def _rule(model: Any, ids_1L: Tensor) -> LogitRule:
-    """The rule by which a model's logits follow from its last layer: the candidate that comes closest."""
-    own_LV, hidden_LD = _loud_logits(model, ids_1L)
-    head = model.get_output_embeddings()
+    """The rule by which a model's logits follow from its last layer: the candidate that comes closest.
+
+    The model's own code is given hidden states in place of those that its layers would compute. They are loud, because caps and
+    rounding would hide in small logits.
+    """
+    head, noise = model.get_output_embeddings(), torch.Generator().manual_seed(0)
+    bias_V = getattr(head, "bias", None)
+    hidden_LD = torch.randn(ids_1L.shape[1], head.weight.shape[1], generator=noise).to(head.weight)
+    hidden_LD = hidden_LD * (LOUD / logits(hidden_LD, head.weight, bias_V=bias_V).abs().max()).to(hidden_LD.dtype)
+    own_LV = _own_logits(model, ids_1L, hidden_LD)
     largest = float(own_LV.abs().max())
 
     def error(rule: LogitRule) -> float:
-        ours_LV = logits(hidden_LD, head.weight, bias_V=getattr(head, "bias", None), rule=rule)[:, : own_LV.shape[1]]
+        ours_LV = logits(hidden_LD, head.weight, bias_V=bias_V, rule=rule)[:, : own_LV.shape[1]]
         return float((ours_LV - own_LV).abs().max()) / largest
 
     best = min(_candidates(model.config), key=error)
@@ -71,26 +81,31 @@ def _rule(model: Any, ids_1L: Tensor) -> LogitRule:
     return best
 
 
-def _loud_logits(model: Any, ids_1L: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's own logits ``[L, V]`` of a few tokens, in float32, and the hidden states ``[L, D]`` that it made them from.
+class _States:
+    """Final hidden states ``[1, L, D]`` as the output of a model without its head; all else that an output may have is None."""
 
-    The states are enlarged before the model's head sees them, because caps and rounding would hide in small logits.
-    """
-    head, seen = model.get_output_embeddings(), list[Tensor]()
+    def __init__(self, hidden_1LD: Tensor) -> None:
+        self.last_hidden_state = hidden_1LD
 
-    def enlarge(module: Any, arguments: Any, output: Any) -> Any:
-        hidden_LD = output.last_hidden_state[0]
-        largest = logits(hidden_LD, head.weight, bias_V=getattr(head, "bias", None)).abs().max()
-        output.last_hidden_state = output.last_hidden_state * (LOUD / largest).to(hidden_LD.dtype)
-        seen.append(output.last_hidden_state[0])
-        return output
+    def __getattr__(self, name: str) -> None:
+        return None
 
-    handle = (model.model if has_trunk(model) else text_decoder(model)).register_forward_hook(enlarge)
+    def __getitem__(self, place: int) -> Tensor:
+        return self.last_hidden_state
+
+
+def _own_logits(model: Any, ids_1L: Tensor, hidden_LD: Tensor) -> Tensor:
+    """The logits ``[L, V]``, in float32, that a model's own code makes of hidden states."""
+    layers = model.model if has_trunk(model) else text_decoder(model)
+    before = layers.__dict__.get("forward")  # some libraries set their own
+    layers.forward = lambda *args, **kwargs: _States(hidden_LD[None])
     try:
         own_1LV = model(input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L), use_cache=False).logits
     finally:
-        handle.remove()
-    return own_1LV[0].float(), seen[-1]
+        del layers.forward
+        if before is not None:
+            layers.forward = before
+    return own_1LV[0].float()
 
 
 def _candidates(config: Any) -> Iterator[LogitRule]:

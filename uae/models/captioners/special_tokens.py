@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 SIGHT = r"image|img|vision|visual|video|audio"
-IDS = re.compile(rf"(^|_)({SIGHT}|[be]o[iav]|im|slice|frame)s?_.*(token|indicator).*_(id|ids|index)$|^({SIGHT})_token_(id|ids|index)$")
+IDS = re.compile(rf"(^|_)({SIGHT}|[be]o[iav]|im|slice|frame)s?_.*(token|indicator).*_(id|ids|index)$")
 NAMES = re.compile(rf"(^|_)({SIGHT}|[be]o[iav]|im|slice|frame)s?_(.*_)?token$")
 WORDS = re.compile(rf"(^|[^a-z])({SIGHT})([^a-z]|$)", re.IGNORECASE)
 
