@@ -101,7 +101,7 @@ def model(parts: Parts, seed: int = 0) -> Any:
             if weight.ndim > 1:
                 table = "embed_tokens" in name or "lm_head" in name or "position" in name
                 scale = 0.08 if tied else 0.2  # with one table, a word would be followed by itself
-                torch.nn.init.normal_(weight, 0, scale if table else 1.0 / weight[0].numel() ** 0.5)
+                torch.nn.init.normal_(weight, 0, scale if table else 0.8 / weight[0].numel() ** 0.5)
     words = parts.processor.tokenizer
     made.generation_config.eos_token_id = [words.eos_token_id, *parts.ends]
     made.generation_config.pad_token_id = words.pad_token_id
