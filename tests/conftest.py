@@ -3,6 +3,7 @@
 import copy
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from uae.rehearsal.catalog import write
 from uae.rewards import BaseReward, EncoderSimilarity, WeightedReward
 from uae.types import Sampling
 
+ROOT = Path(__file__).parents[1]
+
 # A busy machine is no fault of what is tested: hypothesis would fail an example that takes more than 200 ms.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
@@ -29,6 +32,14 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_in_the_checkout():
+    """A trainer without a folder writes to the working directory, from where its files would get into a commit."""
+    yield
+    left = [path.name for name in ("skipped.rank*", "lightning_logs", "checkpoints", "export") for path in ROOT.glob(name)]
+    assert not left, "give the trainer a default_root_dir"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,9 +106,10 @@ def build(system, reward):
 
 
 @pytest.fixture(scope="session")
-def trainer():
+def trainer(tmp_path_factory):
     def build_trainer(**changes):
         arguments = {
+            "default_root_dir": tmp_path_factory.mktemp("run"),
             "accelerator": "cpu",
             "logger": False,
             "enable_checkpointing": False,

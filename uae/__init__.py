@@ -1,3 +1,3 @@
 """Unified-GRPO: unified multimodal models trained as auto-encoders (arXiv 2509.09666)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,6 +1,7 @@
 """The command line: ``python -m uae.cli {fit,validate,test,predict} --config FILE [--config FILE ...] [--key value ...]``.
 
-The first ``--config`` is a complete run. Further files and options override parts of it, the later the stronger.
+The first ``--config`` is a complete run. Further files and options override parts of it, the later the stronger. A file that does
+not exist may be one of the package, see `uae.files.packaged`.
 Hyper-parameters stored in a checkpoint never override the configuration. Runs write to ``outputs/<run_name>``, see
 `uae.cli.run_folder`.
 
@@ -26,6 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import uae.strategy  # noqa: F401  registers "fsdp2"
+from uae import __version__
 from uae.checkpoints.files import CheckpointFiles
 from uae.cli.callbacks_package import share_callbacks
 from uae.cli.config_file import check_config_file
@@ -35,6 +37,7 @@ from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
 from uae.cli.stages import OPTION, asks_for_stages, train_in_stages
 from uae.cli.values import check_values
+from uae.files.packaged import configurations_named
 from uae.files.settings import make_parser_strict, nulls_kept
 from uae.trainer import is_dry_run
 from uae.types import PlannedSystem
@@ -50,6 +53,7 @@ class Parser(LightningArgumentParser):
         kwargs.setdefault("parser_mode", "omegaconf+")  # "omegaconf" would resolve each file on its own
         kwargs.setdefault("allow_abbrev", False)  # else --trainer.max_step would silently be read as max_steps
         super().__init__(*args, **kwargs)
+        self.add_argument("--version", action="version", version=f"uae {__version__}", help="Print the version and stop.")
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a file that can be one."""
@@ -57,8 +61,9 @@ class Parser(LightningArgumentParser):
         return super().parse_path(cfg_path, *args, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None, **named: Any) -> Any:  # type: ignore[override]  # it has overloads
-        """Parse a command line, in which ``null`` means null for every key, as in a file."""
-        return super().parse_args(nulls_kept(sys.argv[1:] if args is None else args), namespace, **named)
+        """Parse a command line, in which ``null`` means null for every key, and configurations of the package have names."""
+        words = configurations_named(list(sys.argv[1:] if args is None else args))
+        return super().parse_args(nulls_kept(words), namespace, **named)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and an error of one line."""

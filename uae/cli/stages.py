@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from uae.cli.errors import fail
 from uae.cli.explain import named
+from uae.files.packaged import configuration
 from uae.files.stage_report import Trained, report
 from uae.trainer import is_dry_run, was_preempted
 
@@ -135,13 +136,14 @@ def _stage(number: int, value: str) -> Stage:
     first = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
     if not first:
         fail(f"{at} names no configuration file; allowed: files, then options of this stage, all in one pair of quotes")
-    for file in words[:first]:
-        if not Path(file).is_file():
-            fail(f"{at}: there is no file {file!r}; the options of a stage stand behind its files, all in one pair of quotes")
+    try:
+        files = [configuration(file, at) for file in words[:first]]
+    except FileNotFoundError as error:
+        fail(f"{error}; the options of a stage stand behind its files, all in one pair of quotes")
     for word in words[first:]:
         if word.split("=")[0] in OF_THE_CHAIN:
             fail(f"{at}: {word.split('=')[0]} is of the whole command, which gives every stage a folder; write it outside of {OPTION}")
-    return Stage(number, words[:first], words[first:])
+    return Stage(number, files, words[first:])
 
 
 def check(stages: list[Namespace]) -> None:

@@ -265,7 +265,7 @@ def test_the_difference_is_printed_and_stored(score, tmp_path, capsys):
     ("words", "said"),
     [
         (["--sources", "nowhere"], "sources='nowhere' is not a folder"),
-        (["--encoders", "nowhere.yaml"], "no encoders at 'nowhere.yaml'"),
+        (["--encoders", "nowhere.yaml"], "--encoders: there is no file 'nowhere.yaml'"),
         (["--compare", "nowhere.json"], "no result at 'nowhere.json'"),
         (["--batch_size", "0"], "must be 1 or more"),
         (["--output", "."], "--output '.': allowed"),

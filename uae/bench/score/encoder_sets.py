@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from uae.cli.explain import explain
 from uae.encoders import HFEncoder
+from uae.files.packaged import configuration
 from uae.files.settings import read_settings
 from uae.types import ImageEncoder
 
@@ -61,10 +62,8 @@ def read_encoders(file: str | Path | None) -> EncoderSet:
     """
     if file is None:
         return paper_encoders()
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no encoders at {str(file)!r}; correct --encoders, a YAML file such as configs/bench/official.yaml")
     try:
-        content = read_settings(file)
+        content = read_settings(configuration(str(file), "--encoders"))
     except YAMLError as error:
         raise ValueError(f"encoders file {str(file)!r} cannot be read: {' '.join(str(error).split())}") from None
     given: dict[str, Any] = dict(content) if isinstance(content, dict) else {}
