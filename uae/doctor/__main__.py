@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         for finding in of_run(given.run) if given.run else of_machine(with_rollout=not given.skip_rollout):
             print(finding, flush=True)
             faults += finding.state == "wrong"
-    print(f"\n{faults or 'nothing'} {'thing is' if faults == 1 else 'things are' if faults else 'is'} wrong")
+    print(f"\nfaults: {faults}")
     return int(faults > 0)
 
 

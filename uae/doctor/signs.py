@@ -46,7 +46,8 @@ def reward_spread(run: Run) -> Iterator[Finding]:
     """Groups in which all captions have the same reward: nothing is learned from them."""
     spread, flat = _recent(run, "reward/std"), _recent(run, "reward/zero_variance")
     if spread is not None and spread < FLAT:
-        yield wrong(f"reward/std={spread:.1g}: all captions of an image get the same reward, so the loss is 0", ADVICE["zero_variance"])
+        text = f"reward/std={spread:.1g}: all captions of an image get the same reward, so the loss is 0"
+        yield wrong(text, ADVICE["zero_variance"])
     elif flat is not None and flat >= HALF:
         yield wrong(f"reward/zero_variance={flat:.2f}: this share of the groups teaches nothing", ADVICE["zero_variance"])
     elif spread is not None:
@@ -82,7 +83,7 @@ def clipping(run: Run) -> Iterator[Finding]:
     for policy, loss in zip(POLICIES, ("loss", "image_loss"), strict=True):
         share = _recent(run, f"{policy}/clip_fraction")
         if share is not None and share > HALF:
-            cure = f"lower {LR} or model.init_args.num_iterations, or widen model.init_args.{loss}.init_args.epsilon_high"
+            cure = f"lower {LR} or model.init_args.num_iterations, or widen model.init_args.{loss}.epsilon_high"
             yield wrong(f"{policy}/clip_fraction={share:.2f}: these actions have no gradient; allowed: up to {HALF:g}", cure)
 
 
@@ -91,7 +92,7 @@ def truncation(run: Run) -> Iterator[Finding]:
     share = _recent(run, "caption/finished")
     if share is not None and share < FINISHED:
         limit = run.setting(TOKENS, "?")
-        cure = f"raise {TOKENS}, or shorten captions: configs/reward/caption_penalties.yaml, or model.init_args.filtering.drop_truncated"
+        cure = f"raise {TOKENS}, or shorten captions by configs/reward/caption_penalties.yaml"
         yield wrong(f"caption/finished={share:.2f}: {1 - share:.0%} of the captions are cut off at {TOKENS}={limit}", cure)
 
 
@@ -130,7 +131,7 @@ def hacking(run: Run) -> Iterator[Finding]:
         yield wrong(
             f"hacking/alarm at step {', '.join(map(str, steps))}: the reward rose and the held-out encoders did not follow",
             f"look at {run.folder / 'hacking.png'}; lower the weight of the part that rose most, or raise "
-            "model.init_args.loss.init_args.beta",
+            "model.init_args.loss.beta",
         )
 
 

@@ -85,7 +85,8 @@ def _missing_shards(index: Path) -> Iterator[str]:
     except (ValueError, KeyError, TypeError):
         yield f"{index.name} cannot be read"
         return
-    yield from (f"{shard} of {index.name} is missing" for shard in sorted(set(shards.values())) if not (index.parent / shard).is_file())
+    missing = (shard for shard in sorted(set(shards.values())) if not (index.parent / shard).is_file())
+    yield from (f"{shard} of {index.name} is missing" for shard in missing)
 
 
 def _damage(path: Path) -> str | None:
