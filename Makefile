@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations bench tensorboard gpu gpu-bench notebooks clean
+.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations bench doctor tensorboard gpu gpu-bench notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -82,6 +82,9 @@ ablations: $(READY)  ## what settings of the stages, losses and rewards do, thre
 bench: $(READY)  ## how fast we are beside others: tables and curves in benchmarks/results/speed_* (a quarter of an hour, one CPU core)
 	for part in grpo_step parts miniature_step curves; do $(RUN) benchmarks/speed/$$part.py || exit 1; done
 	OMP_WAIT_POLICY=PASSIVE $(RUN) benchmarks/speed/scoring.py --pairs 100 --parts races
+
+doctor: $(READY)  ## is this machine ready: versions, GPUs, memory, disk, checkpoints, a rollout of the miniature
+	$(RUN) -m uae.doctor
 
 tensorboard: $(READY)  ## look at the runs
 	$(VENV)/bin/tensorboard --logdir outputs

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections import namedtuple
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
-from uae.doctor import machine, versions, weights
+from uae.doctor import machine, trial, versions, weights
 from uae.doctor.__main__ import main
 from uae.files.locations import ROOT
 from uae.rehearsal.catalog import MARK
@@ -101,6 +102,26 @@ def test_a_place_for_results_that_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.tempfile, "TemporaryDirectory", refuse)
     finding = machine.writing(tmp_path / "outputs")
     assert (finding.state, "default_root_dir" in finding.cure) == ("wrong", True)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "found"),
+    [
+        (subprocess.TimeoutExpired("fit", 1), "was not done after 1 s"),
+        (subprocess.CompletedProcess("fit", 2, "", "warning\nerror: no weights\n"), "ended with status 2: error: no weights"),
+    ],
+)
+def test_a_miniature_that_hangs_or_fails(monkeypatch, outcome, found):
+    def run(*args, **named):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(trial.subprocess, "run", run)
+    finding = trial.check_rollout(limit=1)
+    assert finding.state == "wrong"
+    assert found in finding.text
+    assert "fit --config tiny --config debug/fast" in finding.cure
 
 
 @pytest.fixture
