@@ -49,7 +49,7 @@ VALUES = [
     ("--trainer.devices=99", "trainer.devices=99, which on accelerator cpu is the number of processes; allowed on this machine: up"),
     ("--trainer.devices=0", "trainer.accelerator=cpu, trainer.devices=0: "),
     ("--trainer.devices=[0]", "trainer.devices=[0]: `devices` selected with `CPUAccelerator` should be an int > 0"),
-    ("--trainer.accelerator=gpu", "trainer.accelerator=gpu: No supported gpu backend found"),
+    ("--trainer.accelerator=gpu", "trainer.accelerator=gpu, but torch sees no GPU; allowed on this machine: cpu, auto"),
     ("--trainer.accelerator=tpu", "Requirement 'torch_xla"),
     ("--trainer.strategy=nonsense", "trainer.strategy=nonsense: "),
     ("--trainer.precision=fp8", "trainer.precision: expected one of 'transformer-engine'"),

@@ -44,6 +44,7 @@ def model(**arguments):
 MISTAKES = [
     (["--trainer.max_step", 3], "key 'trainer.max_step' is not accepted; did you mean trainer.max_steps"),
     (["--run_nam", "x"], "did you mean run_name?"),
+    (["finetune/full"], "'finetune/full' is not accepted: every configuration needs a --config of its own"),
     (["--trainer.max_steps", "many"], "trainer.max_steps: expected int, got many"),
     (["--model.init_args.grup", 3], "key 'grup' is not accepted by uae.module.UnifiedGRPO (at model.init_args); did you mean group?"),
     (["--model.init_args.loss.bta", 1], "by uae.grpo.GRPOLoss (at model.init_args.loss.init_args); did you mean beta?"),

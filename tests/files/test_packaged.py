@@ -61,7 +61,7 @@ def test_the_command_line_runs_a_packaged_configuration_anywhere(tmp_path, monke
     monkeypatch.setattr("sys.argv", ["uae"])
     monkeypatch.chdir(tmp_path)
     run = cli.main(["fit", "--config", "tiny", "--config", "configs/finetune/full.yaml"])
-    assert (run.config.fit.run_name, str(run.config.fit.label)) == ("tiny", "full")
+    assert (run.config.fit.run_name, run.config.fit.label.finetune) == ("tiny", "full")
 
 
 def test_version(capsys):

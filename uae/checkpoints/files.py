@@ -241,7 +241,7 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
     except Exception as error:  # damaged bytes can raise almost anything in a reader
         cause = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
-        raise ValueError(f"checkpoint {str(path)!r} is truncated or damaged: {cause}") from error
+        raise ValueError(f"checkpoint {str(path)!r} is truncated or damaged: {cause}; use another one") from error
 
 
 def _object(error: pickle.UnpicklingError) -> str | None:

@@ -36,7 +36,7 @@ from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
 from uae.cli.stages import OPTION, asks_for_stages, train_in_stages
-from uae.cli.values import check_values
+from uae.cli.values import check_accelerator, check_values
 from uae.files.packaged import configurations_named
 from uae.files.settings import make_parser_strict, nulls_kept
 from uae.trainer import is_dry_run
@@ -169,6 +169,7 @@ class CLI(LightningCLI):
         """
         trainer = self._get(self.config_init, "trainer")
         self._plan_memory(trainer)
+        check_accelerator(trainer)
         self._root = Path(trainer.get("default_root_dir") or OUTPUTS)
         self._own_logger = trainer.get("logger") in (None, True)
         made = super().instantiate_trainer(

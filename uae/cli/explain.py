@@ -14,10 +14,14 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from uae.files.packaged import PREFIX, SUFFIX, names
+
 _NOISE = re.compile(
     r"$|Does not validate against|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
     r"|Not a valid subclass of|Subclass types expect"
 )
+_REQUIRED = re.compile(r"arguments are required: \w+\.data, \w+\.model")
+_EXAMPLE = "such as configs/tiny.yaml"
 _UNKNOWN = (
     r"Option '(?P<key>\S+)' is not accepted",
     r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'",
@@ -33,6 +37,8 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         message: Report of jsonargparse, often of many lines.
         known: Keys of the parser itself, for suggestions. The keys of classes are looked up.
     """
+    if _REQUIRED.search(message):
+        return f"no configuration is given: give --config FILE, a complete run {_EXAMPLE}"
     place, owner, problem = _locate(message)
     if place == "config" or not problem:  # a syntax error of a file, or nothing useful was found
         return " ".join(message.split()).replace('Parser key "config": ', "--config: ", 1)
@@ -79,11 +85,13 @@ def _plain(problem: str, message: str) -> str:
 
 
 def _unknown_key(place: str, owner: str, known: Iterable[str], key: str, group: str | None = None) -> str:
+    if not owner and (key.endswith(SUFFIX) or key.removeprefix(PREFIX) in names()):
+        return f"{key!r} is not accepted: every configuration needs a --config of its own, as in --config tiny --config {key}"
     if not owner:
         close = get_close_matches(key, set(known), n=3)
         return f"key '{key}' is not accepted" + (f"; did you mean {' or '.join(close)}?" if close else "")
     if owner.startswith("lightning.Lightning"):
-        return f"no class_path is given (at {place.partition('.')[0]}); the first --config must be a complete run"
+        return f"no class_path is given (at {place.partition('.')[0]}); the first --config must be a complete run, {_EXAMPLE}"
     if group is None and "." in key:  # a group's key on the command line, or below an unknown one
         head, _, rest = key.partition(".")
         group, key = (head, rest) if head in parameters(owner) else (None, head)

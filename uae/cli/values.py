@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and files in the folder add endings
@@ -34,6 +35,20 @@ def check_values(config: Namespace) -> None:
     for key, value in leaves(config):
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{key}=nan; allowed: a number")
+
+
+def check_accelerator(trainer: Mapping[str, Any]) -> None:
+    """Check that the GPU that a trainer is to use is there. A plan of memory needs none.
+
+    Raises:
+        ValueError: It is not.
+    """
+    accelerator = trainer.get("accelerator")
+    if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ValueError(
+            f"trainer.accelerator={accelerator}, but torch sees no GPU; allowed on this machine: cpu, auto; for the reason: "
+            "python -m uae.doctor"
+        )
 
 
 def _check_run_name(name: str) -> None:
