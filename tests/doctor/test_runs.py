@@ -99,8 +99,8 @@ def test_checkpoints_stacks_and_skipped_images(tmp_path):
     (folder / "checkpoints" / "step=4.ckpt").write_bytes(b"half")
     (folder / "checkpoints" / "step=8.ckpt.partial").write_bytes(b"half")
     (folder / "stacks").mkdir()
-    (folder / "stacks" / "rank1.txt").write_text("Thread 0x1")
-    (folder / "stacks" / "rank0.txt").touch()
+    (folder / "stacks" / "rank1.txt").write_text("step\nTimeout (0:20:00)!\nThread 0x1")
+    (folder / "stacks" / "rank0.txt").write_text("a step that did not take too long")
     (folder / "skipped.rank0.jsonl").write_text('{"name": "a.png", "reason": "another suffix"}\n{"name": "b')
     said = [str(finding) for finding in of_run(folder)]
     assert any(line.startswith("WRONG  none of 1 checkpoints") for line in said)

@@ -88,7 +88,7 @@ def read_run(folder: Path) -> Run:
         fault=fault,
         partial=tuple(sorted(path.name for path in folder.glob(f"checkpoints/*{PARTIAL}"))),
         skipped=_skipped(folder),
-        stacks=tuple(sorted(str(path.relative_to(folder)) for path in folder.glob("stacks/*.txt") if path.stat().st_size)),
+        stacks=tuple(sorted(str(path.relative_to(folder)) for path in folder.glob("stacks/*.txt") if _has_stacks(path))),
     )
 
 
@@ -111,6 +111,11 @@ def _furthest(folder: Path) -> tuple[int | None, str]:
     except ValueError as error:
         return None, str(error)
     return (None if path is None else step_of(path)), ""
+
+
+def _has_stacks(path: Path) -> bool:
+    """Whether a timer has run out. Until then the file of a rank has the name of the step only."""
+    return "Thread 0x" in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _is_locked(path: Path) -> bool:
