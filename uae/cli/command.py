@@ -53,7 +53,6 @@ class Parser(LightningArgumentParser):
         kwargs.setdefault("parser_mode", "omegaconf+")  # "omegaconf" would resolve each file on its own
         kwargs.setdefault("allow_abbrev", False)  # else --trainer.max_step would silently be read as max_steps
         super().__init__(*args, **kwargs)
-        self.add_argument("--version", action="version", version=f"uae {__version__}", help="Print the version and stop.")
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a file that can be one."""
@@ -120,6 +119,12 @@ class CLI(LightningCLI):
             },
             args=args,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser of the command or of a subcommand. Those of classes have no ``--version``, which may be an argument of theirs."""
+        parser = super().init_parser(**kwargs)
+        parser.add_argument("--version", action="version", version=f"uae {__version__}", help="Print the version and stop.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--run_name``, ``--label``, ``--stage``, ``--print_plan`` and ``--memory_gib``."""
