@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from uae import __version__, cli
+from uae.bench.geneval import plus
+from uae.bench.judging import command
 from uae.files.packaged import FOLDER, configuration, configurations_named, names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -68,3 +70,18 @@ def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"uae {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "option", "missing"),
+    [
+        (command.build, {"captions": {"a": "a.json", "b": "b.json"}}, "judges", "a.json"),
+        (plus.run, {"prompts": "prompts.jsonl"}, "prompt", "prompts.jsonl"),
+    ],
+)  # fmt: skip
+def test_benchmarks_find_their_judges_and_prompts_in_the_package(build, arguments, option, missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"^--{option}: there is no file 'nothing'"):
+        build(**arguments, images=".", folder="f", **{option: "nothing"})
+    with pytest.raises(FileNotFoundError, match=missing):  # only what the user has to give
+        build(**arguments, images=".", folder="f")

@@ -24,6 +24,7 @@ from uae.bench.judging.stages import ask, open_cache, status
 from uae.bench.result import Case, by_group, check_output, summarize, write_result
 from uae.bench.score_table import score_table
 from uae.files.lines import lines_of, text_of
+from uae.files.packaged import configuration
 
 BENCHMARK = "geneval_plus"
 JUDGE = "configs/bench/judges/gpt_4_1.yaml"
@@ -80,6 +81,7 @@ def run(
         cache: File of answers; the default is answers.jsonl in the folder. One file may serve several folders.
         retry_errors: Send a request again that another model answered than the one that was asked.
     """
+    judge, prompt = configuration(judge, "--judge"), configuration(prompt, "--prompt")
     judges, asked, rows = read_judges(judge), read_prompt(prompt, {"0", "1"}), read_lines(prompts)
     if len(judges) != 1:
         raise ValueError(f"GenEval++ has one judge, --judge {judge!r} names {len(judges)}; give a file with one")

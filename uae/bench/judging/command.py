@@ -24,6 +24,7 @@ from uae.bench.judging.statistics.comparisons import Comparison
 from uae.bench.judging.statistics.resampling import resample_weights
 from uae.bench.judging.statistics.win_rates import WinRates, elo, judges_of_other_families, mean_rate, pair_summary
 from uae.bench.result import Score, check_output, write_result
+from uae.files.packaged import configuration
 
 BENCHMARK = "protocol2-compatible"
 ANSWERS = {"first", "second", "tie"}
@@ -57,6 +58,7 @@ def build(
     ours = system or next(iter(captions))
     if ours not in captions:
         raise ValueError(f"--system {ours!r} has no captions; allowed: {', '.join(captions)}")
+    judges, prompt = configuration(judges, "--judges"), configuration(prompt, "--prompt")
     panel, asked = read_judges(judges), read_prompt(prompt, ANSWERS)
     raw = {name: read_captions(path) for name, path in captions.items()}
     texts = {name: {image: plain(caption) for image, caption in rows.items()} for name, rows in raw.items()}

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from uae.files.packaged import configuration
 from uae.files.settings import RepeatedKeyError, read_settings
 
 APIS = ("openai", "anthropic")
@@ -176,8 +175,10 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
         FileNotFoundError: The file does not exist.
         ValueError: The file holds no mapping. The message repeats nothing of the file.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file of {what} at {str(path)!r}")
     try:
-        content = read_settings(configuration(str(path), what))
+        content = read_settings(path)
     except RepeatedKeyError as error:
         raise ValueError(
             f"{str(path)!r} has a key twice, in line {error.first} and in line {error.second}; remove one of them"
