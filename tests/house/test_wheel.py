@@ -21,7 +21,6 @@ PARTS = ("uae", "callbacks", "configs", "pyproject.toml", "setup.py", "MANIFEST.
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, since building leaves folders beside the sources."""
-    pytest.importorskip("setuptools")
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for part in PARTS:
         (source / part).symlink_to(ROOT / part)
