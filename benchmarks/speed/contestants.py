@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from racing import peak
+from racing import forget_peak, peak
 from torch import Tensor
 
 from uae.grpo import GRPOLoss
@@ -79,7 +79,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, float]] = []
-        self.before = peak()
+        self.before = forget_peak()
 
     def mark(self) -> None:
         """The end of a step."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from contestants import TARGETS, Case, System, generate, logprobs, rows_of
-from racing import alone, in_turns, median, peak, report, table
+from racing import alone, forget_peak, in_turns, median, peak, report, table
 from torch import Tensor
 
 from uae.grpo import selected_logprobs
@@ -64,7 +64,7 @@ def head(name: str) -> dict[str, float]:
         "ours": lambda: selected_logprobs(hidden, weight, ids),
         "log_softmax": lambda: (hidden @ weight.T).log_softmax(-1).gather(1, ids[:, None]),
     }
-    before = peak()
+    before = forget_peak()
     seconds = in_turns({name: lambda: ways[name]().mean().backward()}, 3)[name]
     return {"seconds": median(seconds), "peak_mib": peak() - before}
 

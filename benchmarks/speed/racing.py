@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results import write  # noqa: E402
 
-__all__ = ["alone", "in_turns", "peak", "report", "surroundings", "table", "write"]
+__all__ = ["alone", "forget_peak", "in_turns", "peak", "report", "surroundings", "table", "write"]
 LIBRARIES = ("torch", "transformers", "diffusers", "peft", "lightning", "trl")
 
 
@@ -38,8 +37,15 @@ def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[
 
 
 def peak() -> float:
-    """The largest resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The largest resident memory of this process since its start or the last `forget_peak`, in MiB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> float:
+    """Measure `peak` anew: what was taken for a moment, by imports for example, no longer counts. The memory now, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
 
 
 def alone(file: str, *arguments: str) -> Any:

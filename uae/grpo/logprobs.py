@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+CHUNK = 256  # tokens whose logits exist at a time: two float32 [256, 151,936] are 0.3 GB, and larger products are no faster
+
 
 @dataclass(frozen=True)
 class LogitRule:
@@ -57,7 +59,7 @@ def token_logprobs(
     head_weight: Tensor,
     ids: Tensor,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
     banned: Tensor | None = None,
     bias: Tensor | None = None,
     rule: LogitRule = AS_THEY_ARE,
@@ -95,7 +97,7 @@ def selected_logprobs(
     head_weight: Tensor,
     ids: Tensor,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
     banned: Tensor | None = None,
     bias: Tensor | None = None,
     rule: LogitRule = AS_THEY_ARE,

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uae.grpo.logprobs import CHUNK
 from uae.memory.counting import text_config
 from uae.models.renderers.diffusers import Rendering
 from uae.weights.placement import Placement, torch_dtype
 
 CUDA_CONTEXT = 1 << 30  # a process takes 0.5 to 1 GiB for driver and kernels before its first tensor
-HEAD_CHUNK = 1024  # number of tokens whose logits exist at a time, the default of `uae.grpo.token_logprobs`
 BLOCK_VALUES, PARALLEL_BLOCK_VALUES = 11, 18  # live values per token and width; see `denoise_bytes`
 PIXEL_VALUES, VIDEO_PIXEL_VALUES = 6.6, 18.2  # live values per pixel and channel; see `decode_bytes`
 TOWER_VALUES = 17  # live values per token and width; see `encode_bytes`
@@ -83,7 +83,7 @@ def head_bytes(model: Any, tokens: int, trained: bool) -> int:
     config = text_config(model)
     states = tokens * config.hidden_size * model.dtype.itemsize
     kept = config.vocab_size * config.hidden_size * 4 if trained else tokens * config.hidden_size * 4
-    return 3 * 4 * min(tokens, HEAD_CHUNK) * config.vocab_size + states + kept
+    return 3 * 4 * min(tokens, CHUNK) * config.vocab_size + states + kept
 
 
 def reading_bytes(config: Any, tokens: int, itemsize: int, adapted: bool = False) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from uae.grpo.logprobs import CHUNK
 from uae.memory import estimates
 from uae.memory.counting import image_update_bytes, text_config
 from uae.memory.phases import QUESTION, Sizes
@@ -66,4 +67,4 @@ def _update_rows(policy: CaptionPolicy, drawing: TokenDrawing, prompt: int, imag
 def _head_bytes(model: Any, tokens: int, codes: int) -> int:
     """Bytes of three float32 ``[chunk, V]`` at a time and, per token, of a float32 state and its gradient."""
     width = text_config(model).hidden_size
-    return 3 * 4 * min(tokens, estimates.HEAD_CHUNK) * codes + 2 * 4 * tokens * width
+    return 3 * 4 * min(tokens, CHUNK) * codes + 2 * 4 * tokens * width
