@@ -7,6 +7,7 @@ import pytest
 
 from tests.models.pipelines.pipeline_cases import load
 from uae.models.pipelines.contracts import contract_of, denoiser_of, text_encoders_of
+from uae.models.pipelines.quirks import QUIRKS
 from uae.rehearsal.pipelines import PIPELINES
 
 EXPECTED = {  # masking, mask, pooled, guidance, distilled, own negative, together
@@ -18,13 +19,14 @@ EXPECTED = {  # masking, mask, pooled, guidance, distilled, own negative, togeth
     "omnigen": ("none", None, False, "guidance_scale", None, True, False),
 }
 # Text-to-image classes that hand a caption over as one tensor, as diffusers' documentation has them.
+LISTS = ["ZImage", "ErnieImage"]  # these take one tensor per caption
 EMBEDDINGS = [
     "StableDiffusion3", "Flux", "Flux2", "Sana", "SanaSprint", "QwenImage", "StableDiffusionXL", "StableDiffusion",
     "PixArtAlpha", "PixArtSigma", "Lumina", "Lumina2", "AuraFlow", "Chroma", "CogView3Plus", "CogView4", "Bria", "OvisImage",
-    "LongCatImage", "Krea2", "NucleusMoEImage", "LatentConsistencyModel",
+    "Krea2", "NucleusMoEImage", "LatentConsistencyModel",
 ]  # fmt: skip
 TEXT_ONLY = [
-    "OmniGen", "HiDreamImage", "HunyuanDiT", "HunyuanImage", "Kandinsky5T2I", "ZImage", "GlmImage", "ErnieImage", "Kandinsky3",
+    "OmniGen", "HiDreamImage", "HunyuanDiT", "HunyuanImage", "Kandinsky5T2I", "GlmImage", "Kandinsky3", "LongCatImage",
 ]  # fmt: skip
 DISTILLED_ONLY = {"Flux2", "SanaSprint", "LatentConsistencyModel"}
 
@@ -45,7 +47,7 @@ def test_contracts_of_the_pipelines_at_hand(name):
     pipe = load(name)
     contract = contract_of(pipe)
     facts = (contract.masking, contract.mask, contract.pooled is not None, contract.guidance, contract.distilled)
-    assert (*facts, contract.own_negative, contract.read_together) == EXPECTED[name]
+    assert (*facts, contract.own_negative, contract.quirks.read_together) == EXPECTED[name]
     assert contract.takes_embeddings == (name != "omnigen")
     assert contract.fixed == ({"use_resolution_binning": False} if name == "sana" else {})
     assert denoiser_of(pipe) is (pipe.unet if name == "sdxl" else pipe.transformer)
@@ -65,11 +67,26 @@ def test_names_of_what_the_encoders_return_are_those_in_their_source(name):
     assert set(names) - set(contract.encoded) <= {"text_ids", "negative_text_ids"}
 
 
-@pytest.mark.parametrize("name", [*EMBEDDINGS, *TEXT_ONLY])
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_embeddings_have_no_mask(name):
+    contract = contract_of_class(pipeline_class(name))
+    assert (contract.masking, contract.mask, contract.embeddings) == ("list", None, "prompt_embeds")
+
+
+@pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning")  # of PRX, in diffusers
+@pytest.mark.parametrize("name", QUIRKS)
+def test_every_row_of_the_table_is_a_class_and_its_arguments_are_its_own(name):
+    kind = getattr(diffusers, name)
+    parameters = inspect.signature(kind.__call__).parameters
+    assert set(QUIRKS[name].fixed) <= set(parameters)
+    assert set(QUIRKS[name].left_out) <= set(inspect.signature(kind.__init__).parameters)
+
+
+@pytest.mark.parametrize("name", [*EMBEDDINGS, *LISTS, *TEXT_ONLY])
 def test_every_keyword_is_one_of_the_call(name):
     kind = pipeline_class(name)
     contract = contract_of_class(kind)
-    assert contract.takes_embeddings == (name in EMBEDDINGS)
+    assert contract.takes_embeddings == (name not in TEXT_ONLY)
     call = inspect.signature(kind.__call__).parameters
     names = {contract.embeddings, contract.pooled, contract.mask, contract.guidance, contract.distilled}
     assert names - {None} <= set(call)

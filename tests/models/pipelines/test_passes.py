@@ -90,7 +90,7 @@ def test_rows_of_equal_noise_share_their_first_negative_velocity(name, seeds):
     """Rows saved: rows minus distinct seeds. The images are those of the pipeline's own batches."""
     condition, negative = conditions(name)
     sharing, whole = create(name, negative, steps=2), create(name, negative, steps=2)
-    whole.contract = replace(whole.contract, negative_first=False)
+    whole.contract = replace(whole.contract, quirks=replace(whole.contract.quirks, negative_first=False))
     fewer, all_rows = computed_rows(sharing.pipe), computed_rows(whole.pipe)
     images, expected = sharing.render(condition, seeds), whole.render(condition, seeds)
     torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
@@ -110,7 +110,7 @@ def test_outside_the_interval_only_positive_rows_are_computed(name):
 @pytest.mark.parametrize("name", ["sd3", "sana"])
 def test_captions_as_text_have_the_pipelines_own_negative(name):
     one, plain = create(name, None, guidance_interval=(0.0, 0.2)), create(name, None)
-    plain.contract = replace(plain.contract, negative_first=False)
+    plain.contract = replace(plain.contract, quirks=replace(plain.contract.quirks, negative_first=False))
     condition = TextCondition(TEXTS)
     rows = computed_rows(one.pipe)
     images = one.render(condition, [3] * 4)

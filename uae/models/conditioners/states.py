@@ -210,5 +210,15 @@ def pad_to_length(condition: EmbeddingCondition, length: int) -> EmbeddingCondit
     missing = length - condition.embeds_NLD.shape[1]
     if missing <= 0:
         return condition
-    embeds = torch.nn.functional.pad(condition.embeds_NLD, (0, 0, 0, missing))
+    after = (0, 0) * (condition.embeds_NLD.ndim - 2)  # some pipelines take the states of several layers: [N, L, layers, D]
+    embeds = torch.nn.functional.pad(condition.embeds_NLD, (*after, 0, missing))
     return EmbeddingCondition(embeds, torch.nn.functional.pad(condition.mask_NL, (0, missing)), condition.pooled_NP)
+
+
+def concatenated(conditions: Sequence[EmbeddingCondition]) -> EmbeddingCondition:
+    """The rows of several conditions, padded to the longest one."""
+    length = max(one.embeds_NLD.shape[1] for one in conditions)
+    padded = [pad_to_length(one, length) for one in conditions]
+    pooled = [one.pooled_NP for one in padded if one.pooled_NP is not None]
+    embeds, mask = torch.cat([one.embeds_NLD for one in padded]), torch.cat([one.mask_NL for one in padded])
+    return EmbeddingCondition(embeds, mask, torch.cat(pooled) if pooled else None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uae.models.conditioners.states import EmbeddingCondition
+from uae.models.conditioners.states import EmbeddingCondition, concatenated
 from uae.models.pipelines.contracts import EMBEDS, MASKS, POOLED, contract_of, text_encoders_of
 from uae.types import Rollout
 from uae.weights.placement import Placement, at_work, settle, torch_dtype
@@ -42,7 +42,7 @@ class PipelineTextConditioner:
         if not self.contract.takes_embeddings or not text_encoders_of(pipe):
             raise ValueError(f"{name} cannot turn captions into embeddings; use a TextConditioner")
         self.truncated = 0
-        self.options = _options(type(pipe))
+        self.options = _options(pipe)
         if max_tokens is not None:
             if max_tokens < 1 or "max_sequence_length" not in self.options:
                 fixed = (
@@ -70,9 +70,13 @@ class PipelineTextConditioner:
         return self
 
     def encode(self, texts: list[str], rollout: Rollout[Any] | None = None) -> EmbeddingCondition:
-        """A condition of N rows for N captions. Longer captions are cut and counted in ``truncated``, with a warning."""
+        """A condition of N rows for N captions. Longer captions are cut and counted in ``truncated``, with a warning.
+
+        Captions are read one at a time where one changes the embeddings of another, as in CogView4, which pads on the left.
+        """
         self._count_truncated(texts)
-        return self._condition(self._encoded(prompt=list(texts)), "")
+        reads = [list(texts)] if self.contract.quirks.read_together else [[text] for text in texts]
+        return concatenated([self._condition(self._encoded(prompt=prompts), "") for prompts in reads])
 
     def negative(self, text: str | None = None) -> EmbeddingCondition:
         """The negative condition of classifier-free guidance, one row.
@@ -89,24 +93,25 @@ class PipelineTextConditioner:
         return self._condition(encoded, "negative_")
 
     @torch.no_grad()
-    def _encoded(self, **arguments: Any) -> dict[str, Tensor | None]:
-        """The tensors that ``encode_prompt`` returns, by name."""
-        if f"negative_{EMBEDS}" in self.contract.encoded:
-            arguments = {"do_classifier_free_guidance": False, **arguments}
+    def _encoded(self, **arguments: Any) -> dict[str, Any]:
+        """What ``encode_prompt`` returns, by name: tensors, lists of one tensor per caption, or None."""
+        takes = _parameters(self.pipe)
         home = self.device or next(self.modules()[0].parameters()).device
         with at_work(self.modules(), self.placement, home) as work, _quiet(type(self.pipe).__module__):
             # every encoder must read the caption: pipelines use `prompt` where `prompt_2` or `prompt_3` is None
-            others = {name: None for name in _parameters(self.pipe) if name in ("prompt_2", "prompt_3")}
-            outputs = self.pipe.encode_prompt(**arguments, **others, **self.options, device=work)
-        return dict(zip(self.contract.encoded, outputs, strict=False))
+            usual = {"device": work, "num_images_per_prompt": 1, "prompt_2": None, "prompt_3": None}
+            arguments = {**usual, "do_classifier_free_guidance": False, **self.options, **arguments}
+            outputs = self.pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in takes})
+        return dict(zip(self.contract.encoded, outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
 
-    def _condition(self, encoded: dict[str, Tensor | None], sign: str) -> EmbeddingCondition:
+    def _condition(self, encoded: dict[str, Any], sign: str) -> EmbeddingCondition:
         embeds_NLD = encoded[sign + EMBEDS]
-        assert embeds_NLD is not None
-        masks = (encoded.get(sign + name) for name in MASKS)
+        if isinstance(embeds_NLD, list):
+            return concatenated([EmbeddingCondition(row[None], _ones(row[None])) for row in embeds_NLD])
+        masks = [encoded.get(sign + name) for name in MASKS]
         mask_NL = next((mask for mask in masks if mask is not None), None)
-        if mask_NL is None:
-            mask_NL = torch.ones(embeds_NLD.shape[:2], dtype=torch.long, device=embeds_NLD.device)
+        if mask_NL is None or self.contract.quirks.reads_padding:
+            mask_NL = _ones(embeds_NLD)
         return EmbeddingCondition(embeds_NLD, mask_NL.to(torch.long), encoded.get(sign + POOLED))
 
     def _count_truncated(self, texts: list[str]) -> None:
@@ -125,12 +130,10 @@ class PipelineTextConditioner:
     def _lengths(self, texts: list[str]) -> tuple[int, list[int]]:
         """The limit of the text encoder with the highest limit, and the lengths of the captions in its tokens."""
         limits = []
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-            tokenizer = getattr(self.pipe, name, None)
-            if tokenizer is not None:
-                clip = "CLIP" in type(tokenizer).__name__
-                limit = tokenizer.model_max_length if clip else None
-                limits.append((limit or self.options.get("max_sequence_length", tokenizer.model_max_length), tokenizer))
+        for tokenizer in _tokenizers(self.pipe):
+            clip = "CLIP" in type(tokenizer).__name__
+            limit = tokenizer.model_max_length if clip else None
+            limits.append((limit or self.options.get("max_sequence_length") or tokenizer.model_max_length, tokenizer))
         limit, tokenizer = max(limits, key=lambda pair: pair[0])
         before, around = self._around(tokenizer)
         ids = tokenizer([around.replace("{}", text) for text in texts], verbose=False)["input_ids"]
@@ -169,16 +172,32 @@ def empty_pooled(pipeline: Path, suffixes: Sequence[str], projected: bool) -> Te
     return torch.cat(pooled)
 
 
+def _ones(embeds_NLD: Tensor) -> Tensor:
+    """A mask of ones."""
+    return torch.ones(embeds_NLD.shape[:2], dtype=torch.long, device=embeds_NLD.device)
+
+
 def _parameters(pipe: Any) -> Any:
     return inspect.signature(type(pipe).encode_prompt).parameters
 
 
-def _options(kind: Any) -> dict[str, Any]:
+def _tokenizers(pipe: Any) -> list[Any]:
+    """The pipeline's tokenizers; of a processor of text and images, the tokenizer in it."""
+    from transformers import ProcessorMixin
+
+    parts = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "processor")]
+    whole = [part.tokenizer if isinstance(part, ProcessorMixin) else part for part in parts]  # ChatGLM's has a tokenizer, too
+    return [tokenizer for tokenizer in whole if tokenizer is not None]
+
+
+def _options(pipe: Any) -> dict[str, Any]:
     """Options of ``encode_prompt`` with the defaults of ``__call__``, which can differ from its own defaults."""
-    call = inspect.signature(kind.__call__).parameters
+    call = inspect.signature(type(pipe).__call__).parameters
     about = ("max_sequence_length", "clean_caption", "complex_human_instruction", "system_prompt")
-    takes = inspect.signature(kind.encode_prompt).parameters
-    return {name: call[name].default for name in about if name in call and name in takes}
+    options = {name: call[name].default for name in about if name in call and name in _parameters(pipe)}
+    if "max_sequence_length" in options and options["max_sequence_length"] is None:
+        options["max_sequence_length"] = getattr(pipe, "default_max_sequence_length", None)  # Nucleus
+    return options
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from uae.models.conditioners.states import EmbeddingCondition
 from uae.models.flow import sde
 from uae.models.flow.network import FlowNetwork
 from uae.models.flow.steps import Drawn, Replayed
-from uae.models.pipelines.steps import check_flow, stepping
+from uae.models.pipelines.steps import check_flow, check_steps, stepping
 from uae.models.renderers.diffusers import Call, DiffusersRenderer, PipelineCondition, generators_of
 from uae.types import Trajectory
 
@@ -100,6 +100,7 @@ class FlowPolicy:
 
     def __init__(self, renderer: DiffusersRenderer, exploration: Exploration = Exploration()) -> None:
         check_flow(renderer.pipe)
+        check_steps(renderer.pipe, renderer.rendering.guidance > 1)
         _check(exploration, renderer)
         self.renderer, self.exploration = renderer, exploration
         steps = renderer.rendering.steps - 1
@@ -149,7 +150,7 @@ class FlowPolicy:
             condition=condition,
             actions_RS=_in_order([(rows, draw.actions()) for rows, draw in drawn]),
             start_N=_in_order([(rows, draw.starts()) for rows, draw in drawn]),
-            final_N=_in_order(parts),
+            final_N=_in_order([(rows, draw.final) for rows, draw in drawn]),
             first_N=first_N,
             mean_RS=None if self.exploration.ratio == "density" else _in_order([(rows, draw.means()) for rows, draw in drawn]),
         )
@@ -223,7 +224,8 @@ class FlowPolicy:
             during = partial(stepping, advance=_never, stop=0)
             return Call(None, trajectory.final_N[rows], during)
 
-        return _in_order(self._unguided.calls(trajectory.condition, start)).float().to(self.renderer.home)
+        decoded = _in_order(self._unguided.calls(trajectory.condition, start))
+        return self.renderer.colours(decoded).to(self.renderer.home)
 
     @property
     def _unguided(self) -> DiffusersRenderer:

@@ -30,9 +30,14 @@ class Drawn:
         self.rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in first]  # per random step: latents after it, its log-prob
         self.stds: list[list[float]] = [[] for _ in first]
         self.before: list[Tensor] = [torch.empty(0)] * len(first)
+        self.final = torch.empty(0)  # latents [N, ...] after the last step so far
 
     def __call__(self, number: int, t: float, t_next: float, x: Tensor, velocity: Tensor) -> Tensor:
         """Latents at time ``t_next``, rounded to the dtype of ``x``, because a replay will see the rounded ones."""
+        self.final = self._next(number, t, t_next, x, velocity)
+        return self.final
+
+    def _next(self, number: int, t: float, t_next: float, x: Tensor, velocity: Tensor) -> Tensor:
         after = euler(x, velocity, t, t_next).to(x.dtype)
         trained = [row for row, first in enumerate(self.first) if first <= number < first + self.window]
         if not trained:

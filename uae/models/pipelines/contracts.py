@@ -1,32 +1,20 @@
-"""How a diffusers pipeline class takes conditions. Most of it is read from the class's signatures, the rest from two tables.
-
-The tables hold for diffusers 0.42. Classes that are not in the tables get one caption per call, which is safe but slower.
-"""
+"""How a diffusers pipeline class takes conditions: read from the class's signatures, and from `uae.models.pipelines.quirks`."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Masking = Literal["keyword", "joint", "per_pass", "cross", "none"]
+import torch
+from torch import Tensor
+
+from uae.models.pipelines.quirks import Masking, Quirks, quirks_of
 
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 MASKS = ("prompt_attention_mask", "prompt_embeds_mask")
-# Pipelines in which the embeddings of a caption do not depend on the other captions of the batch. All others get one caption
-# per call: CogView4 pads to the longest caption without a mask, OmniGen uses the positions of the first row for all rows.
-_READ_TOGETHER = {
-    "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "SanaSprintPipeline", "QwenImagePipeline",
-    "StableDiffusionXLPipeline", "StableDiffusionPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
-}  # fmt: skip
-# Pipelines that call the denoiser once per step under guidance, with all rows of the negative pass before those of the positive.
-_NEGATIVE_FIRST = {
-    "StableDiffusion3Pipeline", "SanaPipeline", "StableDiffusionXLPipeline", "StableDiffusionPipeline", "PixArtAlphaPipeline",
-    "PixArtSigmaPipeline",
-}  # fmt: skip
-_ENCODED = {
-    "ChromaPipeline": (EMBEDS, "text_ids", MASKS[0], f"negative_{EMBEDS}", "negative_text_ids", f"negative_{MASKS[0]}"),
-}
+GUIDERS = ("guider", "ocr_guider")
 
 
 @dataclass(frozen=True)
@@ -39,16 +27,17 @@ class Contract:
         mask: Name of the argument for the mask of the embeddings, or None.
         masking: How padding is hidden from the denoiser. "keyword": by the argument ``mask``. "joint": by
             `MaskedJointAttention`. "per_pass": by a mask of text and image tokens that differs between the positive and the
-            negative pass. "cross": by a mask for the U-Net's cross-attention. "none": there is no mask, so only rows of
-            equal length share a call.
+            negative pass. "cross": by a mask for the U-Net's cross-attention. "list": embeddings are a list of one tensor per
+            caption, without padding. "additive": the argument ``mask`` only lowers the attention to padding, so padding is never
+            cut. "none": there is no mask, so only rows of equal length share a call.
         guidance: Name of the argument for the classifier-free guidance scale, or None.
         distilled: Name of the argument for the guidance scale that a distilled network takes as an input, or None.
+        guiders: Names of the components that do classifier-free guidance, with the scale of the checkpoint.
         negatives: Names of the arguments for negative prompts.
-        negative_first: Whether one call of the denoiser is known to have all negative rows, and then all positive ones.
         own_negative: Whether guidance on prompts uses a default negative prompt if none is given.
         encoded: Names of the outputs of ``encode_prompt`` that are used, in order.
-        read_together: Whether several prompts may share a call.
         fixed: Arguments that are passed in every call.
+        quirks: What no signature says.
     """
 
     embeddings: str | None
@@ -57,40 +46,51 @@ class Contract:
     masking: Masking
     guidance: str | None
     distilled: str | None
+    guiders: tuple[str, ...]
     negatives: tuple[str, ...]
-    negative_first: bool
     own_negative: bool
     encoded: tuple[str, ...]
-    read_together: bool
-    fixed: dict[str, Any]
+    fixed: Mapping[str, Any]
+    quirks: Quirks
 
     @property
     def takes_embeddings(self) -> bool:
         """Whether the pipeline can draw from an `EmbeddingCondition`."""
         return self.embeddings is not None
 
+    def guidance_argument(self, guidance: float) -> float:
+        """The pipeline's number for a guidance scale of which 1 is no guidance."""
+        return guidance - 1 if self.quirks.guidance_from_zero else guidance
+
+    def mask_argument(self, mask_NL: Tensor, dtype: torch.dtype) -> Tensor:
+        """The mask as the pipeline's own encoders return it; ``dtype`` is the denoiser's."""
+        return mask_NL.to({"integer": torch.long, "bool": torch.bool, "float": dtype}[self.quirks.mask_kind])
+
 
 def contract_of(pipe: Any) -> Contract:
     """The contract of a pipeline, read from its class and, for masks, from its denoiser."""
     kind = type(pipe)
+    quirks = quirks_of(kind)
     call = inspect.signature(kind.__call__).parameters
-    embeddings = EMBEDS if hasattr(kind, "encode_prompt") and _complete(call) else None
+    embeddings = EMBEDS if hasattr(kind, "encode_prompt") and _complete(call) and not quirks.text_only else None
     mask = next((name for name in MASKS if name in call), None)
     negatives = tuple(name for name in call if name.startswith("negative_prompt"))
     guidance, distilled = _guidances(call, bool(negatives))
+    guiders = tuple(name for name in GUIDERS if name in inspect.signature(kind.__init__).parameters)
+    binning = {"use_resolution_binning": False} if "use_resolution_binning" in call else {}
     return Contract(
         embeddings=embeddings,
         pooled=POOLED if POOLED in call else None,
         mask=mask,
-        masking=_masking(pipe, mask),
+        masking=quirks.masking or _masking(pipe, mask, call, quirks),
         guidance=guidance,
         distilled=distilled,
+        guiders=guiders,
         negatives=negatives,
-        negative_first=kind.__name__ in _NEGATIVE_FIRST,
-        own_negative=guidance == "guidance_scale",
-        encoded=_encoded(kind) if embeddings else (),
-        read_together=kind.__name__ in _READ_TOGETHER,
-        fixed={"use_resolution_binning": False} if "use_resolution_binning" in call else {},
+        own_negative=guidance == "guidance_scale" or bool(guiders),
+        encoded=(quirks.encoded or _encoded(kind)) if embeddings else (),
+        fixed={**binning, **quirks.fixed},
+        quirks=quirks,
     )
 
 
@@ -115,8 +115,7 @@ def _complete(call: Any) -> bool:
     """Whether embeddings, one pooled vector and one mask are the only arguments of the call about the caption."""
     known = {sign + name for sign in ("", "negative_") for name in (EMBEDS, POOLED, *MASKS)}
     about = [name for name in call if ("embeds" in name or "mask" in name) and "ip_adapter" not in name]
-    as_list = EMBEDS in call and "list" in str(call[EMBEDS].annotation).lower()
-    return EMBEDS in call and set(about) <= known and not as_list and "prior_token_ids" not in call
+    return EMBEDS in call and set(about) <= known and "prior_token_ids" not in call
 
 
 def _guidances(call: Any, negatives: bool) -> tuple[str | None, str | None]:
@@ -129,7 +128,11 @@ def _guidances(call: Any, negatives: bool) -> tuple[str | None, str | None]:
     return (scale, None) if negatives or EMBEDS not in call else (None, scale)
 
 
-def _masking(pipe: Any, mask: str | None) -> Masking:
+def _masking(pipe: Any, mask: str | None, call: Any, quirks: Quirks) -> Masking:
+    if quirks.reads_padding:
+        return "none"
+    if EMBEDS in call and "list" in str(call[EMBEDS].annotation).lower():
+        return "list"
     if mask is not None:
         return "keyword"
     network = type(denoiser_of(pipe)).__name__
@@ -152,8 +155,6 @@ def _attends_jointly(transformer: Any) -> bool:
 
 
 def _encoded(kind: Any) -> tuple[str, ...]:
-    if kind.__name__ in _ENCODED:
-        return _ENCODED[kind.__name__]
     takes = inspect.signature(kind.encode_prompt).parameters
     mask = next((name for name in MASKS if name in takes), None)
     if "do_classifier_free_guidance" not in takes:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uae.models.pipelines.contracts import denoiser_of
+from uae.models.pipelines.contracts import GUIDERS, denoiser_of
+from uae.models.pipelines.quirks import quirks_of
 
 Advance = Callable[[int, float, float, Tensor, Tensor], Tensor]  # step, t, t_next, x, velocity at t -> x at t_next
 
@@ -36,6 +37,22 @@ def check_flow(pipe: Any) -> None:
             f"{type(pipe).__name__} with {type(scheduler).__name__} does not draw by flow matching, so its steps have no "
             "log-probs here; allowed: FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas; change model.init_args.system"
         )
+
+
+def check_steps(pipe: Any, guided: bool) -> None:
+    """Check that a denoising step depends on latents, caption and time alone, so that a replay of some steps repeats them.
+
+    Raises:
+        ValueError: It depends on more.
+    """
+    name, meanflow = type(pipe).__name__, getattr(getattr(denoiser_of(pipe), "config", None), "use_meanflow", False)
+    reason = quirks_of(type(pipe)).no_policy
+    if guided and any(getattr(pipe, part, None) is not None for part in GUIDERS):
+        reason = "its guider remembers earlier steps; allowed: model.init_args.system.init_args.rendering.guidance=1"
+    if meanflow:
+        reason = "its network is told where a step ends, and the last step of a part of the schedule ends elsewhere"
+    if reason:
+        raise ValueError(f"{name} cannot be trained step by step: {reason}; change model.init_args.system, or train captions only")
 
 
 @contextmanager

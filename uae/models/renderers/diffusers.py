@@ -15,11 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 from uae.models.conditioners.states import EmbeddingCondition, TextCondition, pad_to_length
 from uae.models.lengths import alike
 from uae.models.pipelines.contracts import contract_of, denoiser_of, text_encoders_of
-from uae.models.pipelines.loading import fresh_scheduler, without
+from uae.models.pipelines.loading import fresh_scheduler, starting_from, without
 from uae.models.pipelines.masks import MaskedJointAttention, masked_cross_attention, masked_passes
 from uae.models.pipelines.passes import NegativePass, leaving_out
 from uae.models.pipelines.steps import gradient_through
-from uae.models.renderers.rendering import Rendering, check, compile_blocks, multiple, spare_memory
+from uae.models.renderers.rendering import KEY, Rendering, check, compile_blocks, multiple, obey_size, spare_memory
 from uae.weights.placement import at_work, settle, working_device
 
 PipelineCondition = TextCondition | EmbeddingCondition
@@ -31,7 +31,7 @@ class Call:
 
     Args:
         generators: One random generator per row for the initial noise; None if ``latents`` are given.
-        latents: Latents to start from, as a call with ``output_type="latent"`` returns them; None starts from noise.
+        latents: Latents to start from, as the denoising loop has them; None starts from noise.
         during: Function that takes the pipeline and returns a context manager, which is open during the call. The pipeline
             then has a copy of its scheduler, which may be changed.
         first: Number of the denoising step that the call begins with.
@@ -67,8 +67,10 @@ class DiffusersRenderer:
         self.device: torch.device | None = None  # the policy's device; None is the denoiser's
         check(rendering, pipe, self.contract, negative is not None)
         pipe.set_progress_bar_config(disable=True)
-        if getattr(pipe, "watermark", None) is not None:
-            pipe.watermark = None  # a watermark changes what encoders see, and stops the gradient
+        for name in ("watermark", "safety_checker"):  # they change what encoders see, and stop the gradient
+            if getattr(pipe, name, None) is not None:
+                setattr(pipe, name, None)
+        obey_size(pipe, rendering.height, rendering.width)
         for module in (*self.modules(), *text_encoders_of(pipe).values()):
             module.requires_grad_(False).eval()
         if self.contract.masking == "joint":
@@ -113,9 +115,28 @@ class DiffusersRenderer:
 
         images: list[Tensor] = [torch.empty(0)] * len(condition)
         for rows, drawn in self.calls(condition, start, grad):
-            for row, image in zip(rows, drawn, strict=True):
+            for row, image in zip(rows, self.colours(drawn), strict=True):
                 images[row] = image
-        return torch.stack(images).float().to(self.home)
+        return torch.stack(images).to(self.home)
+
+    def colours(self, drawn: Tensor) -> Tensor:
+        """Images ``[N, 3, H, W]`` in [0, 1], float32, from what the pipeline returns: transparency is left out.
+
+        Raises:
+            ValueError: The images have another size than the one asked for, or pixels that are not finite.
+        """
+        size = self.rendering.height, self.rendering.width
+        if tuple(drawn.shape[-2:]) != size:
+            raise ValueError(
+                f"{type(self.pipe).__name__} drew images of {drawn.shape[-2]} x {drawn.shape[-1]} pixels where {size[0]} x {size[1]} "
+                f"were asked for; change {KEY}.height and {KEY}.width to a size that it can draw"
+            )
+        pixels = drawn[:, :3].float()
+        if not pixels.isfinite().all():
+            raise ValueError(
+                f"{type(self.pipe).__name__} drew pixels that are not finite; try float32 or bfloat16: change {KEY}.placement.dtype"
+            )
+        return (pixels / 2 + 0.5 if self.contract.quirks.signed else pixels).clamp(0, 1)
 
     @property
     def home(self) -> torch.device:
@@ -171,11 +192,13 @@ class DiffusersRenderer:
 
     def _batches(self, condition: PipelineCondition) -> Iterator[list[int]]:
         """The numbers of the rows of each micro-batch."""
-        most = self.rendering.rows
+        most, guided = self.rendering.rows, self.contract.quirks.guided_rows
+        if self.rendering.guidance > 1 and guided is not None:
+            most = min(most, guided)
         groups = [list(range(len(condition)))]
         sharded = isinstance(denoiser_of(self.pipe), FSDPModule)  # then all processes must make the same number of calls
         if isinstance(condition, TextCondition):
-            most = most if self.contract.read_together else 1
+            most = most if self.contract.quirks.read_together else 1
         elif self.contract.masking == "none" and sharded:
             most = 1
         elif self.contract.masking == "none":
@@ -190,25 +213,27 @@ class DiffusersRenderer:
         self, condition: PipelineCondition, negative: PipelineCondition | None, start: Call, grad: bool, work: torch.device
     ) -> Tensor:
         """Call the pipeline once."""
-        arguments: dict[str, Any] = dict(self.contract.fixed)
-        if self.contract.guidance:
-            arguments[self.contract.guidance] = self.rendering.guidance
-        if self.contract.distilled and self.rendering.distilled_guidance is not None:
-            arguments[self.contract.distilled] = self.rendering.distilled_guidance
-        if start.latents is not None:
-            arguments["latents"] = start.latents.to(work)
+        arguments: dict[str, Any] = {**self.contract.fixed, **self._scales()}
         call: Any = type(self.pipe).__call__
         call = call.__wrapped__ if grad else call  # the decorated method disables gradients
         with ExitStack() as stack:
             if isinstance(condition, TextCondition):
-                arguments["prompt"] = condition.texts
+                arguments["prompt"] = list(condition.texts)  # some pipelines write into the list
                 if isinstance(negative, TextCondition):
                     arguments["negative_prompt"] = negative.texts * len(condition)
             else:
                 stack.enter_context(without(self.pipe, text_encoders_of(self.pipe)))
                 arguments |= self._embeddings(condition, negative, work, stack)
-            if self.rendering.guidance > 1 and self.contract.negative_first:
+            if self.rendering.guidance > 1 and self.contract.quirks.negative_first:
                 stack.enter_context(leaving_out(denoiser_of(self.pipe), self._negative_pass(len(condition), start)))
+            if self.rendering.guidance <= 1:
+                stack.enter_context(without(self.pipe, self.contract.guiders))
+            if self.contract.quirks.reseeds:
+                stack.enter_context(torch.random.fork_rng([work] if work.type == "cuda" else []))
+            if hasattr(self.pipe, "prepare_latents"):
+                stack.enter_context(starting_from(self.pipe, start.latents))
+            elif start.latents is not None:
+                arguments["latents"] = start.latents.to(work)
             stack.enter_context(fresh_scheduler(self.pipe))
             stack.enter_context(start.during(self.pipe))
             return call(
@@ -217,10 +242,19 @@ class DiffusersRenderer:
                 height=self.rendering.height,
                 width=self.rendering.width,
                 num_inference_steps=self.rendering.steps,
-                generator=start.generators,
+                generator=start.generators or generators_of([0] * len(condition)),  # unused noise, but never the global generator's
                 output_type=start.output_type,
                 return_dict=False,
             )[0]
+
+    def _scales(self) -> dict[str, float]:
+        """The pipeline's arguments for guidance."""
+        scales = {}
+        if self.contract.guidance:
+            scales[self.contract.guidance] = self.contract.guidance_argument(self.rendering.guidance)
+        if self.contract.distilled and self.rendering.distilled_guidance is not None:
+            scales[self.contract.distilled] = self.rendering.distilled_guidance
+        return scales
 
     def _negative_pass(self, rows: int, start: Call) -> NegativePass:
         seeds = None if start.generators is None else [generator.initial_seed() for generator in start.generators]
@@ -235,26 +269,40 @@ class DiffusersRenderer:
                 f"{type(self.pipe).__name__} takes captions as text only, but the conditioner gives embeddings; use a TextConditioner"
             )
         dtype = denoiser_of(self.pipe).dtype
-        arguments: dict[str, Any] = {}
         signed = {"": _on(condition, work, dtype)}
+        arguments: dict[str, Any] = {}
         if isinstance(negative, EmbeddingCondition):
             signed = {"negative_": _on(negative, work, dtype).index([0] * len(condition)), **signed}
             if "negative_prompt" in self.contract.negatives:
                 arguments["negative_prompt"] = None  # Sana's default is a text, and it refuses both
-        signed = {sign: _unpadded(one) for sign, one in signed.items()}
-        length = max(one.embeds_NLD.shape[1] for one in signed.values())
-        if self.contract.masking != "none":
-            signed = {sign: pad_to_length(one, length) for sign, one in signed.items()}
+        signed = self._aligned(signed)
         for sign, one in signed.items():
-            arguments[f"{sign}{self.contract.embeddings}"] = one.embeds_NLD
+            arguments[f"{sign}{self.contract.embeddings}"] = _listed(one) if self.contract.masking == "list" else one.embeds_NLD
             if self.contract.pooled:
                 arguments[f"{sign}{self.contract.pooled}"] = self._pooled(one)
             if self.contract.mask:
-                arguments[f"{sign}{self.contract.mask}"] = one.mask_NL
+                arguments[f"{sign}{self.contract.mask}"] = self.contract.mask_argument(one.mask_NL, dtype)
         return arguments | self._masked(list(signed.values()), stack)
+
+    def _aligned(self, signed: dict[str, EmbeddingCondition]) -> dict[str, EmbeddingCondition]:
+        """Both passes without padding that all rows have, and equally long where padding is hidden from the denoiser."""
+        if self.contract.masking != "additive":
+            signed = {sign: _unpadded(one) for sign, one in signed.items()}
+        length = max(one.embeds_NLD.shape[1] for one in signed.values())
+        if self.contract.masking != "none":
+            return {sign: pad_to_length(one, length) for sign, one in signed.items()}
+        if self.contract.quirks.one_batch and any(one.embeds_NLD.shape[1] != length for one in signed.values()):
+            lengths = " and ".join(str(one.embeds_NLD.shape[1]) for one in signed.values())
+            raise ValueError(
+                f"{type(self.pipe).__name__} draws under guidance from embeddings of equal length only, and the negative and the "
+                f"captions have {lengths} tokens; set {KEY}.guidance to 1"
+            )
+        return signed
 
     def _masked(self, passes: list[EmbeddingCondition], stack: ExitStack) -> dict[str, Any]:
         """Mask padding during the call. Negatives come first, as in the batches of the pipelines."""
+        if self.contract.masking not in ("joint", "cross", "per_pass"):
+            return {}
         masks = torch.cat([one.mask_NL for one in passes])
         if masks.all():  # attention without a mask is faster
             return {}
@@ -291,6 +339,12 @@ def _on(condition: EmbeddingCondition, device: torch.device, dtype: torch.dtype)
 
 
 def _unpadded(condition: EmbeddingCondition) -> EmbeddingCondition:
-    """Cut off what is padding in all rows."""
-    length = max(1, int(condition.mask_NL.sum(1).max()))
+    """Cut off what is padding in all rows, on the right. Krea2 has its padding before the last tokens."""
+    used = condition.mask_NL.bool().any(0).nonzero()
+    length = int(used.max()) + 1 if len(used) else 1
     return EmbeddingCondition(condition.embeds_NLD[:, :length], condition.mask_NL[:, :length], condition.pooled_NP)
+
+
+def _listed(condition: EmbeddingCondition) -> list[Tensor]:
+    """One tensor ``[L, D]`` per caption, without padding."""
+    return [row[mask.bool()] for row, mask in zip(condition.embeds_NLD, condition.mask_NL, strict=True)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from uae.models.pipelines.contracts import Contract, denoiser_of
 from uae.models.pipelines.passes import Interval, guided_at
+from uae.models.pipelines.quirks import quirks_of
 from uae.weights.placement import Placement
 
 KEY = "model.init_args.system.init_args.rendering"
@@ -23,7 +24,8 @@ class Rendering:
     Args:
         height, width: Size of the images in pixels. The pipeline determines of which number they must be multiples.
         steps: Number of denoising steps, 1 or more.
-        guidance: Classifier-free guidance scale. 1 turns it off and saves the negative pass.
+        guidance: Classifier-free guidance scale: velocities are ``negative + guidance (positive - negative)``. 1 turns it off and
+            saves the negative pass. Pipelines that call this 0 (Z-Image, Krea2) get a number that is smaller by 1.
         guidance_interval: Share of the denoising steps, from 0 (noise) to 1 (image), in which guidance is applied (Kynkaanniemi et
             al. 2024, arXiv 2404.07724): step i of n, counted from 0, is guided if i / n is at least the first number and below
             the second. In all other steps the negative pass is not computed. None and (0, 1) are all steps; anything else
@@ -63,16 +65,7 @@ def check(rendering: Rendering, pipe: Any, contract: Contract, has_negative: boo
         ValueError: The pipeline cannot follow a setting.
     """
     name = type(pipe).__name__
-    of = multiple(pipe)
-    for key in ("height", "width"):
-        size = getattr(rendering, key)
-        if size < 1 or size % of:
-            raise ValueError(
-                f"rendering.{key}={size} must be a multiple of {of} for {name}; change {KEY}.{key}"
-            )
-    for key in ("steps", "rows"):
-        if getattr(rendering, key) < 1:
-            raise ValueError(f"rendering.{key}={getattr(rendering, key)} must be at least 1; change {KEY}.{key}")
+    _check_numbers(rendering, pipe, contract.quirks.steps)
     if rendering.guidance > 1:
         _check_guidance(rendering.guidance, pipe, contract, has_negative)
     if rendering.guidance_interval is not None:
@@ -85,8 +78,30 @@ def check(rendering: Rendering, pipe: Any, contract: Contract, has_negative: boo
         )
 
 
+def _check_numbers(rendering: Rendering, pipe: Any, only_steps: int | None) -> None:
+    name, of = type(pipe).__name__, multiple(pipe)
+    for key in ("height", "width"):
+        size = getattr(rendering, key)
+        if size < 1 or size % of:
+            raise ValueError(
+                f"rendering.{key}={size} must be a multiple of {of} for {name}; change {KEY}.{key}"
+            )
+    for key in ("steps", "rows"):
+        if getattr(rendering, key) < 1:
+            raise ValueError(f"rendering.{key}={getattr(rendering, key)} must be at least 1; change {KEY}.{key}")
+    if only_steps not in (None, rendering.steps):
+        raise ValueError(f"rendering.steps={rendering.steps}, but {name} takes exactly {only_steps} steps; change {KEY}.steps")
+
+
 def _check_guidance(guidance: float, pipe: Any, contract: Contract, has_negative: bool) -> None:
     name = type(pipe).__name__
+    if contract.guiders:
+        _check_guiders(guidance, pipe, contract.guiders)
+        return
+    if getattr(pipe, "config", {}).get("is_distilled", False):
+        raise ValueError(
+            f"rendering.guidance={guidance}, but this {name} is distilled for drawing without guidance; set {KEY}.guidance to 1"
+        )
     if contract.guidance is None:
         instead = f" (and {KEY}.distilled_guidance instead)" if contract.distilled else ""
         raise ValueError(
@@ -101,6 +116,18 @@ def _check_guidance(guidance: float, pipe: Any, contract: Contract, has_negative
         )
 
 
+def _check_guiders(guidance: float, pipe: Any, guiders: tuple[str, ...]) -> None:
+    """A pipeline that guides by components of its checkpoint has their scale, or no guidance."""
+    parts = [getattr(pipe, name, None) for name in guiders]
+    scales = {float(part.guidance_scale) for part in parts if part is not None}
+    if scales != {guidance}:
+        allowed = ", ".join(f"{scale:g}" for scale in sorted({1.0, *scales}))
+        raise ValueError(
+            f"rendering.guidance={guidance}, but {type(pipe).__name__} is guided by {' and '.join(guiders)} of its checkpoint; "
+            f"allowed: {allowed if len(scales) < 2 else '1'}; change {KEY}.guidance"
+        )
+
+
 def _check_interval(rendering: Rendering, interval: Interval, pipe: Any, contract: Contract) -> None:
     name, scheduler = type(pipe).__name__, getattr(pipe, "scheduler", None)
     fault = ""
@@ -108,7 +135,7 @@ def _check_interval(rendering: Rendering, interval: Interval, pipe: Any, contrac
         fault = "allowed: two numbers from 0 (noise) to 1 (image), the first below the second"
     elif rendering.guidance <= 1:
         fault = f"but rendering.guidance={rendering.guidance} applies none; allowed: null, or {KEY}.guidance above 1"
-    elif not contract.negative_first:
+    elif not contract.quirks.negative_first:
         fault = f"but where {name} computes its negative pass is not known; allowed: null"
     elif getattr(scheduler, "order", 1) != 1:
         fault = f"but {type(scheduler).__name__} predicts more than once per step; allowed: null, or another scheduler"
@@ -124,7 +151,16 @@ def multiple(pipe: Any) -> int:
     patch = max(patch) if isinstance(patch, tuple | list) else patch
     own = getattr(pipe, "vae_scale_factor", 1) * (patch or 1)
     processor = getattr(getattr(pipe, "image_processor", None), "config", None)
-    return math.lcm(own, getattr(processor, "vae_scale_factor", 1))
+    return math.lcm(own * quirks_of(type(pipe)).size_factor, getattr(processor, "vae_scale_factor", 1))
+
+
+def obey_size(pipe: Any, height: int, width: int) -> None:
+    """Let a pipeline draw the size that it is asked for, where it would draw the nearest one that it was trained with."""
+    how = quirks_of(type(pipe)).size_from
+    if how == "area":
+        pipe.default_sample_size = math.sqrt(height * width) / pipe.vae_scale_factor * (1 + 1e-9)  # it rounds the sides down
+    elif how == "resolutions":
+        pipe.resolutions = [(width, height)]
 
 
 def compile_blocks(denoiser: Any) -> None:
