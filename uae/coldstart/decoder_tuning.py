@@ -19,7 +19,7 @@ from uae.coldstart.system_objective import (
 )
 from uae.coldstart.velocity import check_pipeline, latents_of, velocity_of
 from uae.learner import Learner
-from uae.models.finetune import IMAGE_TRANSFORMER, Finetune, Full, LoRA
+from uae.models.finetune import Finetune, Full, LoRA
 from uae.models.flow.network import FlowNetwork
 from uae.models.pipelines.contracts import denoiser_of
 from uae.seeds import seed_of
@@ -56,7 +56,7 @@ class DecoderTuning(SystemObjective):
         super().__init__()
         if not 0 <= dropout <= 1:
             raise ValueError(f"model.init_args.objective.init_args.dropout={dropout}; allowed: 0 to 1")
-        self.decoder = decoder or LoRA(rank=32, alpha=32, target_modules=IMAGE_TRANSFORMER)
+        self.decoder = decoder or LoRA(rank=32, alpha=32)
         self.decoder.key = "model.init_args.objective.init_args.decoder.init_args"
         self.trainable, self.mean, self.std, self.dropout = trainable, mean, std, dropout
         self.gradient_checkpointing = gradient_checkpointing

@@ -19,16 +19,14 @@ from uae.models.exported import load_exported
 LANGUAGE_MODEL = (  # but for its head, and for what routes tokens to experts; Emu3's is named text_model
     r".*\b(language_model|text_model)\.(?!(.*\.)?(\w*router\b.*|gate|shared_expert_gate|lm_head)$).*"
 )
-IMAGE_TRANSFORMER = (
-    r".*attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"  # of diffusers; as Flow-GRPO adapts them
-)
 IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
 
 
 def default_targets(model: nn.Module) -> list[str]:
     """Names of the layers that `LoRA` adapts if nothing is said: linear ones of the language model, or a denoiser's attention."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linear if re.fullmatch(f"{LANGUAGE_MODEL}|{IMAGE_TRANSFORMER}", name)]
+    expression = attention_layers(model) or LANGUAGE_MODEL
+    return [name for name in linear if re.fullmatch(expression, name)]
 
 
 class Finetune:
@@ -74,8 +72,9 @@ class LoRA(Finetune):
         alpha: Scale of the adapter; it adds ``alpha / rank * B A`` to a weight. None is that of ``adapter``, or 32.
         target_modules: Regular expression over the names of modules that get an adapter, or "all-linear" for every linear
             layer except the output head, those of the image tower included, as UAE was trained. None is those of
-            ``adapter``, or all linear layers of the language model but its head and its routers, or the attention of a
-            diffusers denoiser. Experts that are one weight for all of them are no linear layers, and get no adapter.
+            ``adapter``, or all linear layers of the language model but its head and its routers, or those inside the attention of
+            a diffusers denoiser, as Flow-GRPO adapts them. Experts that are one weight for all of them are no linear layers, and
+            get no adapter.
         adapter: Folder or hub id of a PEFT adapter to start from; the reference is then a frozen copy of that adapter. What
             is given of the other arguments must be as in its ``adapter_config.json``.
         weights: Folder or hub id of a whole model, as `callbacks.export.Export` writes it with ``merge: true`` or after full
@@ -162,6 +161,29 @@ class LoRA(Finetune):
             if asked not in (None, value) and not resolved:
                 shown = value if isinstance(value, int | str) else sorted(value)
                 raise ValueError(f"{self.key}.{name}={asked}, but {at} has {shown}; allowed: {shown}, or null in a file")
+
+
+def attention_layers(model: nn.Module) -> str | None:
+    """A regular expression over the names of all linear layers inside the attention of a denoiser of diffusers.
+
+    Attention is found by its type: its layers are called ``to_q`` in most classes, ``to_query`` in Kandinsky 5, ``img_qkv_proj`` in
+    PRX and ``to_qkv_mlp_proj`` in FLUX.2.
+
+    Returns:
+        The expression; None if the model is not of diffusers, or has no attention.
+    """
+    if not any(base.__module__.startswith("diffusers.") for base in type(model).__mro__):
+        return None
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention
+
+    layers = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Attention | AttentionModuleMixin):
+            any_block = re.sub(r"(?<=\.)\d+(?=\.|$)", r"\\d+", path).replace(".", r"\.")
+            linear = (name for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+            layers.update({rf"{any_block}\.{re.escape(name)}": None for name in linear})
+    return "|".join(layers) or None
 
 
 @contextmanager
