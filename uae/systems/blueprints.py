@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from uae.files.locations import locate
+from uae.models.pipelines.loading import components_of
+from uae.models.pipelines.quirks import QUIRKS, Quirks
 from uae.weights.placement import Placement
 
 if TYPE_CHECKING:
@@ -154,15 +156,15 @@ def pipeline_skeletons(name: str, leave_out: Iterable[str] = (), dtype: str = "b
         leave_out: Names of components to skip, e.g. "text_encoder_3".
         dtype: Dtype of all networks.
     """
+    index = config_of(name, file="model_index.json")
+    aside = {*leave_out, *QUIRKS.get(index.get("_class_name", ""), Quirks()).left_out}
     parts: dict[str, Any] = {}
-    for part, (library, kind) in _networks(config_of(name, file="model_index.json")).items():
-        if part in leave_out:
-            continue
-        config = config_of(name, part)
-        if library == "transformers":
-            parts[part] = _transformers_skeleton(config, name, kind, dtype)
-        else:
-            parts[part] = _diffusers_skeleton(config, name, dtype)
+    for part, pair in components_of(index).items():
+        kind = None if part in aside else _network(*pair)
+        if kind is not None:
+            config = config_of(name, part)
+            own = hasattr(kind, "config_class")
+            parts[part] = _own_skeleton(kind, config, dtype) if own else _diffusers_skeleton(config, name, dtype)
     return parts
 
 
@@ -194,11 +196,16 @@ def open_clip_skeleton(name: str) -> nn.Module:
         return kind(**{key: value for key, value in config.items() if key in known}).visual
 
 
-def _networks(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Component name to library and class, for the components of a pipeline that have weights."""
-    pairs = {name: pair for name, pair in index.items() if isinstance(pair, list) and len(pair) == 2 and pair[1]}
-    weightless = ("tokenizer", "scheduler", "feature_extractor", "processor", "image_processor", "safety_checker")
-    return {name: tuple(pair) for name, pair in pairs.items() if not name.startswith(weightless)}
+def _network(library: str | None, kind: str | None) -> Any:
+    """The class of a component of a pipeline, or None if it is no network: a tokenizer, a scheduler, a guider, or nothing."""
+    import diffusers
+    import transformers
+
+    if library is None or kind is None:
+        return None
+    own = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(diffusers.pipelines, library, None)
+    found = getattr(own, kind, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 def _transformers_config(config: dict[str, Any], name: str) -> Any:
@@ -215,11 +222,17 @@ def _transformers_config(config: dict[str, Any], name: str) -> Any:
 def _transformers_skeleton(config: dict[str, Any], name: str, kind: str, dtype: str) -> Any:
     import transformers
 
+    if kind != "AutoModel":
+        return _own_skeleton(getattr(transformers, kind), config, dtype)
     built = _transformers_config(config, name)
     with torch.device("meta"):
-        if kind == "AutoModel":
-            return transformers.AutoModel.from_config(built, dtype=getattr(torch, dtype), trust_remote_code=False)
-        return getattr(transformers, kind)._from_config(built, dtype=getattr(torch, dtype))
+        return transformers.AutoModel.from_config(built, dtype=getattr(torch, dtype), trust_remote_code=False)
+
+
+def _own_skeleton(kind: Any, config: dict[str, Any], dtype: str) -> Any:
+    """A network whose class has a configuration in the manner of transformers, also where a pipeline of diffusers defines it."""
+    with torch.device("meta"):
+        return kind._from_config(kind.config_class.from_dict(dict(config)), dtype=getattr(torch, dtype))
 
 
 def _diffusers_skeleton(config: dict[str, Any], name: str, dtype: str) -> Any:
