@@ -35,12 +35,12 @@ def write_sd3(folder: Path, joint_attention_dim: int = 32, pooled_projection_dim
         half = pooled_projection_dim // 2
         width = min(16, joint_attention_dim // 2)
         return StableDiffusion3Pipeline(
-            transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), _autoencoder(shift_factor=0.06),
-            _clip(width, half), clip_tokenizer(), _clip(width, pooled_projection_dim - half), clip_tokenizer(),
-            _t5(joint_attention_dim), t5_tokenizer(256),
+            transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), autoencoder(shift_factor=0.06),
+            clip_encoder(width, half), clip_tokenizer(), clip_encoder(width, pooled_projection_dim - half), clip_tokenizer(),
+            t5_encoder(joint_attention_dim), t5_tokenizer(256),
         )  # fmt: skip
 
-    _write(folder, create)
+    write(folder, create)
 
 
 def write_flux(
@@ -57,16 +57,16 @@ def write_flux(
         )  # fmt: skip
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         return FluxPipeline(
-            scheduler, _autoencoder(shift_factor=0.1), _clip(pooled_projection_dim, None), clip_tokenizer(),
-            _t5(joint_attention_dim), t5_tokenizer(512), transformer,
+            scheduler, autoencoder(shift_factor=0.1), clip_encoder(pooled_projection_dim, None), clip_tokenizer(),
+            t5_encoder(joint_attention_dim), t5_tokenizer(512), transformer,
         )  # fmt: skip
 
-    _write(folder, create)
+    write(folder, create)
 
 
 def write_sana(folder: Path, caption_channels: int = 32) -> None:
     """Sana: Gemma 2 as the text encoder and a deep-compression autoencoder (32 pixels per latent)."""
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
     def create() -> Any:
@@ -74,11 +74,6 @@ def write_sana(folder: Path, caption_channels: int = 32) -> None:
         config = Gemma2Config(
             vocab_size=len(tokenizer), hidden_size=caption_channels, intermediate_size=32, num_hidden_layers=1,
             num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, max_position_embeddings=4096,
-        )  # fmt: skip
-        autoencoder = AutoencoderDC(
-            latent_channels=4, attention_head_dim=2, encoder_block_out_channels=(4,) * 6, decoder_block_out_channels=(4,) * 6,
-            encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6, encoder_qkv_multiscales=((),) * 6,
-            decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41407,
         )  # fmt: skip
         transformer = SanaTransformer2DModel(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
@@ -88,9 +83,9 @@ def write_sana(folder: Path, caption_channels: int = 32) -> None:
         scheduler = DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
         )
-        return SanaPipeline(tokenizer, Gemma2Model(config), autoencoder, transformer, scheduler)
+        return SanaPipeline(tokenizer, Gemma2Model(config), deep_autoencoder(), transformer, scheduler)
 
-    _write(folder, create)
+    write(folder, create)
 
 
 def write_qwen_image(folder: Path, joint_attention_dim: int = 32) -> None:
@@ -112,10 +107,10 @@ def write_qwen_image(folder: Path, joint_attention_dim: int = 32) -> None:
             base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[3.0] * 4
         )
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
-        encoder = _qwen(joint_attention_dim, tokenizer)
+        encoder = qwen_encoder(joint_attention_dim, tokenizer)
         return QwenImagePipeline(scheduler, autoencoder, encoder, tokenizer, transformer)
 
-    _write(folder, create)
+    write(folder, create)
 
 
 def write_sdxl(folder: Path, cross_attention_dim: int = 32, pooled_projection_dim: int = 16) -> None:
@@ -139,11 +134,11 @@ def write_sdxl(folder: Path, cross_attention_dim: int = 32, pooled_projection_di
             steps_offset=1,
         )
         return StableDiffusionXLPipeline(
-            _autoencoder(), _clip(half, None), _clip(cross_attention_dim - half, pooled_projection_dim), clip_tokenizer(),
+            autoencoder(), clip_encoder(half, None), clip_encoder(cross_attention_dim - half, pooled_projection_dim), clip_tokenizer(),
             clip_tokenizer(), unet, scheduler, add_watermarker=False,
         )  # fmt: skip
 
-    _write(folder, create)
+    write(folder, create)
 
 
 def write_omnigen(folder: Path) -> None:
@@ -157,11 +152,10 @@ def write_omnigen(folder: Path) -> None:
             pad_token_id=0, vocab_size=len(tokenizer), rope_scaling={"short_factor": [1.0] * 4, "long_factor": [1.0] * 4},
             pos_embed_max_size=16, time_step_dim=16,
         )  # fmt: skip
-        autoencoder = _autoencoder()
         scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1)
-        return OmniGenPipeline(transformer, scheduler, autoencoder, tokenizer)
+        return OmniGenPipeline(transformer, scheduler, autoencoder(), tokenizer)
 
-    _write(folder, create)
+    write(folder, create)
 
 
 PIPELINES: dict[str, Callable[[Path], None]] = {
@@ -174,7 +168,7 @@ PIPELINES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _write(folder: Path, create: Callable[[], Any]) -> None:
+def write(folder: Path, create: Callable[[], Any]) -> None:
     """Create a pipeline, set random weights with which every token of a caption changes the image, and save it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -182,36 +176,48 @@ def _write(folder: Path, create: Callable[[], Any]) -> None:
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module) and name != "vae":
                 for weight in part.parameters():
-                    if weight.ndim > 1:
+                    if weight.ndim > 1 and weight.numel():
                         nn.init.normal_(weight, 0, weight[0].numel() ** -0.5)
     pipe.save_pretrained(folder)
 
 
-def _autoencoder(shift_factor: float | None = None) -> Any:
-    """An autoencoder with 8 pixels per latent."""
+def autoencoder(shift_factor: float | None = None, **settings: Any) -> Any:
+    """An autoencoder with 8 pixels per latent. ``settings`` are further arguments of its class."""
     from diffusers import AutoencoderKL
 
+    usual: dict[str, Any] = {"latent_channels": 4, "scaling_factor": 1.5, "shift_factor": shift_factor}
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(4,) * 4,
-        layers_per_block=1, norm_num_groups=2, latent_channels=4, scaling_factor=1.5, shift_factor=shift_factor,
-        mid_block_add_attention=False,
+        layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False, **usual | settings,
     )  # fmt: skip
 
 
-def _clip(width: int, projection: int | None) -> Any:
+def deep_autoencoder() -> Any:
+    """An autoencoder with 32 pixels per latent."""
+    from diffusers import AutoencoderDC
+
+    return AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, encoder_block_out_channels=(4,) * 6, decoder_block_out_channels=(4,) * 6,
+        encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6, encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41407,
+    )  # fmt: skip
+
+
+def clip_encoder(width: int, projection: int | None, positions: int = 77) -> Any:
     """A CLIP text encoder. ``projection`` is the width of the projected vector; None gives an encoder without projection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, projection_dim=projection or width,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=positions, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
 
 
-def _t5(width: int) -> Any:
+def t5_encoder(width: int) -> Any:
+    """The encoder of T5."""
     from transformers import T5Config, T5EncoderModel
 
     tokenizer = t5_tokenizer(512)
@@ -227,11 +233,12 @@ def _t5(width: int) -> Any:
     return T5EncoderModel(config)
 
 
-def _qwen(width: int, tokenizer: Any) -> Any:
+def qwen_encoder(width: int, tokenizer: Any, layers: int = 1) -> Any:
+    """The language model of Qwen2.5-VL, with an image tower."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
-        "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2,
         "num_key_value_heads": 1, "vocab_size": len(tokenizer), "max_position_embeddings": 2048,
         "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
         "rope_parameters": {

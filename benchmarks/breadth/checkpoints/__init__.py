@@ -1,0 +1,1 @@
+"""Tiny random text-to-image pipelines of the classes of diffusers, in its layout."""
