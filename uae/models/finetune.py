@@ -177,9 +177,10 @@ def attention_layers(model: nn.Module) -> str | None:
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention
 
-    layers = {}
+    kinds: Any = (Attention, AttentionModuleMixin)  # the second is a mixin of modules
+    layers: dict[str, None] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Attention | AttentionModuleMixin):
+        if isinstance(module, kinds):
             any_block = re.sub(r"(?<=\.)\d+(?=\.|$)", r"\\d+", path).replace(".", r"\.")
             linear = (name for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
             layers.update({rf"{any_block}\.{re.escape(name)}": None for name in linear})
