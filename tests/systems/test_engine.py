@@ -10,6 +10,7 @@ from uae.models.captioners.loading import Reading
 from uae.models.captioners.vllm_engine import VLLM
 from uae.systems.emu3 import Emu3
 from uae.systems.janus_pro import JanusPro
+from uae.systems.x_omni import XOmni
 
 ENGINE = "--model.init_args.system.init_args.reading.engine"
 
@@ -46,7 +47,10 @@ def test_a_missing_library_is_one_line(monkeypatch, capsys):
     assert "reading.engine needs vLLM (Python 3.11 or newer): pip install 'uae[vllm]'" in line
 
 
-@pytest.mark.parametrize(("system", "name"), [(JanusPro, "deepseek-community/Janus-Pro-1B"), (Emu3, "BAAI/Emu3-Gen-hf")])
+@pytest.mark.parametrize(
+    ("system", "name"),
+    [(JanusPro, "deepseek-community/Janus-Pro-1B"), (Emu3, "BAAI/Emu3-Gen-hf"), (XOmni, "X-Omni/X-Omni-En")],
+)
 def test_networks_that_draw_are_refused(system, name):
     with pytest.raises(ValueError, match=r"reading\.engine is set, but the network of .* draws images, too"):
         system(name, reading=Reading(engine=VLLM())).build()

@@ -93,6 +93,8 @@ def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:
     denoiser, vae = networks.get("transformer", networks.get("unet")), networks.get("vae")
     images = sizes.rows * 3 * rendering.height * rendering.width * 4
     rows = [Row("reconstructions", images, phases=("render", "reward"), keys="model.group, data.batch_size")]
+    if blueprint.drawing is not None:  # they have a row among those of image tokens
+        rows = []
     if denoiser is None or vae is None:
         return rows
     b, at_once = torch_dtype(rendering.placement).itemsize, min(rendering.rows, sizes.rows)

@@ -123,26 +123,27 @@ def _condition_tokens(blueprint: Blueprint, sizes: Sizes) -> int:
 
 def _render(module: Any, blueprint: Blueprint, counts: _Counts) -> list[Floor]:
     drawn = counts.rows * module.plan.reconstructions
-    if blueprint.drawing is not None:
-        return [_image_tokens(blueprint.drawing, counts, drawn)]
+    found = [] if blueprint.drawing is None else [_image_tokens(blueprint.drawing, counts, drawn)]
     rendering, networks = blueprint.rendering, {name: network for name, (network, _) in blueprint.frozen.items()}
     denoiser, vae = networks.get("transformer", networks.get("unet")), networks.get("vae")
     if rendering is None or denoiser is None or vae is None:
-        return []
+        return found
     passes, calls = drawn * rendering.steps * (2 if rendering.guidance > 1 else 1), -(-drawn // rendering.rows)
-    if rendering.guidance > 1 and module.plan.shared_noise and module.plan.train == "captions":
+    shares = blueprint.drawing is None and module.plan.shared_noise and module.plan.train == "captions"
+    if rendering.guidance > 1 and shares:
         passes -= drawn - counts.sizes.images * module.plan.reconstructions  # the first negative pass, once for equal noise
     tokens, what = _condition_tokens(blueprint, counts.sizes), f"denoiser, {rendering.steps} steps"
     weights = [estimates.placed_bytes(network, rendering.placement) for network in (denoiser, vae)]
     once = partial(flops.denoiser_flop, denoiser, vae, rendering, tokens)
     return [
+        *found,
         _floor("render", what, lambda: passes * once(), calls * rendering.steps * weights[0]),
         _floor("render", "autoencoder", lambda: drawn * flops.decoder_flop(vae, rendering), calls * weights[1]),
     ]
 
 
 def _image_tokens(drawing: TokenDrawing, counts: _Counts, drawn: int) -> Floor:
-    """Images written by the policy; the network that turns tokens into pixels is left out."""
+    """Images written by the policy; a VQ model that turns tokens into pixels is left out."""
     policy, passes, calls = counts.policy, 2 if drawing.sampling.guidance != 1 else 1, -(-drawn // drawing.rows)
     prompt, steps = counts.sizes.tokens + QUESTION, drawing.written - 1
     head = 2 * drawing.codes * text_config(policy.base).hidden_size * drawing.tokens

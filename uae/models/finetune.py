@@ -16,8 +16,8 @@ from uae.files.locations import locate
 from uae.learner import FrozenAdapter, FrozenCopy, Learner, Network, WithoutAdapter, switch_dropout_off
 from uae.models.exported import load_exported
 
-LANGUAGE_MODEL = (  # but for its head, and for what routes tokens to experts; Emu3's is named text_model
-    r".*\b(language_model|text_model)\.(?!(.*\.)?(\w*router\b.*|gate|shared_expert_gate|lm_head)$).*"
+LANGUAGE_MODEL = (  # but for its head, and for what routes tokens to experts; Emu3's is named text_model, X-Omni's has no name
+    r"(.*\b(language_model|text_model)\.|model\.layers\.\d+\.)(?!(.*\.)?(\w*router\b.*|gate|shared_expert_gate|lm_head)$).*"
 )
 IMAGE_TOWER_ASIDE = r"^(?!.*(visual|vision_tower|vision_model)\.)"
 

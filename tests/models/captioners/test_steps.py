@@ -5,6 +5,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from tests.models import families
+from tests.models.tokens.x_omni_cases import tiny_x_omni
 from uae.models.captioners import steps
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.captioners.loading import Reading, assemble_captioner
@@ -18,6 +19,7 @@ from uae.types import Sampling
 UNIFY = {
     "janus": lambda: janus.unify(HFCaptioner(*tiny_janus_pro(2, seed=0), "Describe."), TokenSampling(5.0)),
     "emu3": lambda: emu3.unify(HFCaptioner(*tiny_emu3(seed=0), "Describe."), 32, 40, TokenSampling(5.0)),
+    "x_omni": lambda: tiny_x_omni(TokenSampling(5.0)),
 }
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from uae.grpo import GRPOLoss
 from uae.learner import Learner
 from uae.models.captioners.fixed_cache import FixedLayer
-from uae.models.tokens.policy import ImageTokenPolicy, TokenCondition, TokenPolicy, TokenSampling
+from uae.models.tokens.conditions import TokenCondition
+from uae.models.tokens.policy import ImageTokenPolicy, TokenPolicy, TokenSampling
 from uae.types import Trajectory
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -68,7 +69,7 @@ def condition(prompts=PROMPTS, left=0, right=0):
     ids = [before + list(prompt) + behind for prompt, (before, behind) in zip(prompts, pad, strict=True)]
     bare = [b + [p[0], *[PAD] * (len(p) - 2), p[-1]] + a for p, (b, a) in zip(prompts, pad, strict=True)]
     mask = [[0] * len(b) + [1] * len(p) + [0] * len(a) for p, (b, a) in zip(prompts, pad, strict=True)]
-    return TokenCondition(*(torch.tensor(x) for x in (ids, mask, bare)))
+    return TokenCondition(*(torch.tensor(x) for x in (ids, mask, bare, mask)))
 
 
 def plain_logits(policy, prompt, tokens, detach=False):

@@ -16,7 +16,8 @@ from uae.miniature.pretraining.flow_matching import some_detail
 from uae.miniature.scenes import Detail, Scene, describe, detect, render, sample_scene
 from uae.miniature.scenes.world import KINDS, cell_codes
 from uae.miniature.tiny_janus import WEIGHTS, assemble, load, save, scene_codes
-from uae.models.tokens.policy import TokenCondition, TokenSampling
+from uae.models.tokens.conditions import TokenCondition
+from uae.models.tokens.policy import TokenSampling
 from uae.types import ImageBatch
 
 

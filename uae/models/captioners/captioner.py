@@ -88,8 +88,7 @@ class HFCaptioner:
         """The chat-formatted prompt around one image."""
         if instruction not in self._prompts:
             _check_text(instruction, self.processor)
-            content = [{"type": "image"}, {"type": "text", "text": instruction}]
-            turn = {"role": "user", "content": content if self.image_first else content[::-1]}
+            turn = {"role": "user", "content": self._content(instruction)}
             prompt = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
             image = getattr(self.processor, "image_token", None) or "<image>"
             if prompt.count(instruction) == 1 and (prompt.find(image) < prompt.find(instruction)) != self.image_first:
@@ -99,6 +98,11 @@ class HFCaptioner:
                 )
             self._prompts[instruction] = prompt
         return self._prompts[instruction]
+
+    def _content(self, instruction: str) -> Any:
+        """The image and the question, as the chat template takes the content of a message."""
+        content = [{"type": "image"}, {"type": "text", "text": instruction}]
+        return content if self.image_first else content[::-1]
 
     def prompts(self, instruction: str | Sequence[str] | None, images: int) -> list[str]:
         """One prompt per image. ``instruction`` is one for all images or one per image; None is the captioner's own."""

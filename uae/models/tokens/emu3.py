@@ -21,16 +21,9 @@ from uae.models.captioners.captioner import HFCaptioner
 from uae.models.captioners.draws import draw, entropy
 from uae.models.captioners.policy import VLMContext
 from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_ids
+from uae.models.tokens.conditions import TokenCondition, condition_of, left_padded, positions
 from uae.models.tokens.janus import as_buffers
-from uae.models.tokens.policy import (
-    ImageTokenPolicy,
-    TokenCondition,
-    TokenPolicy,
-    TokenSampling,
-    left_padded,
-    mixed,
-    positions,
-)
+from uae.models.tokens.policy import ImageTokenPolicy, TokenPolicy, TokenSampling, mixed
 from uae.types import UMM, Rollout
 
 
@@ -71,7 +64,6 @@ class Emu3Policy(TokenPolicy):
         gradient_checkpointing: Whether passes with gradient keep only the inputs of layers and compute the rest again.
         size: Height and width of drawn images, in pixels.
         moments: Mean and standard deviation that pixels are normalised by, three numbers each (one per color channel).
-        pad_id: Id of the padding token, which must not occur in a prompt.
     """
 
     def __init__(
@@ -81,12 +73,11 @@ class Emu3Policy(TokenPolicy):
         gradient_checkpointing: bool,
         size: tuple[int, int],
         moments: tuple[Sequence[float], Sequence[float]],
-        pad_id: int,
     ) -> None:
         super().__init__(model, banned_ids, gradient_checkpointing)
         self.first, self.codes = visual_range(self.base)
         self.end_of_line = self.base.vocabulary_mapping.eol_token_id
-        self.grid, self.pad_id = grid(size, self.vqmodel.spatial_scale_factor), pad_id
+        self.grid = grid(size, self.vqmodel.spatial_scale_factor)
         mean_1311, std_1311 = (torch.tensor(numbers).view(1, 3, 1, 1) for numbers in moments)
         self.register_buffer("mean", mean_1311, persistent=False)
         self.register_buffer("std", std_1311, persistent=False)
@@ -145,13 +136,10 @@ class Emu3Policy(TokenPolicy):
         return F.pad(codes_HW + self.first, (0, 1), value=self.end_of_line).flatten()
 
     def _states(self, ids_NL: Tensor, mask_NL: Tensor, tokens_NS: Tensor) -> Tensor:
-        """The states that predict visual tokens. Prompts with and without caption differ in length, so each gets its own mask."""
-        every_NPD = super()._states(ids_NL, self._mask(ids_NL), tokens_NS)
+        """The states that predict visual tokens."""
+        every_NPD = super()._states(ids_NL, mask_NL, tokens_NS)
         column_P = torch.arange(every_NPD.shape[1], device=every_NPD.device) % (self.grid[1] + 1)
         return every_NPD[:, column_P != self.grid[1]]  # an end of line is fixed, not drawn
-
-    def _mask(self, ids_NL: Tensor) -> Tensor:
-        return (ids_NL != self.pad_id).long()
 
     @torch.no_grad()
     def draw(
@@ -159,13 +147,13 @@ class Emu3Policy(TokenPolicy):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw as in `TokenPolicy.draw`. The last token of a line of the image is fed together with the end-of-line token."""
         guided, uniform_NS = sampling.guidance != 1, uniform_NS.to(self.banned_ids.device)
-        ids_ML, uncond_NL, _ = left_padded(condition, self.banned_ids.device)
+        ids_ML, mask_ML, uncond_NL, uncond_mask_NL = left_padded(condition, self.banned_ids.device)
         copies, (H, W) = 1 + guided, self.grid
-        ids_ML = torch.cat([ids_ML, uncond_NL]) if guided else ids_ML
-        mask_ML = self._mask(ids_ML)
+        if guided:
+            ids_ML, mask_ML = torch.cat([ids_ML, uncond_NL]), torch.cat([mask_ML, uncond_mask_NL])
         mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens + H - 2)], dim=1)
         position_MP, memory = positions(mask_MP), self._memory(mask_ML, self.tokens + H - 2)
-        embeds_MPD, end = self.base.get_input_embeddings()(ids_ML), 0
+        embeds_MPD, end = self.prompt_inputs(ids_ML), 0
         tokens, logps, entropies = [], [], []
         for step in range(self.tokens):
             start, end = end, end + embeds_MPD.shape[1]
@@ -209,7 +197,7 @@ class Emu3Captioner(HFCaptioner):
         super().__init__(model, processor, captioner.instruction, banned, captioner.image_first)
         banned, recompute = self.learner.network.banned_ids.tolist(), captioner.learner.network.gradient_checkpointing
         moments = (images.image_mean, images.image_std) if images.do_normalize else ([0.0] * 3, [1.0] * 3)
-        policy = Emu3Policy(model, banned, recompute, (height, width), moments, self.pad_id)
+        policy = Emu3Policy(model, banned, recompute, (height, width), moments)
         policy.compile_steps, policy.rule = captioner.learner.network.compile_steps, captioner.learner.network.rule
         self.learner = Learner(policy.to(captioner.device))
 
@@ -253,19 +241,10 @@ class Emu3Conditioner:
         self.negative_L = tokenizer(f"{tokenizer.bos_token}{negative}{opening}", add_special_tokens=False)["input_ids"]
 
     def encode(self, texts: list[str], rollout: Rollout | None = None) -> TokenCondition:
-        """Encode N captions as N prompts beside N copies of the negative prompt, all padded on the left to one length.
-
-        The mask is 0 where both prompts of a row are padding.
-        """
+        """Encode N captions as N prompts beside N copies of the negative prompt, each padded on its own."""
         rows, cut = prompt_ids(self.tokenizer, self.template, texts, self.max_tokens)
         self.truncated += cut
-        longest = max(len(self.negative_L), *map(len, rows))
-        ids_NL, uncond_NL = (
-            torch.tensor([[self.tokenizer.pad_token_id] * (longest - len(row)) + list(row) for row in given])
-            for given in (rows, [self.negative_L] * len(rows))
-        )
-        either_NL = (ids_NL != self.tokenizer.pad_token_id) | (uncond_NL != self.tokenizer.pad_token_id)
-        return TokenCondition(ids_NL, either_NL.long(), uncond_NL)
+        return condition_of(rows, self.negative_L, self.tokenizer.pad_token_id)
 
     def to(self, device: Any) -> Emu3Conditioner:
         """Return self; there are no weights to move."""

@@ -18,7 +18,8 @@ from uae.learner import Learner
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.conditioners.prompts import PLACEHOLDER, check_template, prompt_ids
 from uae.models.conditioners.states import right_padded
-from uae.models.tokens.policy import ImageTokenPolicy, TokenCondition, TokenPolicy, TokenSampling
+from uae.models.tokens.conditions import TokenCondition
+from uae.models.tokens.policy import ImageTokenPolicy, TokenPolicy, TokenSampling
 from uae.types import UMM, Rollout
 
 TEMPLATE = f"<|User|>: {PLACEHOLDER}\n\n<|Assistant|>:"
@@ -144,7 +145,7 @@ class TokenConditioner:
         last_N1 = mask_NL.sum(1, keepdim=True) - 1
         at_L = torch.arange(ids_NL.shape[1])
         kept_NL = (at_L == 0) | (at_L == last_N1)  # begin-of-sentence and begin-of-image tokens
-        return TokenCondition(ids_NL, mask_NL, ids_NL.masked_fill(~kept_NL, self.pad_id))
+        return TokenCondition(ids_NL, mask_NL, ids_NL.masked_fill(~kept_NL, self.pad_id), mask_NL)
 
     def to(self, device: Any) -> TokenConditioner:
         """Return self; there are no weights to move."""

@@ -27,33 +27,10 @@ from uae.models.captioners.fixed_cache import FixedLayer, fixed_cache
 from uae.models.captioners.policy import CaptionPolicy
 from uae.models.captioners.steps import Places, WholeLayer, check_whole
 from uae.models.merged import merged
+from uae.models.tokens.conditions import TokenCondition, left_padded, positions
 from uae.types import Trajectory
 
 LogProb = Literal["guided", "conditional", "guided_detach_uncond"]
-
-
-@dataclass(frozen=True)
-class TokenCondition:
-    """Prompts after which image tokens are drawn.
-
-    Args:
-        ids_NL: Token ids of the prompts with their captions, padded on either side.
-        mask_NL: 1 for tokens that are attended to, 0 for padding. It applies to ``ids_NL`` and to ``uncond_ids_NL``.
-        uncond_ids_NL: Token ids of the prompts without their captions, for classifier-free guidance.
-    """
-
-    ids_NL: Tensor
-    mask_NL: Tensor
-    uncond_ids_NL: Tensor
-
-    def __len__(self) -> int:
-        """N, the number of rows."""
-        return len(self.ids_NL)
-
-    def index(self, rows: Sequence[int]) -> TokenCondition:
-        """The condition of some of its rows."""
-        at = list(rows)
-        return TokenCondition(self.ids_NL[at], self.mask_NL[at], self.uncond_ids_NL[at])
 
 
 @dataclass(frozen=True)
@@ -112,6 +89,9 @@ class TokenPolicy(CaptionPolicy):
     A subclass defines how image tokens are embedded, and how hidden states are turned into logits of image tokens.
     """
 
+    fed: Literal["inputs_embeds", "input_ids"] = "inputs_embeds"
+    """The decoder's argument that `prompt_inputs` and `embed_image` make: embeddings, or ids of one common numbering."""
+
     @property
     def tokens(self) -> int:
         """S, the number of tokens of an image."""
@@ -121,8 +101,13 @@ class TokenPolicy(CaptionPolicy):
         """Weight ``[V, D]`` and bias ``[V]`` of the last layer, from states to the V image tokens."""
         raise NotImplementedError
 
+    def prompt_inputs(self, ids_NL: Tensor) -> Tensor:
+        """What the decoder is fed for a prompt: embeddings ``[N, L, D]``, or ids ``[N, L]`` (see ``fed``)."""
+        embeds_NLD: Tensor = self.base.get_input_embeddings()(ids_NL)
+        return embeds_NLD
+
     def embed_image(self, tokens_NS: Tensor) -> Tensor:
-        """Input embeddings ``[N, S, D]`` of image tokens."""
+        """What the decoder is fed for image tokens: embeddings ``[N, S, D]``, or ids ``[N, S]`` (see ``fed``)."""
         raise NotImplementedError
 
     def image_states(self, hidden_NSD: Tensor) -> Tensor:
@@ -143,15 +128,15 @@ class TokenPolicy(CaptionPolicy):
         """Log-probs ``[N, S]``; all tokens of an image in one pass."""
         device, guided = self.banned_ids.device, sampling.guidance != 1 and sampling.cfg_logprob != "conditional"
         tokens_NS = tokens_NS.to(device)
-        ids_NL, uncond_NL, mask_NL = left_padded(condition, device)
+        ids_NL, mask_NL, uncond_NL, uncond_mask_NL = left_padded(condition, device)
         u_NSD: Tensor | None = None
         if guided and sampling.cfg_logprob == "guided":
-            both = torch.cat([ids_NL, uncond_NL]), mask_NL.repeat(2, 1), tokens_NS.repeat(2, 1)
+            both = torch.cat([ids_NL, uncond_NL]), torch.cat([mask_NL, uncond_mask_NL]), tokens_NS.repeat(2, 1)
             c_NSD, u_NSD = self._states(*both).chunk(2)
         else:
             if guided:
                 with torch.no_grad():
-                    u_NSD = self._states(uncond_NL, mask_NL, tokens_NS)
+                    u_NSD = self._states(uncond_NL, uncond_mask_NL, tokens_NS)
             c_NSD = self._states(ids_NL, mask_NL, tokens_NS)
         weight_VD, bias_V = self.image_head()
         states_NSD = mixed(c_NSD, u_NSD, sampling.guidance)
@@ -160,18 +145,18 @@ class TokenPolicy(CaptionPolicy):
     def _states(self, ids_NL: Tensor, mask_NL: Tensor, tokens_NS: Tensor) -> Tensor:
         """The states ``[N, S, D]`` from which `image_head` predicts every token of the image."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        before_NLD, given_NSD = self.base.get_input_embeddings()(ids_NL), self.embed_image(tokens_NS[:, :-1])
-        embeds_NPD = torch.cat([before_NLD, given_NSD.to(before_NLD.dtype)], dim=1)
-        mask_NP = torch.cat([mask_NL, mask_NL.new_ones(given_NSD.shape[:2])], dim=1)
+        before_NL, given_NS = self.prompt_inputs(ids_NL), self.embed_image(tokens_NS[:, :-1])
+        inputs_NP = torch.cat([before_NL, given_NS.to(before_NL.dtype)], dim=1)
+        mask_NP = torch.cat([mask_NL, mask_NL.new_ones(given_NS.shape[:2])], dim=1)
         with recomputing(self.model) if recompute else nullcontext():
-            hidden_NPD = self._run(embeds_NPD, mask_NP, positions(mask_NP))
+            hidden_NPD = self._run(inputs_NP, mask_NP, positions(mask_NP))
         return self.image_states(hidden_NPD[:, ids_NL.shape[1] - 1 :])
 
-    def _run(self, embeds_NPD: Tensor, mask_NP: Tensor, position_NP: Tensor, cache: Any = None) -> Tensor:
-        """Final hidden states of the language model for input embeddings, with given positions."""
+    def _run(self, inputs_NP: Tensor, mask_NP: Tensor, position_NP: Tensor, cache: Any = None) -> Tensor:
+        """Final hidden states of the language model for what it is fed, with given positions."""
         decoder = self.base.get_decoder()
         return decoder(
-            inputs_embeds=embeds_NPD,
+            **{self.fed: inputs_NP},
             attention_mask=mask_NP,
             position_ids=position_NP,
             **cache_argument(decoder, cache),
@@ -188,23 +173,23 @@ class TokenPolicy(CaptionPolicy):
         Call it on a sharded policy inside `uae.strategy.unsharded` only, because FSDP gathers weights for ``forward`` alone.
         """
         device, guided = self.banned_ids.device, sampling.guidance != 1
-        ids_ML, uncond_NL, mask_ML = left_padded(condition, device)
+        ids_ML, mask_ML, uncond_NL, uncond_mask_NL = left_padded(condition, device)
         if guided:
-            ids_ML, mask_ML = torch.cat([ids_ML, uncond_NL]), mask_ML.repeat(2, 1)
+            ids_ML, mask_ML = torch.cat([ids_ML, uncond_NL]), torch.cat([mask_ML, uncond_mask_NL])
         L, uniform_NS = ids_ML.shape[1], uniform_NS.to(device)
         mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens - 1)], dim=1)
         position_MP, memory = positions(mask_MP), self._memory(mask_ML, self.tokens - 1)
-        embeds_MPD, start = self.base.get_input_embeddings()(ids_ML), 0
+        inputs_MP, start = self.prompt_inputs(ids_ML), 0
         tokens, logps, entropies = [], [], []
         for end in range(L, L + self.tokens):
-            hidden_MD = self._fed(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], memory)
+            hidden_MD = self._fed(inputs_MP, mask_MP[:, :end], position_MP[:, start:end], memory)
             c_ND, *u_ND = self.image_states(hidden_MD).chunk(2 if guided else 1)
             logp_NV = self._image_logprobs(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance), sampling)
             token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, end - L])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
             entropies.append(entropy(logp_NV))
-            embeds_MPD, start = self.embed_image(token_N.repeat(len(ids_ML) // len(token_N))[:, None]), end
+            inputs_MP, start = self.embed_image(token_N.repeat(len(ids_ML) // len(token_N))[:, None]), end
         return torch.stack(tokens, dim=1), torch.stack(logps, dim=1), torch.stack(entropies, dim=1)
 
     def _memory(self, mask_ML: Tensor, room: int) -> tuple[Any, Places | None]:
@@ -215,13 +200,13 @@ class TokenPolicy(CaptionPolicy):
         places = Places(mask_ML, room)
         return fixed_cache(self.base, lambda: WholeLayer(places)), places
 
-    def _fed(self, embeds_MPD: Tensor, mask_ML: Tensor, position_MP: Tensor, memory: tuple[Any, Places | None]) -> Tensor:
+    def _fed(self, inputs_MP: Tensor, mask_ML: Tensor, position_MP: Tensor, memory: tuple[Any, Places | None]) -> Tensor:
         """Feed P tokens, the last of L, and return the final hidden states ``[M, D]`` of the last one."""
         cache, places = memory
         if places is None or cache.get_seq_length() == 0:
-            return self._run(embeds_MPD, mask_ML, position_MP, cache)[:, -1]
-        for embeds_M1D, position_M1 in zip(embeds_MPD.split(1, 1), position_MP.split(1, 1), strict=True):
-            inputs = {"inputs_embeds": embeds_M1D.contiguous(), "position_ids": position_M1.contiguous()}
+            return self._run(inputs_MP, mask_ML, position_MP, cache)[:, -1]
+        for inputs_M1, position_M1 in zip(inputs_MP.split(1, 1), position_MP.split(1, 1), strict=True):
+            inputs = {self.fed: inputs_M1.contiguous(), "position_ids": position_M1.contiguous()}
             hidden_M1D = places.step(self.base.get_decoder(), inputs, cache)
         return hidden_M1D[:, -1]
 
@@ -315,20 +300,3 @@ def mixed(c_D: Tensor, u_D: Tensor | None, guidance: float) -> Tensor:
     """``u + w (c - u)`` in at least float32; without u, c."""
     dtype = torch.promote_types(c_D.dtype, torch.float32)
     return c_D if u_D is None else u_D.to(dtype) + guidance * (c_D.to(dtype) - u_D.to(dtype))
-
-
-def left_padded(condition: TokenCondition, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids with caption, ids without caption and mask, ``[N, L]`` each.
-
-    Padding is moved to the left, and columns that are padding in all rows are removed.
-    """
-    mask_NL = condition.mask_NL.to(device)
-    order_NL = mask_NL.argsort(dim=1, stable=True)[:, mask_NL.shape[1] - int(mask_NL.sum(1).max()) :]
-    given = (condition.ids_NL.to(device), condition.uncond_ids_NL.to(device), mask_NL)
-    ids_NL, uncond_NL, mask_NL = (x.gather(1, order_NL) for x in given)
-    return ids_NL, uncond_NL, mask_NL
-
-
-def positions(mask_NP: Tensor) -> Tensor:
-    """Position of every token, counted without padding."""
-    return (mask_NP.cumsum(1) - 1).clamp(min=0)
