@@ -41,9 +41,9 @@ def language_model(seed: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     }  # fmt: skip
     ids = {"eos_token_id": reader.eos_token_id, "pad_token_id": reader.pad_token_id}
     model: Any = Qwen2ForCausalLM(Qwen2Config(vocab_size=text + MULTIMODAL, **sizes, **ids))
-    model.model.language_model = model.model  # the name that `randomise` expects
+    vars(model.model)["language_model"] = model.model  # the name that `randomise` expects; a module cannot contain itself
     randomise(model, reader, seed)
-    del model.model.language_model
+    del vars(model.model)["language_model"]
     state = model.state_dict()
     table, norm, head = (state.pop(f"{name}.weight") for name in ("model.embed_tokens", "model.norm", "lm_head"))
     noise = torch.Generator().manual_seed(seed)

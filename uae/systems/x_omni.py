@@ -176,7 +176,7 @@ def load_language_model(checkpoint: str, reading: Reading) -> tuple[Any, Any]:
     path = locate(checkpoint)
     settings: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
     try:
-        tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(path, **settings)
+        tokenizer = transformers.Qwen2Tokenizer.from_pretrained(path, **settings)
         model, report = XOmniForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, reading.dtype),

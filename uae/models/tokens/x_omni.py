@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,12 +48,10 @@ class XOmniPolicy(TokenPolicy):
         self.grid, config = grid, self.base.config
         last = config.num_hidden_layers - config.num_mm_head_layers
         layers = "|".join(map(str, range(last, config.num_hidden_layers)))
-        self.used_only_for = MappingProxyType(
-            {
-                "captions": r"\b(lm_head|lm_norm)\.",
-                "images": rf"\b(mm_head|mm_norm{f'|layers[.]({layers})' if layers else ''})\.",  # text passes the last layers by
-            }
-        )
+        self.used_only_for = {
+            "captions": r"\b(lm_head|lm_norm)\.",
+            "images": rf"\b(mm_head|mm_norm{f'|layers[.]({layers})' if layers else ''})\.",  # text passes the last layers by
+        }
 
     @property
     def tokens(self) -> int:
@@ -243,7 +240,7 @@ class XOmniConditioner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class XOmniTrajectory(Trajectory[XOmniCondition]):
+class XOmniTrajectory(Trajectory[TokenCondition]):
     """Codes, and the seeds of the noise from which the pixel decoder draws them. That noise is no action.
 
     Args:
@@ -293,14 +290,16 @@ class XOmniImagePolicy(ImageTokenPolicy):
         """The image tokenizer and the networks of the pixel decoder."""
         return [self.vision, *self.decoder.modules()]
 
-    def sample(self, condition: XOmniCondition, seeds: Sequence[int]) -> XOmniTrajectory:
+    def sample(self, condition: TokenCondition, seeds: Sequence[int]) -> XOmniTrajectory:
         """Draw the codes of one image per row. Its pixels will come from noise that is independent of the codes."""
         drawn = super().sample(condition, seeds)
         return XOmniTrajectory(**vars(drawn), seeds=tuple(seed_of(seed, "pixels") for seed in seeds))
 
     @torch.no_grad()
-    def pixels(self, trajectory: XOmniTrajectory) -> Tensor:
+    def pixels(self, trajectory: Trajectory[TokenCondition]) -> Tensor:
         """The images ``[N, 3, H, W]``, float32 in [0, 1]."""
+        assert isinstance(trajectory, XOmniTrajectory)
+        assert isinstance(trajectory.condition, XOmniCondition)
         policy = self.learner.network
         codes_NHW = trajectory.actions_RS.to(policy.banned_ids.device).unflatten(1, policy.grid)
         features = [self.vision.decode(codes_NHW[part.start : part.stop]) for part in self._parts(len(codes_NHW))]

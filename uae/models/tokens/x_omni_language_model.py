@@ -101,6 +101,7 @@ class XOmniForCausalLM(Qwen2ForCausalLM):
     """The decoder with its two output heads. ``forward`` returns logits of text; those of images need ``mm_head``."""
 
     config_class = XOmniConfig
+    _input_embed_layer = "lm_embed_tokens"
     _tied_weights_keys = {"lm_head.weight": "model.lm_embed_tokens.weight"}  # noqa: RUF012 (as transformers declares it)
 
     def __init__(self, config: XOmniConfig) -> None:
