@@ -118,7 +118,8 @@ def decoder(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
         "joint_attention_dim": 32, "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": [2, 2, 4],
     }  # fmt: skip
-    state = FluxTransformer2DModel(**sizes).state_dict()
+    transformer: Any = FluxTransformer2DModel(**sizes)
+    state: dict[str, Any] = transformer.state_dict()
     state["siglip_embed.weight"] = torch.empty(16, FEATURES)
     noise = torch.Generator().manual_seed(seed)
     for weight in state.values():

@@ -175,9 +175,10 @@ def load_language_model(checkpoint: str, reading: Reading) -> tuple[Any, Any]:
 
     path = locate(checkpoint)
     settings: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
+    library: Any = XOmniForCausalLM
     try:
         tokenizer = transformers.Qwen2Tokenizer.from_pretrained(path, **settings)
-        model, report = XOmniForCausalLM.from_pretrained(
+        model, report = library.from_pretrained(
             path,
             dtype=getattr(torch, reading.dtype),
             attn_implementation=reading.attention,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uae.models.pipelines.contracts import text_encoders_of
 from uae.models.pipelines.loading import fresh_scheduler, load_pipeline
 from uae.weights.from_state import diffusion_model
 from uae.weights.placement import Placement, at_work, settle, torch_dtype
@@ -130,21 +131,33 @@ class PixelDecoder:
             texts: The captions. They are not read if the settings say so.
             seeds: Seeds of the noise that decoding starts from.
         """
-        said = list(texts) if self.decoding.reads_caption else [""] * len(texts)
-        with at_work(self.modules(), self.decoding.placement, self.device) as work:
-            parts = [
-                self._decode(features_NPZ[part].to(work), grid, said[part], list(seeds[part]))
-                for part in _parts(len(said), self.decoding.rows)
+        readers, placement = list(text_encoders_of(self.pipe).values()), self.decoding.placement
+        parts = _parts(len(texts), self.decoding.rows)
+        with at_work(readers, placement, self.device) as work:
+            read = [self._read(list(texts[part]), work) for part in parts]
+        with at_work([part for part in self.modules() if part not in readers], placement, self.device) as work:
+            images = [
+                self._decode(features_NPZ[part].to(work), grid, some, list(seeds[part]))
+                for part, some in zip(parts, read, strict=True)
             ]
-        return torch.cat(parts).float().to(self.device)
+        return torch.cat(images).float().to(self.device)
 
-    def _decode(self, features_NPZ: Tensor, grid: tuple[int, int], texts: list[str], seeds: list[int]) -> Tensor:
-        pipe, rows = self.pipe, len(texts)
+    def _read(self, texts: list[str], work: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Token embeddings and pooled vectors of N captions, then N times those of the empty text; positions of the tokens."""
+        said = texts if self.decoding.reads_caption else [""] * len(texts)
+        embeds_NLD, pooled_NP, positions = self.pipe.encode_prompt(
+            prompt=[*said, ""], prompt_2=None, device=work, max_sequence_length=512
+        )
+        rows = [*range(len(texts)), *[len(texts)] * len(texts)]
+        return embeds_NLD[rows], pooled_NP[rows], positions
+
+    def _decode(
+        self, features_NPZ: Tensor, grid: tuple[int, int], read: tuple[Tensor, Tensor, Tensor], seeds: list[int]
+    ) -> Tensor:
+        pipe, rows = self.pipe, len(seeds)
         height, width = (side * SIDE for side in grid)
         dtype, work = pipe.transformer.dtype, features_NPZ.device
-        embeds_MLD, pooled_MP, text_ids = pipe.encode_prompt(
-            prompt=[*texts, *[""] * rows], prompt_2=None, device=work, max_sequence_length=512
-        )
+        embeds_MLD, pooled_MP, text_ids = (x.to(work) for x in read)
         given_NPD = self.embed(features_NPZ.to(self.embed.weight.dtype))
         added = self._between_stacks(torch.cat([given_NPD, torch.zeros_like(given_NPD)]))
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -186,7 +199,7 @@ class PixelDecoder:
         config = self.pipe.scheduler.config
         names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         shift = calculate_shift(tokens, *(config.get(name, usual) for name, usual in names.items()))
-        sigmas = np.linspace(1.0, 1 / self.steps, self.steps)
+        sigmas = np.linspace(1.0, 1 / self.steps, self.steps).tolist()
         times, _ = retrieve_timesteps(self.pipe.scheduler, self.steps, work, sigmas=sigmas, mu=shift)
         self.pipe.scheduler.set_begin_index(0)
         yield from times
@@ -219,12 +232,14 @@ def load_decoder(folder: Path, written: dict[str, Any], flux: str, decoding: Dec
     settings, dtype = settings_of(written, key), torch_dtype(decoding.placement)
     place = folder / settings.folder
     source, state = str(place), read_state(place)
-    embed_state = {"weight": state.pop("siglip_embed.weight")} if "siglip_embed.weight" in state else {}
+    state, mapped = dict(state), state.get("siglip_embed.weight")
+    embed_state = {} if mapped is None else {"weight": state.pop("siglip_embed.weight")}
     config = transformer_config(json.loads((place / "config.json").read_text()))
     kind = diffusers.FluxTransformer2DModel
     transformer = diffusion_model(kind, config, state, dtype, source, key)
     with torch.device("meta"):
-        embed = nn.Linear(*reversed(embed_state["weight"].shape) if embed_state else (1, 1), bias=False).to(dtype)
+        width, inner = (1, 1) if mapped is None else mapped.shape
+        embed = nn.Linear(inner, width, bias=False).to(dtype)
     load_into(embed, embed_state, f"{source}: siglip_embed", key)
     pipe = load_pipeline(flux, decoding.placement, "model.init_args.system.init_args.flux", transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
@@ -237,5 +252,5 @@ def transformer_config(written: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in written.items() if name not in own and not name.startswith("_")}
 
 
-def _parts(rows: int, most: int) -> Iterator[slice]:
-    return (slice(start, start + most) for start in range(0, rows, most))
+def _parts(rows: int, most: int) -> list[slice]:
+    return [slice(start, start + most) for start in range(0, rows, most)]

@@ -219,7 +219,8 @@ class _Projector(nn.Module):
         The distance is a sum of three terms, as in the official code: in 16 bits its rounding decides between near codes.
         """
         states_NHWC = F.normalize(self.quant_conv(features_NZHW).permute(0, 2, 3, 1), dim=-1)
-        codes_VC = F.normalize(self.quantize["embedding"].weight, dim=-1)
+        table: Any = self.quantize["embedding"]
+        codes_VC = F.normalize(table.weight, dim=-1)
         states_RC = states_NHWC.reshape(-1, codes_VC.shape[1])
         distance_RV = (states_RC**2).sum(1, keepdim=True) + (codes_VC**2).sum(1) - 2 * states_RC @ codes_VC.T
         return distance_RV.argmin(1).view(states_NHWC.shape[:3])

@@ -7,7 +7,7 @@ weights have the names of the released checkpoints. Import this file inside func
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -71,7 +71,8 @@ class XOmniModel(Qwen2Model):
         self.lm_embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.mm_embed_tokens = nn.Embedding(config.mm_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([XOmniLayer(config, number) for number in range(config.num_hidden_layers)])
-        self.norm = nn.Identity()  # both norms come after the parent's forward
+        nothing: Any = nn.Identity()
+        self.norm = nothing  # both norms come after the parent's forward
         self.lm_norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mm_norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
@@ -83,7 +84,6 @@ class XOmniModel(Qwen2Model):
         image_NPD = self.mm_embed_tokens((ids_NP - first).clamp(min=0))
         return torch.where((ids_NP >= first)[..., None], image_NPD, text_NPD)
 
-    @wraps(Qwen2Model.forward)  # so that the name of the cache's argument is the library's
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the decoder as Qwen2's. Embeddings without ids are taken for those of text."""
         if input_ids is not None:
@@ -95,6 +95,9 @@ class XOmniModel(Qwen2Model):
         hidden_NPD = out.last_hidden_state
         out.last_hidden_state = torch.where(multimodal_NP1, self.mm_norm(hidden_NPD), self.lm_norm(hidden_NPD))
         return out
+
+
+update_wrapper(XOmniModel.forward, Qwen2Model.forward, assigned=())  # its signature says how this version names the cache
 
 
 class XOmniForCausalLM(Qwen2ForCausalLM):
