@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64, jaxtyped
 from torch import Tensor
 
 SUFFIX = re.compile(r"_([A-Z0-9]+)$")
-INTEGERS = {"tokens_NT", "id_B", "first_N", "ids_NL", "uncond_ids_NL", "mask_NL"}  # everything else is float
+INTEGERS = {"tokens_NT", "id_B", "first_N", "ids_NL", "uncond_ids_NL", "mask_NL", "uncond_mask_NL"}  # everything else is float
 LATENTS = {"start_N", "final_N", "mean_RS"}  # more dimensions follow
 RETURNS = {  # what a method gives back: the name of a tensor, or the kind of record
     "prepare": "context", "sample": "actions", "logprobs": "logp_RS", "encode": "condition", "render": "images_NCHW",

@@ -5,22 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from tests.systems.test_fit import CONFIGS
-from uae import cli
+from tests.systems.token_fits import enter, fit
 from uae.models.captioners.loading import Reading
 from uae.rehearsal.catalog import write
 from uae.systems.emu3 import Emu3
 from uae.types import Sampling
 
 NAMES = ["BAAI/Emu3-Gen-hf", "BAAI/Emu3-Chat-hf", "openai/clip-vit-large-patch14"]
-DELTA = yaml.safe_load((CONFIGS / "debug/rehearsal.yaml").read_text())
-DELTA["model"]["init_args"]["system"]["init_args"] = {"height": 24, "width": 16, "reading": {"dtype": "float32"}}
-CLIP = {"class_path": "uae.encoders.HFEncoder", "init_args": {"path": "openai/clip-vit-large-patch14"}}
-DELTA["model"]["init_args"]["unified_score"] = {
-    "class_path": "uae.metrics.UnifiedScore", "init_args": {"encoders": {"clip": CLIP}, "held_out": ["clip"]}
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def mirror(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("UAE_CHECKPOINTS", str(folder))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["uae"])
-    (tmp_path / "delta.yaml").write_text(yaml.safe_dump(DELTA))
-    return folder
-
-
-def fit(*deltas, extra=()):
-    files = (CONFIGS / "emu3.yaml", *(CONFIGS / delta for delta in deltas), "delta.yaml")
-    return cli.main(["fit", *(word for file in files for word in ("--config", str(file))), *extra])
+    return enter(folder, monkeypatch, tmp_path, height=24, width=16)
 
 
 def small(**settings):
@@ -82,7 +65,7 @@ def test_one_network_fills_all_roles(mirror):
 def test_three_steps_and_back(mirror, tmp_path, finetune, train):
     """Trained, exported, and read again by the configuration's own path."""
     extra = ["--model.init_args.optimizer.init_args.lr=0.003", f"--model.init_args.train={train}"]
-    run = fit(f"finetune/{finetune}_pretrained.yaml", extra=extra)
+    run = fit("emu3", f"finetune/{finetune}_pretrained.yaml", extra=extra)
     assert run.trainer.global_step == 3
     assert json.loads((tmp_path / "outputs/emu3/summary.json").read_text())["steps"] == 3
     trained, start = run.model.umm.captioner.learner.network.base, small().build().captioner.learner.network.base

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from tests.systems.test_fit import CONFIGS
-from uae import cli
+from tests.systems.token_fits import enter, fit
 from uae.models.captioners.loading import Reading
 from uae.models.tokens.x_omni_decoder import Decoding
 from uae.rehearsal.catalog import write
@@ -17,12 +15,6 @@ from uae.types import Sampling
 from uae.weights.placement import Placement
 
 NAMES = ["X-Omni/X-Omni-En", "black-forest-labs/FLUX.1-dev", "openai/clip-vit-large-patch14"]
-DELTA = yaml.safe_load((CONFIGS / "debug/rehearsal_tokens.yaml").read_text())
-DELTA["model"]["init_args"]["system"]["init_args"] |= {"height": 48, "width": 32}
-CLIP = {"class_path": "uae.encoders.HFEncoder", "init_args": {"path": "openai/clip-vit-large-patch14"}}
-DELTA["model"]["init_args"]["unified_score"] = {
-    "class_path": "uae.metrics.UnifiedScore", "init_args": {"encoders": {"clip": CLIP}, "held_out": ["clip"]}
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def mirror(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("UAE_CHECKPOINTS", str(folder))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["uae"])
-    (tmp_path / "delta.yaml").write_text(yaml.safe_dump(DELTA))
-    return folder
-
-
-def fit(*deltas, extra=()):
-    files = (CONFIGS / "x_omni.yaml", *(CONFIGS / delta for delta in deltas), "delta.yaml")
-    return cli.main(["fit", *(word for file in files for word in ("--config", str(file))), *extra])
+    return enter(folder, monkeypatch, tmp_path, height=48, width=32)
 
 
 def small(**settings):
@@ -71,7 +54,7 @@ def test_one_network_fills_all_roles(mirror):
 def test_three_steps_and_back(mirror, tmp_path, finetune, train):
     """Trained, exported, and read again by the configuration's own path."""
     extra = ["--model.init_args.optimizer.init_args.lr=0.003", f"--model.init_args.train={train}"]
-    run = fit(f"finetune/{finetune}_pretrained.yaml", extra=extra)
+    run = fit("x_omni", f"finetune/{finetune}_pretrained.yaml", extra=extra)
     assert run.trainer.global_step == 3
     assert json.loads((tmp_path / "outputs/x_omni/summary.json").read_text())["steps"] == 3
     start = small().build()
