@@ -17,7 +17,7 @@ from uae.systems.blueprints import vlm_skeleton
 from uae.systems.janus_pro import JanusPro, check_spaces
 from uae.types import Sampling
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 CLOSE = {"atol": 1e-5, "rtol": 0}
 SMALL, LARGE = JANUS
 FLOAT = Reading(dtype="float32")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.systems.token_fits import enter, fit
+from tests.systems.tokens.fits import enter, fit
 from uae.models.captioners.loading import Reading
 from uae.rehearsal.catalog import write
 from uae.systems.emu3 import Emu3
