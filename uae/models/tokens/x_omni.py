@@ -149,7 +149,9 @@ class XOmniCaptioner(HFCaptioner):
         added = {number for number in tokenizer.added_tokens_decoder if number < size}
         unused = set(range(size)) - set(tokenizer.get_vocab().values())
         banned = sorted((added | unused) - set(self.end_ids))
-        self.learner = Learner(XOmniPolicy(model, banned, False, grid))
+        policy = XOmniPolicy(model, banned, False, grid)
+        policy.rule = self.learner.network.rule
+        self.learner = Learner(policy)
 
     def to(self, device: torch.device | str) -> XOmniCaptioner:
         """Move the policy and the image tokenizer."""
