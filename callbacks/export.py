@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from uae.checkpoints.files import partial_of, publish, remove
 from uae.files.locations import local_folder
 from uae.learner import Network
+from uae.models.bagel.model import Bagel
 from uae.models.captioners.captioner import HFCaptioner
 from uae.models.captioners.engine import unwrapped
 from uae.models.flow.network import FlowNetwork
@@ -100,7 +101,10 @@ class Export(Callback):
         elif processor is None:
             save_state(folder, "model", whole)
         else:
-            save_model(folder, policy.base, whole)
+            if isinstance(policy.base, Bagel):
+                policy.base.save_pretrained(folder, whole)
+            else:
+                save_model(folder, policy.base, whole)
             processor.save_pretrained(folder)
 
 

@@ -29,6 +29,10 @@ def switch_dropout_off(model: M) -> M:
     return model
 
 
+class Recomputable(nn.Module):
+    """A layer that may be computed again in the backward pass, as transformers' own layers may."""
+
+
 class Network(nn.Module):
     """The root of what learns: a model of transformers or diffusers, a PeftModel around one, or a module of one's own.
 

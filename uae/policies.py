@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from uae.learner import Learner, Network
-from uae.models.finetune import Finetune
+from uae.learner import Learner
+from uae.models.bagel.renderer import BagelRenderer
+from uae.models.finetune import Finetune, freeze_unreached
 from uae.models.flow.network import FlowNetwork
 from uae.models.flow.policy import Exploration, FlowPolicy
 from uae.models.pipelines.contracts import denoiser_of, install_denoiser
@@ -52,7 +52,7 @@ def prepare(
         if image_finetune is not None and image_finetune.origin is not None:
             _draw_as_exported(umm, image_finetune)
         finetune.attach(learner, keep_reference="caption" in references)
-        _freeze_unreached(learner.network, train)
+        freeze_unreached(learner.network, train)
         return umm
     image_policy = _explorer(umm, exploration)
     umm = replace(umm, renderer=image_policy)
@@ -60,7 +60,7 @@ def prepare(
         if image_finetune is not None and image_finetune.origin is not None:
             raise _no_start(image_finetune, "the captioner's network draws, too")
         finetune.attach(learner, keep_reference=bool(references))
-        _freeze_unreached(learner.network, train)
+        freeze_unreached(learner.network, train)
         return umm
     finetune.attach(learner, keep_reference="caption" in references)
     if train == "images":  # after attach, so that it keeps an adapter that the run starts from
@@ -118,23 +118,11 @@ def roots(umm: UMM, train: Train) -> list[nn.Module]:
     return [root for learner in learners(umm, train).values() for root in learner.roots()]
 
 
-def _freeze_unreached(network: Network, train: Train) -> None:
-    """Freeze weights that only the policy which does not train uses.
-
-    No loss reaches them, but DDP would wait for their gradients.
-    """
-    for half, pattern in network.used_only_for.items():
-        if train not in (half, "both"):
-            for name, parameter in network.named_parameters():
-                if re.search(pattern, name):
-                    parameter.requires_grad_(False)
-
-
 def _explorer(umm: UMM, exploration: Exploration | None) -> ImagePolicy[Any]:
     """The renderer as a policy: itself if it has log-probs, else a `FlowPolicy` around it."""
     if umm.image_policy is not None:
         return umm.image_policy
-    if exploration is None or not isinstance(umm.renderer, DiffusersRenderer):
+    if exploration is None or not isinstance(umm.renderer, (DiffusersRenderer, BagelRenderer)):
         raise ValueError(
             f"{type(umm.renderer).__name__} has no actions with log-probs, so it cannot learn from rewards: set "
             "model.init_args.exploration (uae.models.flow.policy.Exploration, for flow-matching pipelines), or "

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from uae.models.pipelines.calls import Call
 from uae.models.pipelines.steps import check_flow
-from uae.models.renderers.diffusers import Call, DiffusersRenderer, PipelineCondition
+from uae.models.renderers.diffusers import DiffusersRenderer, PipelineCondition
 from uae.types import Renderer
 
 

@@ -51,6 +51,32 @@ def image_update_bytes(policy: CaptionPolicy, prompt: int, written: int, copies:
     return inputs + whole // text_config(policy.base).num_hidden_layers
 
 
+def steps_update_bytes(policy: CaptionPolicy, prompt: int, written: int, steps: int, guided: int) -> int:
+    """Bytes that autograd keeps in the language model for the denoising steps of one image.
+
+    Args:
+        policy: The network on the meta device, with the weights that train unfrozen.
+        prompt: Number of tokens before the image, which every step computes.
+        written: Number of tokens of the image, its marks included.
+        steps: Number of steps with gradient.
+        guided: Number of those that have a pass without the prompt, too.
+    """
+    passes = ((prompt, steps), (0, guided))
+    whole = [_saved_by_step(policy, before, written, recompute=False) for before, _ in passes]
+    if not policy.gradient_checkpointing:
+        return sum(each * often for each, (_, often) in zip(whole, passes, strict=True))
+    inputs = sum(_saved_by_step(policy, before, written, recompute=True) * often for before, often in passes)
+    return inputs + whole[0] // text_config(policy.base).num_hidden_layers
+
+
+def _saved_by_step(policy: CaptionPolicy, prompt: int, written: int, recompute: bool) -> int:
+    length = prompt + written
+    sees = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")
+    with saved_bytes(policy) as count, recomputing(policy.model) if recompute else nullcontext():
+        policy.base.get_decoder()(**embeds(policy, 1, length), attention_mask=sees, drawn=(prompt + 1, length - 1))
+    return count()
+
+
 def _saved_by_drawing(policy: CaptionPolicy, length: int, rows: int, recompute: bool) -> int:
     with saved_bytes(policy) as count, recomputing(policy.model) if recompute else nullcontext():
         policy.base.get_decoder()(**embeds(policy, rows, length), use_cache=False)

@@ -12,13 +12,14 @@ import torch
 from uae.learner import Learner
 from uae.memory import estimates
 from uae.memory.communication import communication
-from uae.memory.image_tokens import image_token_rows
+from uae.memory.drawing import drawing_rows
 from uae.memory.phases import QUESTION, Sizes, rollout_rows, update_rows
 from uae.memory.processes import Processes, processes_of
 from uae.memory.stages import floors
 from uae.memory.table import Plan, Row
 from uae.memory.weights import encoder_rows, frozen_rows, policy_rows
 from uae.models.captioners.policy import CaptionPolicy
+from uae.models.finetune import freeze_unreached
 from uae.rewards.network import NetworkReward
 from uae.systems.blueprints import Blueprint
 from uae.types import PlannedSystem
@@ -52,7 +53,7 @@ def plan(module: Any, data: Any, trainer: Mapping[str, Any], with_floors: bool =
         *frozen_rows(blueprint),
         *encoder_rows(module, sizes),
         *rollout_rows(policy, blueprint, sizes, processes),
-        *image_token_rows(policy, blueprint, sizes, module.plan),
+        *drawing_rows(policy, blueprint, sizes, module.plan, module.exploration),
         *(update_rows(policy, sizes) if module.plan.train != "images" or blueprint.drawing is None else []),
     ]
     if processes.on_gpu:
@@ -66,12 +67,14 @@ def _attached(module: Any, blueprint: Blueprint, processes: Processes) -> tuple[
     """The blueprint's policy after the run's finetuning was attached, and the reference copy of it or None."""
     recompute = blueprint.reading is not None and blueprint.reading.gradient_checkpointing
     network = copy.deepcopy(blueprint.policy)
-    learner = Learner(CaptionPolicy(network, gradient_checkpointing=recompute))
+    wrap = blueprint.network or (lambda model, again: CaptionPolicy(model, gradient_checkpointing=again))
+    learner = Learner(wrap(network, recompute))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns for each weight of an adapter that is copied to the meta device
         shared = blueprint.drawing is not None  # one network: a KL term on captions or on images needs the copy
         compared = bool(module.references) if shared else "caption" in module.references
         module.finetune.attach(learner, keep_reference=compared or blueprint.needs_reference)
+        freeze_unreached(learner.network, module.plan.train)
     if processes.cast_to is not None:
         learner.network.to(processes.cast_to)
     return learner.network, next(iter(learner.roots()[1:]), None)

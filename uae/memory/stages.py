@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,8 +14,9 @@ from uae.memory.floors import Floor
 from uae.memory.phases import QUESTION, Sizes
 from uae.memory.weights import towers_of
 from uae.models.captioners.policy import CaptionPolicy
+from uae.models.renderers.rendering import Rendering
 from uae.rollout import SEGMENTS
-from uae.systems.blueprints import DRAWS, Blueprint, TokenDrawing
+from uae.systems.blueprints import DRAWS, Blueprint, StepDrawing, TokenDrawing
 
 
 def floors(module: Any, blueprint: Blueprint, policy: CaptionPolicy, sizes: Sizes, accumulate: int) -> tuple[Floor, ...]:
@@ -36,7 +38,9 @@ def floors(module: Any, blueprint: Blueprint, policy: CaptionPolicy, sizes: Size
     for stage, name, often in passes:
         if often and name == "caption":
             found.append(_caption_pass(stage, module, counts, often))
-        if often and name == "image" and blueprint.drawing is not None:
+        if often and name == "image" and isinstance(blueprint.drawing, StepDrawing):
+            found.append(_step_pass(stage, module, blueprint.drawing, counts, often))
+        if often and name == "image" and isinstance(blueprint.drawing, TokenDrawing):
             found.append(_image_pass(stage, module, blueprint.drawing, counts, often))
     return tuple(floor for floor in found if floor.flop or floor.moved)
 
@@ -51,7 +55,11 @@ class _Counts:
         tied = head.weight is policy.base.get_input_embeddings().weight
         embeddings = policy.base.get_input_embeddings().weight
         self.text -= embeddings.numel() * embeddings.element_size()  # a few of its rows are read
-        self.tower = max(0, estimates.size_of(policy) - self.text - self.head * (1 if tied else 2))
+        aside = policy.used_only_for.get("images")  # weights that captions do not read
+        others = (weight for name, weight in decoder.named_parameters() if aside and re.search(aside, name))
+        idle = sum(weight.numel() * weight.element_size() for weight in others)
+        self.text -= idle
+        self.tower = max(0, estimates.size_of(policy) - idle - self.text - self.head * (1 if tied else 2))
         self.rows = sizes.images * sizes.group
 
     @property
@@ -123,6 +131,8 @@ def _condition_tokens(blueprint: Blueprint, sizes: Sizes) -> int:
 
 def _render(module: Any, blueprint: Blueprint, counts: _Counts) -> list[Floor]:
     drawn = counts.rows * module.plan.reconstructions
+    if isinstance(blueprint.drawing, StepDrawing):
+        return _image_steps(blueprint, blueprint.drawing, counts, drawn)
     found = [] if blueprint.drawing is None else [_image_tokens(blueprint.drawing, counts, drawn)]
     rendering, networks = blueprint.rendering, {name: network for name, (network, _) in blueprint.frozen.items()}
     denoiser, vae = networks.get("transformer", networks.get("unet")), networks.get("vae")
@@ -153,6 +163,37 @@ def _image_tokens(drawing: TokenDrawing, counts: _Counts, drawn: int) -> Floor:
 
     reads = calls * (steps + 1) * counts.text + counts.cache(drawn * passes, prompt, steps)
     return _floor("render", "image tokens, one by one", flop, reads)
+
+
+def _image_steps(blueprint: Blueprint, drawing: StepDrawing, counts: _Counts, drawn: int) -> list[Floor]:
+    """Images denoised by the policy, without what latents see of their prompts."""
+    policy, calls = counts.policy, -(-drawn // drawing.rows)
+    passes, (vae, placement) = drawing.steps + drawing.guided, blueprint.frozen["vae"]
+    rendering = Rendering(height=drawing.size[0], width=drawing.size[1], placement=placement)
+    moved = calls * estimates.placed_bytes(vae, placement)
+
+    def flop() -> float:
+        return drawn * (passes * flops.pass_flop(policy, drawing.written) + flops.pass_flop(policy, counts.sizes.tokens))
+
+    return [
+        _floor("render", f"network, {drawing.steps} steps", flop, calls * passes * counts.text),
+        _floor("render", "autoencoder", lambda: drawn * flops.decoder_flop(vae, rendering), moved),
+    ]
+
+
+def _step_pass(stage: str, module: Any, drawing: StepDrawing, counts: _Counts, often: float) -> Floor:
+    """Log-probs of denoising steps of the policy, and their gradients in the update."""
+    policy, learns, drawn = counts.policy, stage == "update", counts.rows * module.plan.reconstructions
+    steps = module.exploration.window or drawing.steps - 1
+    guided = min(steps, drawing.guided) if module.exploration.guidance_in_update == "guided" else 0
+
+    def flop() -> float:
+        with counts.of(stage):
+            with_text = flops.pass_flop(policy, counts.sizes.tokens + drawing.written, learns)
+            without = flops.pass_flop(policy, drawing.written, learns) if guided else 0
+        return often * drawn * (steps * with_text + guided * without)
+
+    return _floor(stage, "images", flop, often * module.plan.mini_batches * counts.reads(learns) * counts.text)
 
 
 def _caption_pass(stage: str, module: Any, counts: _Counts, often: float) -> Floor:

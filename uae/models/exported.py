@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from uae.learner import Network
 from uae.weights.state import load_into, read_state
 
 ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter
+BAGEL = "ema.safetensors"  # beside which there is the autoencoder, which does not train
 
 
 def load_exported(network: Network, name: str, key: str) -> None:
@@ -46,7 +47,7 @@ def _state(model: Any, folder: Path, source: str) -> dict[str, Tensor]:
     from transformers import PreTrainedModel
 
     if not (isinstance(model, PreTrainedModel) and (folder / "config.json").is_file()):
-        return read_state(folder)
+        return read_state(folder / BAGEL if (folder / BAGEL).is_file() else folder)
     dtypes = {weight.dtype for weight in model.parameters()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds all others exactly
     library: Any = type(model)
@@ -61,12 +62,18 @@ def _state(model: Any, folder: Path, source: str) -> dict[str, Tensor]:
     return state
 
 
+@runtime_checkable
+class Named(Protocol):
+    """A model that knows where its weights came from."""
+
+    name_or_path: str
+
+
 def _rename(model: Any, folder: str) -> None:
     """Let an adapter that is exported later name these weights as its base."""
     from diffusers import ConfigMixin
-    from transformers import PreTrainedModel
 
-    if isinstance(model, PreTrainedModel):
-        model.name_or_path = folder
-    elif isinstance(model, ConfigMixin):
+    if isinstance(model, ConfigMixin):
         model.register_to_config(_name_or_path=folder)
+    elif isinstance(model, Named):
+        model.name_or_path = folder

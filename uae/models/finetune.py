@@ -229,6 +229,22 @@ class Full(Finetune):
             parameter.requires_grad_(name in names)
 
 
+def freeze_unreached(network: Network, train: str) -> None:
+    """Freeze weights that only the policy which does not train uses.
+
+    No loss reaches them, but DDP would wait for their gradients.
+
+    Args:
+        network: The network, after its finetuning was attached.
+        train: Which policies learn: "captions", "images" or "both".
+    """
+    for half, pattern in network.used_only_for.items():
+        if train not in (half, "both"):
+            for name, parameter in network.named_parameters():
+                if re.search(pattern, name):
+                    parameter.requires_grad_(False)
+
+
 def check_resolution(networks: Mapping[str, nn.Module | None]) -> None:
     """Check that no weight trains in 16 bits, which would round small updates away.
 

@@ -25,6 +25,7 @@ PIPELINE_NAMES = {
 
 def catalog() -> dict[str, Callable[[Path], None]]:
     """Name of each stand-in to the function that writes it into a folder."""
+    from uae.rehearsal.bagel import BAGEL
     from uae.rehearsal.emu3 import EMU3
     from uae.rehearsal.encoders import ENCODERS
     from uae.rehearsal.janus import JANUS
@@ -35,7 +36,7 @@ def catalog() -> dict[str, Callable[[Path], None]]:
     from uae.rehearsal.x_omni import X_OMNI
 
     pipelines = {name: PIPELINES[kind] for name, kind in PIPELINE_NAMES.items()}
-    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **EMU3, **X_OMNI, **pipelines, **ENCODERS, **REWARDS}
+    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **EMU3, **X_OMNI, **BAGEL, **pipelines, **ENCODERS, **REWARDS}
 
 
 def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], None] = lambda line: None) -> None:

@@ -7,7 +7,7 @@ The configuration of a network is read from the checkpoint folder if it exists o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from uae.weights.placement import Placement
 
 if TYPE_CHECKING:
     from uae.models.captioners.loading import Reading
+    from uae.models.captioners.policy import CaptionPolicy
     from uae.models.renderers.diffusers import Rendering
     from uae.models.tokens.policy import TokenSampling
 
@@ -30,7 +31,7 @@ PUBLISHED = Path(__file__).parent / "published"
 
 @dataclass(frozen=True)
 class TokenDrawing:
-    """Sizes of a policy that draws images itself, token by token. Read by `uae.memory.image_tokens`.
+    """Sizes of a policy that draws images itself, token by token. Read by `uae.memory.drawing`.
 
     Args:
         tokens: S, number of image tokens that are sampled per image.
@@ -50,6 +51,29 @@ class TokenDrawing:
 
 
 @dataclass(frozen=True)
+class StepDrawing:
+    """Sizes of a policy that draws images itself, by denoising. Read by `uae.memory.drawing`.
+
+    Args:
+        written: Number of tokens that the model reads of an image in a step, marks around it included.
+        latents: Number of values of the latents of one image.
+        size: Height and width of the images in pixels.
+        steps: Number of denoising steps.
+        guided: Number of those in which guidance takes a second pass, without the caption.
+        rows: Number of images in one pass.
+        placement: Device and dtype of the autoencoder.
+    """
+
+    written: int
+    latents: int
+    size: tuple[int, int]
+    steps: int
+    guided: int
+    rows: int
+    placement: Placement
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """A system without its weights. ``System.blueprint()`` returns it and `uae.memory.plan` reads it.
 
@@ -64,7 +88,9 @@ class Blueprint:
         reading: Settings with which the captioner is loaded; None stands for the defaults of `Reading`.
         policy_reads: True if the policy's language model encodes the captions, alone or beside frozen text encoders.
         needs_reference: True if the weights at the start of the run are kept whatever the loss is, see `uae.types.UMM`.
-        drawing: Sizes of a policy that draws token by token; None for all others.
+        drawing: Sizes of a policy that draws images itself; None for all others.
+        network: Function from ``policy``, and whether activations are recomputed, to the network that learns. None is a
+            `CaptionPolicy`.
     """
 
     policy: nn.Module
@@ -75,7 +101,8 @@ class Blueprint:
     reading: Reading | None = None
     policy_reads: bool = False
     needs_reference: bool = False
-    drawing: TokenDrawing | None = None
+    drawing: TokenDrawing | StepDrawing | None = None
+    network: Callable[[nn.Module, bool], CaptionPolicy] | None = None
 
 
 _RENAMED = {"univa_qwen2p5vl": "qwen2_5_vl"}  # UniWorld-V1's class is Qwen2.5-VL with a projector added

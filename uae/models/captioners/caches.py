@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from uae.learner import Recomputable
+
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
@@ -29,7 +31,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+    blocks = [block for block in model.modules() if isinstance(block, (GradientCheckpointingLayer, Recomputable))]
     before = [block.__dict__.get("forward") for block in blocks]  # some libraries set their own
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

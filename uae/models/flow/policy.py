@@ -17,17 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from uae.learner import Learner
+from uae.models.bagel.renderer import BagelRenderer
 from uae.models.conditioners.states import EmbeddingCondition
 from uae.models.flow import sde
 from uae.models.flow.network import FlowNetwork
 from uae.models.flow.steps import Drawn, Replayed
+from uae.models.pipelines.calls import Call, generators_of
 from uae.models.pipelines.steps import check_flow, check_steps, stepping
-from uae.models.renderers.diffusers import Call, DiffusersRenderer, PipelineCondition, generators_of
+from uae.models.renderers.diffusers import DiffusersRenderer
 from uae.types import Trajectory
 
 Noise = Literal["flow", "dance", "cps"]
 Ratio = Literal["density", "centred", "ratio_norm"]
 Update = Literal["guided", "conditional"]
+FlowRenderer = DiffusersRenderer | BagelRenderer
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Exploration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowTrajectory(Trajectory[PipelineCondition]):
+class FlowTrajectory(Trajectory[Any]):
     """The trained denoising steps of N rows; ``actions_RS`` ``[N, S, ...]`` are the latents *after* each step.
 
     The condition is detached. To get a gradient with respect to it, replace it by one with a graph.
@@ -88,29 +91,32 @@ class FlowTrajectory(Trajectory[PipelineCondition]):
 
 
 class FlowPolicy:
-    """A `DiffusersRenderer` whose denoiser learns; implements `uae.types.ImagePolicy`.
+    """A renderer whose denoiser learns; implements `uae.types.ImagePolicy`.
 
     Log-probs are in nats per latent dimension, see `uae.models.flow.sde.log_prob`: clip ranges are 1e-5 to 1e-4.
 
     Args:
         renderer: The renderer of a flow-matching pipeline. Its transformer becomes ``learner.network.model`` and is trained
-            in the dtype it was loaded in.
+            in the dtype it was loaded in. Or that of BAGEL, whose network has the captioner's learner.
         exploration: Which denoising steps are random, how strong their noise is, and which of them train.
     """
 
-    def __init__(self, renderer: DiffusersRenderer, exploration: Exploration = Exploration()) -> None:
-        check_flow(renderer.pipe)
-        check_steps(renderer.pipe, renderer.rendering.guidance > 1)
+    learner: Learner[Any]
+
+    def __init__(self, renderer: FlowRenderer, exploration: Exploration = Exploration()) -> None:
+        if isinstance(renderer, DiffusersRenderer):
+            check_flow(renderer.pipe)
+            check_steps(renderer.pipe, renderer.rendering.guidance > 1)
         _check(exploration, renderer)
         self.renderer, self.exploration = renderer, exploration
         steps = renderer.rendering.steps - 1
         self.window = steps if exploration.window is None else exploration.window
-        self.learner = Learner(FlowNetwork(renderer.pipe.transformer), self._install)
-        self._install(self.learner.network)
-
-    def _install(self, network: FlowNetwork) -> None:
-        """Make the pipeline use this network as its transformer."""
-        self.renderer.pipe.transformer = network
+        if isinstance(renderer, BagelRenderer):
+            self.learner = renderer.learner
+            return
+        install = partial(setattr, renderer.pipe, "transformer")
+        self.learner = Learner(FlowNetwork(renderer.pipe.transformer), install)
+        install(self.learner.network)
 
     def modules(self) -> list[nn.Module]:
         """The frozen networks of the pipeline that take part in drawing: the autoencoder, but not the trained denoiser."""
@@ -122,12 +128,12 @@ class FlowPolicy:
         self.learner.to(device)
         return self
 
-    def render(self, condition: PipelineCondition, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
+    def render(self, condition: Any, seeds: Sequence[int], grad: bool = False, last: int | None = None) -> Tensor:
         """Images ``[N, 3, H, W]`` by the pipeline's own deterministic scheduler, see `DiffusersRenderer.render`."""
         return self.renderer.render(condition, seeds, grad, last)
 
     @torch.no_grad()
-    def sample(self, condition: PipelineCondition, seeds: Sequence[int]) -> FlowTrajectory:
+    def sample(self, condition: Any, seeds: Sequence[int]) -> FlowTrajectory:
         """One trajectory per row. The initial noise is that of `render`; later noise comes from the same generator."""
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
@@ -228,14 +234,15 @@ class FlowPolicy:
         return self.renderer.colours(decoded).to(self.renderer.home)
 
     @property
-    def _unguided(self) -> DiffusersRenderer:
+    def _unguided(self) -> FlowRenderer:
         """The same renderer without classifier-free guidance."""
-        renderer = copy.copy(self.renderer)
+        renderer: Any = copy.copy(self.renderer)
         renderer.rendering = replace(renderer.rendering, guidance=1.0)
-        return renderer
+        unguided: FlowRenderer = renderer
+        return unguided
 
     @property
-    def _updating(self) -> DiffusersRenderer:
+    def _updating(self) -> FlowRenderer:
         """The renderer whose velocities define log-probs: with or without guidance, see `Exploration.guidance_in_update`."""
         guided = self.exploration.guidance_in_update == "guided" or self.renderer.rendering.guidance <= 1
         return self.renderer if guided else self._unguided
@@ -247,7 +254,7 @@ class FlowPolicy:
         return random.Random(seed).randrange(self.renderer.rendering.steps - self.window)
 
 
-def _check(exploration: Exploration, renderer: DiffusersRenderer) -> None:
+def _check(exploration: Exploration, renderer: FlowRenderer) -> None:
     """Raise ValueError for settings out of range, and for a denoiser whose placement does not allow training."""
     for key, allowed in (("noise", Noise), ("guidance_in_update", Update), ("ratio", Ratio)):
         if (value := getattr(exploration, key)) not in get_args(allowed):
@@ -268,6 +275,8 @@ def _check(exploration: Exploration, renderer: DiffusersRenderer) -> None:
             "model.init_args.system.init_args.rendering.steps"
         )
     placement = renderer.rendering.placement
+    if isinstance(renderer, BagelRenderer):  # it is the autoencoder's, which does not train
+        return
     if placement.offload or placement.device is not None or placement.dtype == "float8":
         raise ValueError(
             f"model.init_args.system.init_args.rendering.placement={placement}, but the denoiser trains; allowed: offload false, "
@@ -286,7 +295,7 @@ def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
     return torch.cat([part for _, part in parts])[order.argsort()]
 
 
-def _detached(condition: PipelineCondition) -> PipelineCondition:
+def _detached(condition: Any) -> Any:
     if not isinstance(condition, EmbeddingCondition):
         return condition
     pooled = None if condition.pooled_NP is None else condition.pooled_NP.detach()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from uae.models.conditioners.states import EmbeddingCondition, TextCondition, pad_to_length
 from uae.models.lengths import alike
+from uae.models.pipelines.calls import Call, generators_of
 from uae.models.pipelines.contracts import contract_of, denoiser_of, text_encoders_of
 from uae.models.pipelines.loading import fresh_scheduler, starting_from, without
 from uae.models.pipelines.masks import MaskedJointAttention, masked_cross_attention, masked_passes
@@ -23,26 +23,6 @@ from uae.models.renderers.rendering import KEY, Rendering, check, compile_blocks
 from uae.weights.placement import at_work, settle, working_device
 
 PipelineCondition = TextCondition | EmbeddingCondition
-
-
-@dataclass(frozen=True)
-class Call:
-    """The settings of one call of the pipeline. The defaults draw an image.
-
-    Args:
-        generators: One random generator per row for the initial noise; None if ``latents`` are given.
-        latents: Latents to start from, as the denoising loop has them; None starts from noise.
-        during: Function that takes the pipeline and returns a context manager, which is open during the call. The pipeline
-            then has a copy of its scheduler, which may be changed.
-        first: Number of the denoising step that the call begins with.
-        output_type: "pt" returns pixels, "latent" returns latents and does not run the autoencoder.
-    """
-
-    generators: list[torch.Generator] | None
-    latents: Tensor | None = None
-    during: Callable[[Any], AbstractContextManager[None]] = nullcontext
-    first: int = 0
-    output_type: str = "pt"
 
 
 class DiffusersRenderer:
@@ -322,11 +302,6 @@ class DiffusersRenderer:
                 "model.init_args.system"
             )
         return condition.pooled_NP
-
-
-def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One random generator per seed, on the CPU, so that the noise is the same whatever the device is."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _device_of(module: nn.Module) -> torch.device:
