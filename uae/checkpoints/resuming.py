@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 SETTINGS = "settings"  # key of a checkpoint: the configuration of the run that wrote it
-UNTOLD = ("config", "ckpt_path", "run_name", "verbose", "weights_only", "stage", "print_plan", "memory_gib", "trainer.callbacks",
-          "trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary")  # fmt: skip
+UNTOLD = ("config", "ckpt_path", "run_name", "verbose", "weights_only", "stage", "print_plan", "memory_gib", "check_first_rollout",
+          "trainer.callbacks", "trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar",
+          "trainer.enable_model_summary")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- optimizer and its schedule

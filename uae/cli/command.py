@@ -127,7 +127,7 @@ class CLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_name``, ``--label``, ``--stage``, ``--print_plan`` and ``--memory_gib``."""
+        """Add ``--run_name``, ``--label``, ``--stage``, ``--print_plan``, ``--memory_gib`` and ``--check_first_rollout``."""
         parser.add_argument(
             "--run_name",
             type=str,
@@ -154,6 +154,12 @@ class CLI(LightningCLI):
             default=None,
             help="Memory per GPU in GiB. If the plan of fit needs more, fit stops at once; null is the GPU's own, 0 never stops.",
         )
+        parser.add_argument(
+            "--check_first_rollout",
+            type=bool,
+            default=True,
+            help="Whether fit looks at one row of a new run's first rollout again; python -m uae.check looks at everything.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, and refuse values that types let pass."""
@@ -177,6 +183,10 @@ class CLI(LightningCLI):
         check_accelerator(trainer)
         self._root = Path(trainer.get("default_root_dir") or OUTPUTS)
         self._own_logger = trainer.get("logger") in (None, True)
+        if self.subcommand == "fit" and self._get(self.config_init, "check_first_rollout"):
+            from uae.check.parts.first_rollout import FirstRollout
+
+            self.trainer_defaults["callbacks"] = [FirstRollout()]  # beside those of the configuration
         made = super().instantiate_trainer(
             **kwargs, default_root_dir=str(self._runs().first), **({"logger": False} if self._own_logger else {})
         )

@@ -77,9 +77,9 @@ class UAE:
         policy = qwen_model(folder / "llm", getattr(torch, dtype)) if folder else vlm_skeleton(PUBLISHED_LLM, dtype)
         sd3 = str(folder / "SD3_model") if folder else PUBLISHED_SD3
         transformer = denoiser_skeleton(sd3)
-        width = policy.config.get_text_config().hidden_size
+        width, width_out = policy.config.get_text_config().hidden_size, transformer.config.joint_attention_dim
         with torch.device("meta"):
-            projector = mlp_projector(width, 4 * width, transformer.config.joint_attention_dim).bfloat16()
+            projector = mlp_projector(width, 2 * width_out, width_out).bfloat16()
         frozen = {"projector": projector, "transformer": transformer, "vae": vae_skeleton(sd3)}
         return Blueprint(
             policy,
