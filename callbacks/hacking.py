@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from uae.evaluation import AutoEncoder
 from uae.files.examples import small
 from uae.files.tiles import Tile, grid, wrapped
+from uae.loggers.showing import show_picture
 from uae.metrics import agreement
 from uae.metrics.agreement import Change
 from uae.trainer import is_dry_run
@@ -95,7 +94,7 @@ class RewardHacking(Callback):
     * ``hacking/improvement_correlation``: the rank correlation of both rises over the images, 0 at the first validation;
     * ``hacking/alarm``: whether the rule below holds, 1 or 0;
 
-    and draws the images whose reward ranks highest above their held-out score, as ``hacking/disagreement`` in TensorBoard and
+    and draws the images whose reward ranks highest above their held-out score, as ``hacking/disagreement`` in the logger and
     as ``hacking.png``, of the last validation, in the log directory. Pictures of the first 256 images of every process can be
     drawn; the numbers are of all images. An image counts once, however often it comes, on whatever process.
 
@@ -208,9 +207,7 @@ class RewardHacking(Callback):
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             picture.save(self._folder / "hacking.png")
-        logger = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
-        if logger is not None:
-            logger.experiment.add_image("hacking/disagreement", pil_to_tensor(picture), trainer.global_step)
+        show_picture(trainer.loggers, "hacking/disagreement", picture, trainer.global_step)
 
 
 def panel(now: Validation, rows: Sequence[int], pictures: Mapping[int, tuple[Tensor, Tensor]]) -> Image.Image:

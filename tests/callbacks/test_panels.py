@@ -1,13 +1,11 @@
 import io
-import re
-from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from callbacks.panels import RolloutPanels, markdown, panel
+from callbacks.panels import RolloutPanels, panels, rows_of, spread
 from uae.files.tiles import LINE, TILE
 from uae.miniature.data import SceneData
 from uae.rollout import roll_out
@@ -25,16 +23,17 @@ def experience(system, build):
 
 
 def test_panels_show_the_same_sources_before_training_and_after(events):
-    images = events.Images("panel/rollouts")
-    assert [image.step for image in images] == [0, 3, 4]
-    first, *_, last = [picture(image) for image in images]
-    assert first.shape[2] == (4 + 1) * (TILE + 8)  # the source and a group of four
-    expected = pil_to_tensor(
-        to_pil_image(next(iter(SceneData(val_size=8).val_dataloader()))["image"][0]).resize((TILE, TILE), 0)
-    )
-    assert torch.equal(first[:, :TILE, :TILE], expected)
-    assert torch.equal(last[:, :TILE, :TILE], expected)
-    assert not torch.equal(first, last)
+    assert sorted(tag for tag in events.Tags()["images"] if tag.startswith("panel/")) == [f"panel/image_{n}" for n in (1, 2, 3, 4)]
+    sources = next(iter(SceneData(val_size=8).val_dataloader()))["image"]
+    for number in (1, 4):
+        images = events.Images(f"panel/image_{number}")
+        assert [image.step for image in images] == [0, 3, 4]
+        first, *_, last = [picture(image) for image in images]
+        assert first.shape[2] == 2 * (TILE + 8)  # as wide as TensorBoard shows it without enlarging
+        expected = pil_to_tensor(to_pil_image(sources[number - 1]).resize((TILE, TILE), 0))
+        assert torch.equal(first[:, :TILE, :TILE], expected)
+        assert torch.equal(last[:, :TILE, :TILE], expected)
+        assert not torch.equal(first, last)
 
 
 def test_captions_are_a_table(events):
@@ -55,30 +54,32 @@ def test_histograms_cover_the_training_rollout(events):
         assert low <= histogram.min <= histogram.max <= high
 
 
-def test_every_tile_is_its_reconstruction(experience):
+def test_every_tile_is_its_reconstruction_from_the_best_to_the_worst(experience):
     batch, experience = experience
-    image = panel(batch["image"], experience, columns=2)
-    height = image.shape[1] // 2
-    assert height >= TILE + 2 * LINE
-    for b in range(2):
-        for g in range(2):  # of three: columns limits them
-            expected = to_pil_image(experience.reconstructions_NCHW[b * 3 + g]).resize(
-                (TILE, TILE), Image.Resampling.NEAREST
-            )
-            left = (g + 1) * (TILE + 8)
-            assert torch.equal(image[:, b * height : b * height + TILE, left : left + TILE], pil_to_tensor(expected))
-            text = image[:, b * height + TILE : (b + 1) * height, left : left + TILE]
-            assert (text < 128).any()  # something is written
-    assert image.shape[2] == 3 * (TILE + 8)
+    pictures = panels(batch["image"], batch["name"], experience, shown=3)
+    assert len(pictures) == 2
+    for b, image in enumerate(map(pil_to_tensor, pictures)):
+        height = image.shape[1] // 2
+        assert height >= TILE + 2 * LINE
+        order = sorted(range(3), key=lambda g: -float(experience.rewards.reward_BG[b, g]))  # noqa: B023
+        for place, g in enumerate(order, 1):
+            expected = to_pil_image(experience.reconstructions_NCHW[b * 3 + g]).resize((TILE, TILE), Image.Resampling.NEAREST)
+            top, left = height * (place // 2), (TILE + 8) * (place % 2)
+            assert torch.equal(image[:, top : top + TILE, left : left + TILE], pil_to_tensor(expected))
+            assert (image[:, top + TILE : top + height, left : left + TILE] < 128).any()  # something is written
 
 
-def test_no_caption_breaks_the_table(experience):
-    _, experience = experience
-    nasty = ["a | b", "line\nbreak\r\nagain", "<script>", "", "\\", "tab\there"]
-    rows = markdown(replace(experience, rollout=replace(experience.rollout, texts=nasty))).splitlines()
-    assert len(rows) == 2 + 6
-    assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
-    assert "<" not in "".join(rows)
+def test_some_of_a_group_are_spread_over_it():
+    assert spread([5, 3, 1, 0, 2], 3) == [5, 1, 2]
+    assert spread([5, 3], 3) == [5, 3]
+    assert spread([5, 3], 1) == [5]
+
+
+def test_the_table_names_images_as_the_panels_do(experience):
+    batch, experience = experience
+    rows = rows_of(batch["name"], experience)
+    assert [row[0] for row in rows] == [f"{b + 1} ({batch['name'][b]})" for b in range(2) for _ in range(3)]
+    assert [row[1] for row in rows] == experience.rollout.texts
 
 
 def test_without_a_logger_nothing_happens(build, trainer):
@@ -88,5 +89,5 @@ def test_without_a_logger_nothing_happens(build, trainer):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="columns=0"):
-        RolloutPanels(columns=0)
+    with pytest.raises(ValueError, match="shown=0"):
+        RolloutPanels(shown=0)

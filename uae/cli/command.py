@@ -35,10 +35,12 @@ from uae.cli.errors import OUTPUTS, debugging, fail, in_one_line, interrupted, o
 from uae.cli.event_log import EnduringTensorBoard
 from uae.cli.explain import explain
 from uae.cli.run_folder import Labels, Runs, below, give_back, lock
-from uae.cli.stages import OPTION, asks_for_stages, train_in_stages
+from uae.cli.stages import OPTION, asks_for_stages, say_ending, train_in_stages
 from uae.cli.values import check_accelerator, check_values
+from uae.console.start import with_console
 from uae.files.packaged import configurations_named
 from uae.files.settings import make_parser_strict, nulls_kept
+from uae.loggers import FollowsRun
 from uae.trainer import is_dry_run
 from uae.types import PlannedSystem
 
@@ -101,6 +103,7 @@ class CLI(LightningCLI):
     trainer: RunTrainer
 
     def __init__(self, args: list[str] | None = None) -> None:
+        self._words = sys.argv[1:] if args is None else args
         share_callbacks()
         super().__init__(
             LightningModule,
@@ -183,13 +186,13 @@ class CLI(LightningCLI):
         check_accelerator(trainer)
         self._root = Path(trainer.get("default_root_dir") or OUTPUTS)
         self._own_logger = trainer.get("logger") in (None, True)
+        callbacks = with_console(trainer)
         if self.subcommand == "fit" and self._get(self.config_init, "check_first_rollout"):
             from uae.check.parts.first_rollout import FirstRollout
 
-            self.trainer_defaults["callbacks"] = [FirstRollout()]  # beside those of the configuration
-        made = super().instantiate_trainer(
-            **kwargs, default_root_dir=str(self._runs().first), **({"logger": False} if self._own_logger else {})
-        )
+            callbacks.append(FirstRollout())
+        given = {"default_root_dir": str(self._runs().first), "callbacks": callbacks}
+        made = super().instantiate_trainer(**kwargs, **given, **({"logger": False} if self._own_logger else {}))
         assert isinstance(made, RunTrainer)
         if type(made.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, so the configuration names none
             made.strategy.checkpoint_io = CheckpointFiles()
@@ -205,13 +208,18 @@ class CLI(LightningCLI):
         return Runs(self._root, self._get(self.config_init, "run_name"), str(self._get(self.config_init, "label")))
 
     def _write_to(self, trainer: RunTrainer, folder: Path, evaluation: Path | None = None) -> None:
-        """Send results, checkpoints and TensorBoard's events to the folder of a run, or of an evaluation below it."""
+        """Send results, checkpoints and what is logged to the folder of a run, or of an evaluation below it."""
         trainer.results = evaluation or folder
         for callback in self._savers:
             callback.dirpath = str(folder / "checkpoints")
-        if self._own_logger and not is_dry_run(trainer):
-            labels = "" if evaluation else self._runs().labels
+        if is_dry_run(trainer):
+            return
+        labels = "" if evaluation else self._runs().labels
+        if self._own_logger:
             trainer.logger = EnduringTensorBoard(str(trainer.results), name="", version=labels)
+        for logger in trainer.loggers:
+            if isinstance(logger, FollowsRun):
+                logger.follow(trainer.results, labels)
 
     @contextmanager
     def _own_folder(self, subcommand: str) -> Iterator[None]:
@@ -232,7 +240,7 @@ class CLI(LightningCLI):
             said = ", continued" if continued else f"; {runs.first} is another run's" * (results != runs.first)
             new, guard = continued is None, lock(results)
             self._write_to(self.trainer, results)
-        print(f"results: {results}{said}")
+        print(f"results: {results}{said}", flush=True)
         try:
             yield
         except BaseException:
@@ -289,10 +297,21 @@ class CLI(LightningCLI):
         try:
             with self._own_folder(subcommand):
                 super()._run_subcommand(subcommand)
+            self._say_ending()
         except SystemExit as stop:  # Lightning has shut down and asks for status 1
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
             interrupted(f"interrupted at step {self.trainer.global_step}" if self.trainer.is_global_zero else "")
+
+    def _say_ending(self) -> None:
+        say_ending(self, self._words)
+
+
+class OfAChain(CLI):
+    """A stage of a command with several, of which only the last one says what can be done now."""
+
+    def _say_ending(self) -> None:
+        """Say nothing."""
 
 
 class Parsed(CLI):
@@ -319,5 +338,5 @@ def main(args: list[str] | None = None) -> CLI:
     """
     with one_line_errors():
         words = sys.argv[1:] if args is None else args
-        return train_in_stages(words, CLI, Parsed) if asks_for_stages(words) else CLI(args)
+        return train_in_stages(words, OfAChain, Parsed) if asks_for_stages(words) else CLI(args)
 

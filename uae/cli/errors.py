@@ -24,7 +24,9 @@ OUTPUTS = "outputs"
 OF_A_RUN = f"results go to {OUTPUTS}/<run_name>, make room or correct run_name"
 PACKAGE = Path(__file__).parents[1]
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
-_CHATTER = ("KeyboardInterrupt", "litlogger")  # in messages of Lightning that repeat ours or advertise
+_CHATTER = (  # in messages of Lightning that repeat ours, advertise, or speak of hardware that nobody asked for
+    "KeyboardInterrupt", "litlogger", "model summary callbacks", "TPU available", "HPU available", "GPU available: False",
+)  # fmt: skip
 _EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.11 and newer
     r"Found \d+ module\(s\) in eval mode",  # frozen parts are in eval mode on purpose
@@ -58,6 +60,7 @@ _OF_A_WORKER = re.compile(  # PyTorch reports an error of a data-loading process
     r"(?:\s[^\n]*\n)*(?:Value|Runtime)Error: (?P<message>.*)",
     re.DOTALL,
 )
+_IN_A_LIST = re.compile(r"Problem with given class_path '(?P<name>[^']+)':\s*(?P<message>[^\n]+)")
 _RAISE = re.compile(r"(^|[:;])\s*raise\b")
 _OURS = ("uae.", "callbacks.")
 _TRAINER = "lightning.pytorch.trainer."
@@ -82,7 +85,8 @@ def mistake(error: BaseException, advice: str = OF_A_RUN) -> str | None:
         return in_one_line(str(error))
     if type(error).__module__.startswith("omegaconf"):
         return in_one_line(f"interpolation in the configuration: {error}")
-    return next((line for line in map(_written_for_users, chain) if line), None) or _refused_by_a_class(chain)
+    written = next((line for line in map(_written_for_users, chain) if line), None)
+    return written or _refused_by_a_class(chain) or _refused_in_a_list(chain)
 
 
 def _written_for_users(error: BaseException) -> str | None:
@@ -92,6 +96,17 @@ def _written_for_users(error: BaseException) -> str | None:
     if (worker := _OF_A_WORKER.match(str(error))) and Path(worker["file"]).is_relative_to(PACKAGE):
         return in_one_line(worker["message"])
     return in_one_line(str(error)) if _origin(error).startswith(_OURS) and _raised(error) else None
+
+
+def _refused_in_a_list(chain: list[BaseException]) -> str | None:
+    """The class and its message, if a class in a list could not be built; else None.
+
+    The parser tries every type that the value may have, reports all of them, and only the first is the cause of its error.
+    """
+    for error in chain:
+        if _origin(error).startswith("jsonargparse") and (found := _IN_A_LIST.search(str(error))):
+            return in_one_line(f"{found['name']}: {found['message'].rstrip('.')}; {SEE_ALL}")
+    return None
 
 
 def _refused_by_a_class(chain: list[BaseException]) -> str | None:

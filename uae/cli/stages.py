@@ -16,12 +16,15 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from uae.cli.errors import fail
 from uae.cli.explain import named
+from uae.console.ending import ending
 from uae.files.packaged import configuration
 from uae.files.stage_report import Trained, report
+from uae.report.run_page import PAGE, write_run_page
 from uae.trainer import is_dry_run, was_preempted
 
 OPTION = "--stage"
@@ -67,6 +70,23 @@ class Start:
     weights: str | None = None
 
 
+def say_ending(command: LightningCLI, words: list[str], first: Path | None = None) -> None:
+    """After ``fit``, print where everything is and what can be done with it.
+
+    Args:
+        command: The run, or that of the last stage.
+        words: The whole command line.
+        first: The folder of the first stage; None if there are no stages.
+    """
+    trainer = command.trainer
+    if command.subcommand != "fit" or is_dry_run(trainer):
+        return
+    result = Path(trainer.log_dir or ".")  # a broadcast, which all processes must take part in
+    if trainer.is_global_zero:
+        events = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+        print(ending(first or result, result, words, trainer.max_steps, events), flush=True)
+
+
 def asks_for_stages(words: list[str]) -> bool:
     """Whether a command line trains in stages."""
     subcommand = next((word for word in words if word in SUBCOMMANDS), None)
@@ -102,6 +122,9 @@ def train_in_stages(words: list[str], run: Callable[[list[str]], R], parse: Call
         if stage.number == len(stages):
             if command.trainer.is_global_zero and not dry:
                 report(done)
+                if (done[0].folder / PAGE).is_file():
+                    write_run_page(done[0].folder)  # again, with the table of all stages
+            say_ending(command, words, done[0].folder)
             return command
         starts = {} if dry else exported(starts, settings, folder, stage.number)
         del command

@@ -13,13 +13,14 @@ from typing import Any
 
 from uae.bench.arguments import listed, run
 from uae.bench.paired import paired_differences, unlikeness
+from uae.bench.report.page import write_report_page
 from uae.bench.report.plot import write_plot
 from uae.bench.report.published import number, published
 from uae.bench.report.table import BenchmarkTable, SystemColumn, comma_separated, latex, markdown
 from uae.bench.result import cases_of, read_result
 
 FORMATS: dict[str, Callable[[Sequence[BenchmarkTable]], str]] = {".md": markdown, ".csv": comma_separated, ".tex": latex}
-
+PAGE = ".html"
 PLOTS = (".png", ".pdf", ".svg")
 
 
@@ -50,12 +51,13 @@ def report(
         results: Result files; the word --results may be left out.
         paper: Show the paper's published numbers in columns of their own.
         baseline: Name of the system that differences are to, or one of its result files; the default is the first result's system.
-        output: File for the report; its suffix (.md, .csv or .tex) is the format.
+        output: File for the report; its suffix (.md, .csv, .tex or .html) is the format. A page (.html) also shows the contact
+            sheets that lie beside the results.
         plot: File for a plot of the report; its suffix (.png, .pdf or .svg) is the format.
         scores: Regular expression; only scores whose name it finds are shown.
     """
-    if output and Path(output).suffix not in FORMATS:
-        raise ValueError(f"--output {output!r}: allowed: a file of suffix {', '.join(FORMATS)}")
+    if output and Path(output).suffix not in (*FORMATS, PAGE):
+        raise ValueError(f"--output {output!r}: allowed: a file of suffix {', '.join((*FORMATS, PAGE))}")
     if plot and Path(plot).suffix not in PLOTS:
         raise ValueError(f"--plot {plot!r}: allowed: a file of suffix {', '.join(PLOTS)}")
     try:
@@ -75,11 +77,19 @@ def report(
     text = markdown(tables)
     print("\n".join([text, *near]))
     if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(FORMATS[Path(output).suffix](tables))
+        _write(Path(output), tables, entries)
     if plot:
         write_plot(plot, tables)
     return tables
+
+
+def _write(target: Path, tables: Sequence[BenchmarkTable], entries: Sequence[Entry]) -> None:
+    """Write the report in the format of the suffix."""
+    if target.suffix == PAGE:
+        write_report_page(target, tables, {f"{entry.system} ({entry.result['benchmark']})": entry.file for entry in entries})
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(FORMATS[target.suffix](tables))
 
 
 def _baseline(entries: Sequence[Entry], baseline: str | None) -> str:

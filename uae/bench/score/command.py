@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from uae.bench.score.encoder_sets import (
 )
 from uae.bench.score.feature_cache import FeatureCache, default_folder
 from uae.bench.score.features import ImageFeatures
-from uae.bench.score.pairs import Pairs, pair
+from uae.bench.score.page import write_score_page
+from uae.bench.score.pairs import Pairs, pair, recorded
 from uae.bench.score.similarities import Similarities, measure, summarize
 from uae.bench.system import working_device
 from uae.data.folder import list_images
+from uae.report.bench_page import Table
 
 NAME = "unified_bench_1"
 IMAGE_READING = "upright (EXIF), on white where transparent, 16 bit scaled to 8, first frame, RGB"
@@ -55,7 +58,7 @@ def score_folders(
         sources: Folder of the source images.
         reconstructions: Folder of the reconstructions, paired with sources by name: equal, with .png appended, with another suffix,
             or with the prefix recon_.
-        output: Result file, ending in .json; a table (.md) and a contact sheet (.png) are written beside it.
+        output: Result file, ending in .json; a table (.md), a contact sheet (.png) and a page (.html) are written beside it.
         encoders: YAML file of encoder name to class_path and init_args (configs/bench); the default is the paper's four encoders.
         system: Name of the system that made the reconstructions; the default is the name of their folder.
         compare: Another result file; the paired difference to it is printed and stored.
@@ -92,7 +95,9 @@ def score_folders(
     target.with_suffix(".md").write_text(table)
     files = [(roots[0] / n, roots[1] / pairs.matched[n]) for n in found.names]
     write_contact_sheet(target.with_suffix(".png"), files, found.names, found.cosine_NE.mean(1), max_pixels)
-    print(f"{table}\nresult, table and contact sheet: {target.with_suffix('')}.{{json,md,png}}")
+    captions = {name: row["caption"] for name, row in recorded(roots[1]).items() if isinstance(row.get("caption"), str)}
+    write_score_page(target.with_suffix(".html"), result, tables_of(result), files, captions, max_pixels)
+    print(f"{table}\nresult, table, contact sheet and page: {target.with_suffix('')}.{{json,md,png,html}}")
     return result
 
 
@@ -188,22 +193,37 @@ def official_layout(found: Similarities, pairs: Pairs) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a Markdown table, cosines multiplied by 100, with every file that was left out."""
+    """The result as Markdown tables, cosines multiplied by 100, with every file that was left out."""
+    n = result["scores"]["overall"]["n"]
+    lines = [f"# {result['benchmark']}: {result['system']}", "", f"{n} pairs; cosines times 100"]
+    for table in tables_of(result):
+        lines += ["", *([f"{table.title}:", ""] if table.title else [])]
+        lines += [f"| {' | '.join(cells)} |" for cells in (table.head, ["---"] * len(table.head), *table.rows)]
+        lines += ["", *(f"* {note}" for note in table.notes)] if table.notes else []
+    return "\n".join([*lines, ""])
+
+
+def tables_of(result: dict[str, Any]) -> list[Table]:
+    """The scores, the difference to another result if there is one, and then the files that were left out, as notes."""
     scores, statistics = result["scores"], result["statistics_by_model"]
-    lines = [f"# {result['benchmark']}: {result['system']}", "", f"{scores['overall']['n']} pairs; cosines times 100", ""]
-    lines += ["| | mean | 95 % interval | min | max | floor | calibrated |", "|---|---|---|---|---|---|---|"]
+    rows = []
     for name in ("overall", "held_out", *result["model_types"]):
         if name in scores:
             ends = statistics.get(name, {})
             extremes = [f"{100 * ends[key]:.2f}" if ends else "" for key in ("min_similarity", "max_similarity")]
             cells = [_times_100(scores[name]), _ends(scores[name]), *extremes]
             cells += [_times_100(scores.get(f"{kind}/{name}")) for kind in ("floor", "calibrated")]
-            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+            rows.append([name.replace("_", " "), *cells])
+    tables = [Table("", ["", "mean", "95 % interval", "min", "max", "floor", "calibrated"], rows)]
     if comparison := result.get("comparison"):
-        lines += ["", f"Difference to {comparison['other']}, paired:", "", "| | difference | 95 % interval | n |", "|---|---|---|---|"]
-        for name, gap in comparison["difference"].items():
-            lines.append(f"| {name.replace('_', ' ')} | {100 * gap['value']:+.2f} | {_ends(gap, '+')} | {gap['n']} |")
-    return "\n".join([*lines, *_left_out(result), ""])
+        gaps = [
+            [name.replace("_", " "), f"{100 * gap['value']:+.2f}", _ends(gap, "+"), str(gap["n"])]
+            for name, gap in comparison["difference"].items()
+        ]
+        tables.append(Table(f"Difference to {comparison['other']}, paired", ["", "difference", "95 % interval", "n"], gaps))
+    if left_out := _left_out(result):
+        tables[-1] = replace(tables[-1], notes=["not in the means, except where it says so:", *left_out])
+    return tables
 
 
 def _times_100(entry: Score | None) -> str:
@@ -216,13 +236,13 @@ def _ends(entry: Score, sign: str = "") -> str:
 
 def _left_out(result: dict[str, Any]) -> list[str]:
     left_out = result["left_out"]
-    lines = [f"* source without reconstruction: {name}" for name in left_out["unmatched_sources"]]
-    lines += [f"* reconstruction without source: {name}" for name in left_out["unmatched_reconstructions"]]
-    lines += [f"* ambiguous: {name} (could be {', '.join(others)})" for name, others in left_out["ambiguous"].items()]
-    lines += [f"* made of another file than the source is now, continue bench run: {name}" for name in left_out.get("changed", ())]
-    lines += [f"* unreadable: {name} ({reason})" for name, reason in left_out["unreadable"].items()]
-    lines += [f"* counted as 0, an embedding has no direction: {name}" for name in result["invalid"]]
-    return ["", "Not in the means, except where it says so:", "", *lines] if lines else []
+    lines = [f"source without reconstruction: {name}" for name in left_out["unmatched_sources"]]
+    lines += [f"reconstruction without source: {name}" for name in left_out["unmatched_reconstructions"]]
+    lines += [f"ambiguous: {name} (could be {', '.join(others)})" for name, others in left_out["ambiguous"].items()]
+    lines += [f"made of another file than the source is now, continue bench run: {name}" for name in left_out.get("changed", ())]
+    lines += [f"unreadable: {name} ({reason})" for name, reason in left_out["unreadable"].items()]
+    lines += [f"counted as 0, an embedding has no direction: {name}" for name in result["invalid"]]
+    return lines
 
 
 def _nothing(sources: str, reconstructions: str, pairs: Pairs, found: Similarities) -> str:

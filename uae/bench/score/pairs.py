@@ -83,9 +83,9 @@ def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
     left = [PurePosixPath(name) for name in list_images(sources, "sources")]
     right = [PurePosixPath(name) for name in list_images(reconstructions, "reconstructions")]
     pairs = Pairs()
-    recorded, there = _recorded(Path(reconstructions).expanduser()), (set(map(str, left)), set(map(str, right)))
+    known, there = recorded(Path(reconstructions).expanduser()), (set(map(str, left)), set(map(str, right)))
     files = {shown(name): name for name in there[0]}  # rows have names that can be written
-    for name, row in recorded.items():
+    for name, row in known.items():
         source = files.get(name)
         if source is not None and row["reconstruction"] in there[1]:
             pairs.matched[source] = row["reconstruction"]
@@ -112,7 +112,7 @@ def pair(sources: str | Path, reconstructions: str | Path) -> Pairs:
     return pairs
 
 
-def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
     """Source to its row of captions, as ``bench run`` and ``predict`` write them; nothing in a folder of another program."""
     try:
         rows = json.loads((folder / CAPTIONS).read_text(encoding="utf-8"))
