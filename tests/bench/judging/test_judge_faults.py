@@ -7,7 +7,7 @@ import pytest
 
 from tests.bench.judging.fake_judges import ANTHROPIC, FIRST, OPENAI, PAID, once, records, run, serving
 from uae.bench.judging import command as judge
-from uae.bench.judging.asking import STRIKES
+from uae.bench.vendors.attempts import STRIKES
 
 
 @pytest.mark.parametrize("api", ["openai", "anthropic"])

@@ -25,8 +25,8 @@ from tests.bench.judging.fake_judges import (
     serving,
 )
 from uae.bench.judging import command as judge
-from uae.bench.judging.asking import Budget
 from uae.bench.judging.stages import open_cache
+from uae.bench.vendors.budget import Budget
 
 
 def test_three_stages_with_both_vendors(judging, tmp_path, capsys, monkeypatch):

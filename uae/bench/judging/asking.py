@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,53 +14,13 @@ from tqdm.auto import tqdm
 
 from uae.bench.fingerprints import sha256
 from uae.bench.judging.cache import AnswerCache
-from uae.bench.judging.clients import Answer, Client, Failure, JudgeClient
-from uae.bench.judging.judges import Judge, Vendor
+from uae.bench.judging.clients import Answer, Client, JudgeClient
+from uae.bench.judging.judges import Judge
 from uae.bench.judging.requests import JudgeRequest, JudgingPlan
-
-HOPELESS = (401, 402, 403, 404)  # no key, no money, no permission, no such model: this run sends the judge nothing more
-STRIKES = 5  # after so many failed requests in a row this run sends the judge nothing more
-
-
-@dataclass
-class Budget:
-    """The cost limit of a run.
-
-    Args:
-        cap: Most that may be spent, in USD.
-        spent: Amount spent so far, in USD.
-        promised: Amount that the calls under way can cost at most, in USD.
-        under_way: Number of calls under way.
-        empty: Whether a call did not fit any more; no further call is made then.
-    """
-
-    cap: float
-    spent: float
-    promised: float = 0.0
-    under_way: int = 0
-    empty: bool = False
-    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-
-    async def promise(self, usd: float) -> bool:
-        """Reserve the most that a call can cost; wait for calls under way if that may help. False if the call does not fit."""
-        async with self._changed:
-            while self.spent + self.promised + usd > self.cap and self.under_way and not self.empty:
-                await self._changed.wait()
-            if self.empty or self.spent + self.promised + usd > self.cap + 1e-12:
-                self.empty = True
-                self._changed.notify_all()
-                return False
-            self.promised += usd
-            self.under_way += 1
-            return True
-
-    async def pay(self, promised: float, usd: float) -> None:
-        """Replace the amount reserved for a call, ``promised``, by its real cost ``usd``, when the call is over."""
-        async with self._changed:
-            self.under_way -= 1
-            self.promised = self.promised - promised if self.under_way else 0.0
-            self.spent += usd
-            self._changed.notify_all()
+from uae.bench.vendors.attempts import Attempts
+from uae.bench.vendors.budget import Budget
+from uae.bench.vendors.clients import Failure
+from uae.bench.vendors.endpoint import Vendor
 
 
 @dataclass
@@ -74,10 +33,7 @@ class JudgingRun:
         max_cost_usd: Most that all requests of the plan may cost in USD, earlier runs included.
         retry_errors: Whether to send a request again that another model answered than the one that was asked.
         client: Makes the client of a judge.
-        calls: Number of calls made by this run.
-        failures: One line for each failed request.
-        closed: Judge to the reason why this run sends it nothing more.
-        strikes: Judge to its number of failed requests in a row.
+        attempts: The calls made by this run.
     """
 
     plan: JudgingPlan
@@ -85,10 +41,7 @@ class JudgingRun:
     max_cost_usd: float
     retry_errors: bool = False
     client: Callable[[Judge], JudgeClient] = Client
-    calls: int = 0
-    failures: list[str] = field(default_factory=list)
-    closed: dict[str, str] = field(default_factory=dict)
-    strikes: Counter[str] = field(default_factory=Counter)
+    attempts: Attempts = field(default_factory=Attempts)
 
     def pending(self) -> list[JudgeRequest]:
         """Requests without an answer; equal requests are listed once."""
@@ -161,7 +114,7 @@ class JudgingRun:
         while queue and not budget.empty:
             request = queue.popleft()
             asked = True
-            while asked and request.judge not in self.closed and not self._settled(request):
+            while asked and request.judge not in self.attempts.closed and not self._settled(request):
                 asked = await self._ask(request, clients[request.judge], budget)
             bar.update()
             bar.set_postfix_str(f"{budget.spent:.4f} USD")
@@ -170,25 +123,15 @@ class JudgingRun:
         """Send a request until an answer comes: True if the judge's model answered, False after a failure or without money."""
         judge, most = self._judge(request), self.most_usd(request)
         image = None if request.image is None else Path(request.image).read_bytes()
-        for attempt in range(judge.retries + 1):
-            if not await budget.promise(most):
-                return False
-            self.calls += 1
-            came: Answer | Failure
-            came, cost = Failure("interrupted", None, again=False, paid=True, pause=None), most
-            try:
-                came = await client.complete(*self._texts(request), image)
-            finally:  # also when it is cancelled
-                cost = self._keep(request, came, most)
-                await budget.pay(most, cost)
-            if isinstance(came, Answer):
-                return came.model is None or judge.accepts(came.model)
-            pause = _pause(judge, attempt, came.pause)
-            if not came.again or pause > judge.longest_pause * 1.25 or attempt == judge.retries:
-                self._strike(request.judge, came.message, closing=came.status in HOPELESS)
-                return False
-            await asyncio.sleep(pause)
-        return False
+
+        def call() -> Awaitable[Answer | Failure]:
+            return client.complete(*self._texts(request), image)
+
+        def keep(came: Answer | Failure) -> float:
+            return self._keep(request, came, most)
+
+        came = await self.attempts.answer(judge, budget, most, call, keep)
+        return isinstance(came, Answer) and (came.model is None or judge.accepts(came.model))
 
     def _keep(self, request: JudgeRequest, came: Answer | Failure, most: float) -> float:
         """Record an answer or a failure, and return its cost in USD."""
@@ -202,23 +145,10 @@ class JudgingRun:
         cost = most if came.input_tokens is None or came.output_tokens is None else judge.usd(came.input_tokens, came.output_tokens)
         note |= {"answered": came.model, "input_tokens": came.input_tokens, "output_tokens": came.output_tokens}
         if came.model is None or judge.accepts(came.model):
-            self.strikes[judge.name] = 0
+            self.attempts.strikes[judge.name] = 0
             self.cache.append(**note, text=came.text, cost_usd=cost)
         else:
             swap = f"asked {judge.model}, answered {came.model}"
             self.cache.append(**note, error=swap, cost_usd=cost)
-            self._strike(judge.name, swap, closing=False)
+            self.attempts.strike(judge, swap, closing=False)
         return cost
-
-    def _strike(self, judge: str, why: str, closing: bool) -> None:
-        self.failures.append(f"judge {judge}: {why}")
-        self.strikes[judge] += 1
-        if closing or self.strikes[judge] >= STRIKES:
-            self.closed[judge] = why
-
-
-def _pause(judge: Judge, attempt: int, asked: float | None) -> float:
-    """Seconds before the next try, with jitter so that calls are not repeated at the same moment; never less than the server asked."""
-    if asked is not None:
-        return asked * random.uniform(1.0, 1.25)
-    return min(judge.longest_pause, judge.first_pause * 2.0**attempt) * random.uniform(0.5, 1.0)

@@ -1,73 +1,20 @@
-"""Judges' answers in a JSON Lines file that is only appended to; each line is on the disk before the next request is sent."""
+"""Judges' answers, kept in a file."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
-
 from uae.bench.judging.prompt import Prompt
 from uae.bench.judging.requests import JudgeRequest
+from uae.bench.vendors.records import Records
 
 ASKED_AT_MOST = 2  # a request whose answer cannot be read is sent once more
 
 
-class AnswerCache:
-    """The records of all requests, by the requests' keys.
+class AnswerCache(Records):
+    """The records of all requests to judges, by the requests' keys.
 
     A record is an answer (``text``), an answer of another model than the one that was asked (``error``), or a call whose answer
     never came and that may have been charged (``lost``).
-
-    Args:
-        path: Path of the file; it need not exist. Lines that a crash left incomplete are ignored.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file: BinaryIO | None = None
-        self._load()
-
-    def append(self, **record: Any) -> None:
-        """Append a record; it is on the disk when this returns. Only within `writing`."""
-        assert self._file is not None, "answers are appended while writing() is entered"
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.records[record["key"]].append(record)
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the lock of the file, within which `append` may be called.
-
-        Raises:
-            ValueError: Another run holds the lock; two runs would pay for the same requests twice.
-        """
-        from filelock import FileLock, Timeout
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{self.path}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another run is writing {str(self.path)!r}; wait for it, or give another file by --cache") from None
-        try:
-            self._load()  # another run may have appended before this one got the lock
-            with self.path.open("ab") as file:
-                if self.path.stat().st_size and not self._whole():
-                    file.write(b"\n")
-                self._file = file
-                yield
-        finally:
-            self._file = None
-            lock.release()
-
-    def spent(self, keys: Iterable[str]) -> float:
-        """Cost of some requests so far, in USD; a call without an answer counts with the most it can have cost."""
-        return sum(record["cost_usd"] for key in set(keys) for record in self.records.get(key, ()))
 
     def texts(self, key: str) -> list[str]:
         """Texts of the answers to a request, oldest first."""
@@ -82,18 +29,3 @@ class AnswerCache:
     def errors(self, key: str) -> list[str]:
         """Descriptions of the answers that another model gave than the one that was asked."""
         return [record["error"] for record in self.records.get(key, ()) if "error" in record]
-
-    def _load(self) -> None:
-        self.records: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self.torn = 0
-        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else []:
-            try:
-                record = json.loads(line)
-                self.records[record["key"]].append({"cost_usd": 0.0, **record})
-            except (ValueError, KeyError, TypeError):
-                self.torn += bool(line.strip())
-
-    def _whole(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read() == b"\n"

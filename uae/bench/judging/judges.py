@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
+from uae.bench.vendors.endpoint import Endpoint
 from uae.files.settings import RepeatedKeyError, read_settings
 
-APIS = ("openai", "anthropic")
 DATED = re.compile(r"20\d{6}|20\d\d-\d\d-\d\d|-\d{4}$")
 LIMITS = ("max_tokens", "max_completion_tokens")  # either parameter bounds the length of an answer
 MESSAGE_TOKENS = 64  # upper bound of the tokens that a vendor adds around a text
-Vendor = tuple[str, str, str]  # API, address and name of the key's variable: judges that share a rate limit
 
 
-@dataclass(frozen=True)
-class Judge:
+@dataclass(frozen=True, kw_only=True)
+class Judge(Endpoint):
     """A language model that judges, at a vendor or on a server of one's own.
 
     Args:
@@ -36,45 +33,30 @@ class Judge:
         usd_per_million_output: Price of a million output tokens in USD.
         image_tokens: Most tokens that an image counts as.
         usual_output_tokens: Number of tokens of a usual answer, reasoning included; only the cost estimate uses it.
-        key_env: Name of the environment variable that holds the key; None for servers without a key.
-        base_url: Address of the API; None is the vendor's own.
         allow_alias: Whether an id without a date is allowed.
-        concurrency: Number of calls at a time. Judges with equal ``base_url`` and ``key_env`` share the smallest of their numbers.
-        timeout: Longest duration of one try, in seconds.
-        retries: Number of further tries after a failed one.
-        first_pause: Pause after the first failed try, in seconds; it doubles with every further one.
-        longest_pause: Longest pause between tries, in seconds. If a server asks for a longer one, the request fails.
+
+    For all other settings see `Endpoint`.
     """
 
-    name: str
-    api: str
-    model: str
+    kind: ClassVar[str] = "judge"
+
     family: str
     params: Mapping[str, Any]
     usd_per_million_input: float
     usd_per_million_output: float
     image_tokens: int
     usual_output_tokens: int = 50
-    key_env: str | None = None
-    base_url: str | None = None
     allow_alias: bool = False
-    concurrency: int = 4
-    timeout: float = 120.0
-    retries: int = 6
-    first_pause: float = 1.0
-    longest_pause: float = 120.0
-    vendor: Vendor = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vendor", (self.api, self.base_url or "", self.key_env or ""))
-        if self.api not in APIS:
-            self._refuse("api", f"{self.api!r}; allowed: {', '.join(APIS)}")
+        super().__post_init__()
         if not self.allow_alias and not DATED.search(self.model):
-            self._refuse("model", f"{self.model!r}, an alias; give an id with a date, or set allow_alias: true")
+            self.refuse("model", f"{self.model!r}, an alias; give an id with a date, or set allow_alias: true")
         if not isinstance(self.params, Mapping) or not any(_positive(self.params.get(key)) for key in LIMITS):
-            self._refuse("params", f"without a positive {' or '.join(LIMITS)}, which bounds the cost; give one")
-        self._check_numbers()
-        self._check_address()
+            self.refuse("params", f"without a positive {' or '.join(LIMITS)}, which bounds the cost; give one")
+        self.check_price("usd_per_million_input")
+        self.check_price("usd_per_million_output")
+        self.check_whole_numbers(image_tokens=0, usual_output_tokens=0)
 
     @property
     def max_tokens(self) -> int:
@@ -94,42 +76,12 @@ class Judge:
         """Estimated cost of a call in USD, at four letters a token."""
         return self.usd(len(text) / 4 + image * self.image_tokens, self.usual_output_tokens)
 
-    def secret(self) -> str:
-        """The key from the environment; empty for a server without a key.
-
-        Raises:
-            ValueError: The environment variable is not set.
-        """
-        if self.key_env is None:
-            return ""
-        key = os.environ.get(self.key_env, "").strip()
-        if not key:
-            raise ValueError(f"judge {self.name!r} needs a key: set the environment variable {self.key_env}")
-        return key
-
     def accepts(self, answered: str) -> bool:
         """Whether the model that answered is the one that was asked; an allowed alias may answer as one of its dated versions."""
         return answered == self.model or (self.allow_alias and answered.startswith(f"{self.model}-"))
 
-    def _check_numbers(self) -> None:
-        for key in ("usd_per_million_input", "usd_per_million_output"):
-            price = getattr(self, key)
-            if not isinstance(price, int | float) or not 0 <= price < float("inf"):
-                self._refuse(key, f"{price!r}; allowed: the vendor's price, see its price list; 0 for your own server")
-        least = {"image_tokens": 0, "usual_output_tokens": 0, "concurrency": 1, "retries": 0}
-        for key, minimum in least.items():
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < minimum:
-                self._refuse(key, f"{getattr(self, key)!r}; allowed: a whole number, {minimum} or more")
-        for key in ("timeout", "first_pause", "longest_pause"):
-            if not isinstance(getattr(self, key), int | float) or getattr(self, key) < 0:
-                self._refuse(key, f"{getattr(self, key)!r}; allowed: seconds")
-
-    def _check_address(self) -> None:
-        address = urlsplit(self.base_url or "https://")
-        if address.scheme not in ("http", "https") or "@" in address.netloc or address.query:
-            self._refuse("base_url", "not a plain http(s) address; keys belong into the variable that key_env names")
-
-    def _refuse(self, key: str, why: str) -> None:
+    def refuse(self, key: str, why: str) -> NoReturn:
+        """Raise about a setting of the judge file."""
         raise ValueError(f"judge {self.name!r}: {key} is {why}; set it in the judge file")
 
 

@@ -29,15 +29,15 @@ def ask(folder: str, max_cost_usd: float, dry_run: bool, cache: str | None, retr
         return {"status": "dry run", "calls": 0}
     with answers.writing():
         asking.run()
-    found = status(plan, answers) | {"calls": asking.calls}
+    found = status(plan, answers) | {"calls": asking.attempts.calls}
     Path(folder, "status.json").write_text(json.dumps(found, indent=2) + "\n")
-    for failure, times in Counter(asking.failures).most_common(5):
+    for failure, times in Counter(asking.attempts.failures).most_common(5):
         print(f"{times} times: {failure}")
-    for judge, why in asking.closed.items():
+    for judge, why in asking.attempts.closed.items():
         print(f"JUDGE LOST: {judge} is out of this run ({why}); without its answers the panel is smaller")
     print(
         f"{found['status']}: {found['answered']} of {found['questions']} requests answered, {found['invalid']} of them "
-        f"invalid, {found['errors']} by another model; {asking.calls} calls now, {found['cost_usd']:.4f} USD in all"
+        f"invalid, {found['errors']} by another model; {asking.attempts.calls} calls now, {found['cost_usd']:.4f} USD in all"
     )
     return found
 
