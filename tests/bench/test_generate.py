@@ -117,7 +117,7 @@ def test_another_system_or_other_prompts_do_not_mix(system, prompts, tmp_path, m
     for text in TEXTS:
         Path(prompts).write_text(Path(prompts).read_text().replace(text, f"{text}!"))
     monkeypatch.setattr(generate, "load", lambda words, device: system)
-    with pytest.raises(ValueError, match="holds images of other prompts.*'a red ring', --prompts has 'a red ring!' there"):
+    with pytest.raises(ValueError, match="holds images of other prompts.*'a red ring', asked for is 'a red ring!'"):
         geneval.main(words)
 
 

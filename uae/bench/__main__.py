@@ -29,6 +29,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "score": Command("uae.bench.score.command", "Unified-Bench protocol 1: similarity of source images and reconstructions"),
     "run": Command("uae.bench.run", "caption and reconstruct a folder of images with any system"),
+    "draw": Command("uae.bench.drawing.command", "draw captions with an image model behind an API, as GPT-4o-Image"),
     "judge": Command("uae.bench.judging.command", "Unified-Bench protocol 2: which caption do language models prefer"),
     "geneval": Command("uae.bench.geneval.command", "GenEval: do images show the objects, counts, colors and places of their prompts"),
     "geneval_plus": Command("uae.bench.geneval.plus", "GenEval++: the same for longer prompts, decided by a language model"),

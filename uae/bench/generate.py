@@ -125,7 +125,8 @@ def draw_missing(system: LoadedSystem, job: DrawingJob) -> None:
     """
     check_job(job)
     claim_folder(job.folder, {**system.identity, **job.origin}, [drawing.path for drawing in job.drawings])
-    drawn = drawn_prompts(job)
+    drawn, gone = drawn_prompts(job)
+    set_gone_aside(job.folder, gone)
     for path, content in job.beside.items():
         write_whole(path, content)
     first, parts = parse_part(job.part)
@@ -146,8 +147,8 @@ def draw_missing(system: LoadedSystem, job: DrawingJob) -> None:
     print(f"{len(missing)} images drawn{again}, {len(mine) - len(missing)} were there: {job.folder}")
 
 
-def drawn_prompts(job: DrawingJob) -> dict[Path, str | None]:
-    """The prompt that each image of a job was drawn from, for those that exist. Images of prompts that are gone are moved away.
+def drawn_prompts(job: DrawingJob) -> tuple[dict[Path, str | None], list[Path]]:
+    """The prompt that each image of a job was drawn from, for those that exist, and the images of prompts that are gone.
 
     Raises:
         ValueError: None of the images was drawn from its prompt, so the prompts are of another file.
@@ -158,15 +159,18 @@ def drawn_prompts(job: DrawingJob) -> dict[Path, str | None]:
     if there and not any(asked[path] == prompt for path, prompt in there.items()):
         path, prompt = next(iter(there.items()))
         raise ValueError(
-            f"{job.folder} holds images of other prompts ({path} of {prompt!r}, --prompts has {asked[path]!r} there); draw into "
+            f"{job.folder} holds images of other prompts ({path} of {prompt!r}, asked for is {asked[path]!r}); draw into "
             "another folder, or delete this one"
         )
     prompts = set(asked.values())
-    gone = [path for path, prompt in drawn.items() if path not in asked and prompt is not None and prompt not in prompts]
+    return there, [path for path, prompt in drawn.items() if path not in asked and prompt is not None and prompt not in prompts]
+
+
+def set_gone_aside(folder: Path, gone: Sequence[Path]) -> None:
+    """Move images of prompts that are gone into the hidden folder of a folder, and say so."""
     if gone:
-        set_aside(job.folder, gone)
-        print(f"{len(gone)} images moved to {job.folder / ASIDE}, since their prompts are gone (first: {gone[0].name})")
-    return there
+        set_aside(folder, gone)
+        print(f"{len(gone)} images moved to {folder / ASIDE}, since their prompts are gone (first: {gone[0].name})")
 
 
 def prompt_of(path: Path) -> str | None:
@@ -221,11 +225,15 @@ def save(images: Sequence[Tensor], path: Path, prompt: str = "") -> None:
     if side * side != len(images):
         raise ValueError(f"{len(images)} pictures make no square grid; allowed: 1, 4, 9, ...")
     rows = [torch.cat(list(images[row * side : (row + 1) * side]), dim=2) for row in range(side)]
-    picture = to_pil_image(torch.cat(rows, dim=1).float().clamp(0, 1).cpu())
+    write_whole(path, png(to_pil_image(torch.cat(rows, dim=1).float().clamp(0, 1).cpu()), prompt))
+
+
+def png(picture: Image.Image, prompt: str) -> bytes:
+    """The content of a PNG file that also holds the prompt which the picture was drawn from."""
     content, about = BytesIO(), PngInfo()
     about.add_itxt(PROMPT, prompt)
     picture.save(content, format="PNG", pnginfo=about)
-    write_whole(path, content.getvalue())
+    return content.getvalue()
 
 
 @torch.no_grad()

@@ -49,6 +49,18 @@ def claim_folder(folder: Path, identity: dict[str, Any], outputs: Iterable[Path]
         )
 
 
+def check_beside(sources: str | Path, output: str | Path) -> Path:
+    """The resolved folder of the sources, which must not be in the output folder, nor hold it.
+
+    Raises:
+        ValueError: One folder is in the other, so that outputs would be taken for sources.
+    """
+    source, target = Path(sources).expanduser().resolve(), Path(output).resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(f"--output {str(output)!r} and --sources {str(sources)!r} are in each other; correct --output")
+    return source
+
+
 def set_aside(folder: Path, files: Iterable[Path]) -> None:
     """Move files of a folder into its hidden folder `ASIDE`, under the same names; processes may do so at the same time."""
     for file in files:

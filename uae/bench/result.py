@@ -85,21 +85,25 @@ def _arrays(cases: Sequence[Case]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([case.value for case in cases], dtype=np.float64), np.array([case.cluster or case.name for case in cases])
 
 
-def check_output(path: str | Path) -> None:
+def check_output(path: str | Path, option: str = "--output") -> None:
     """Raise before hours of work if their result could not be written.
+
+    Args:
+        path: Result file.
+        option: The option that names it, for the error.
 
     Raises:
         ValueError: The path is a folder, does not end in .json, or nothing can be written beside it.
     """
     target = Path(path)
     if target.suffix != ".json" or target.is_dir():
-        raise ValueError(f"--output {str(path)!r}: allowed: a file that ends in .json; correct --output")
+        raise ValueError(f"{option} {str(path)!r}: allowed: a file that ends in .json; correct {option}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise ValueError(f"--output {str(path)!r} cannot be written ({error.strerror}); correct --output") from error
+        raise ValueError(f"{option} {str(path)!r} cannot be written ({error.strerror}); correct {option}") from error
 
 
 def write_result(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from callbacks.predictions import ROWS, Predictions, check_apart, collect, file_name, finished, json_lines
 from uae.bench.fingerprints import sha256
 from uae.bench.generate import parse_job
-from uae.bench.output_folder import ASIDE, SOURCE, WEIGHTS, claim_folder, set_aside
+from uae.bench.output_folder import ASIDE, SOURCE, WEIGHTS, check_beside, claim_folder, set_aside
 from uae.bench.system import auto_encoder, identity, weights_of
 from uae.cli.command import CLI, RunTrainer
 from uae.data.folder import FolderSource, list_images
@@ -186,9 +186,7 @@ class Reconstruction(CLI):
         A run that fails before leaves the folder to the next one.
         """
         config, output = self.config["predict"], Path(self.job.output)
-        sources, target = Path(self.job.sources).expanduser().resolve(), output.resolve()
-        if sources == target or sources in target.parents or target in sources.parents:
-            raise ValueError(f"--output {self.job.output!r} and --sources {self.job.sources!r} are in each other; correct --output")
+        sources = check_beside(self.job.sources, output)
         files = {name: file_name(name) for name in names}
         check_apart((file, name) for name, file in files.items())
         outputs = [output / file for file in files.values()]

@@ -88,15 +88,17 @@ class FakeServer:
 
 
 def texts(body):
-    """The user's text of a request in either shape."""
+    """The user's text of a request in either shape of judges, or the prompt of an image."""
+    if "prompt" in body:
+        return body["prompt"]
     (user,) = [message for message in body["messages"] if message["role"] == "user"]
     return "".join(part["text"] for part in user["content"] if part["type"] == "text")
 
 
 @contextmanager
-def serving(react):
+def serving(react, server=FakeServer):
     """A fake server while it is needed."""
-    fake = FakeServer(react)
+    fake = server(react)
     threading.Thread(target=fake.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield fake

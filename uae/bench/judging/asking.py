@@ -17,8 +17,8 @@ from uae.bench.judging.cache import AnswerCache
 from uae.bench.judging.clients import Answer, Client, JudgeClient
 from uae.bench.judging.judges import Judge
 from uae.bench.judging.requests import JudgeRequest, JudgingPlan
-from uae.bench.vendors.attempts import Attempts
-from uae.bench.vendors.budget import Budget
+from uae.bench.vendors.attempts import Attempts, PaidCall
+from uae.bench.vendors.budget import Budget, check_money
 from uae.bench.vendors.clients import Failure
 from uae.bench.vendors.endpoint import Vendor
 
@@ -58,7 +58,7 @@ class JudgingRun:
         if pending:
             spent = self.cache.spent(request.key for request in self.plan.requests)
             self._check_images(pending)
-            self._check_money(pending, spent)
+            check_money(self.max_cost_usd, spent, min(map(self.most_usd, pending)), sum(map(self.usual_usd, pending)))
             clients = {name: self.client(self.plan.judges[name]) for name in {request.judge for request in pending}}
             asyncio.run(self._ask_all(pending, clients, spent))
 
@@ -85,14 +85,6 @@ class JudgingRun:
         for path, expected in digests.items():
             if not Path(path).is_file() or sha256(path) != expected:
                 raise ValueError(f"the image {path!r} has changed since the requests were built; build again")
-
-    def _check_money(self, pending: list[JudgeRequest], spent: float) -> None:
-        least = min(self.most_usd(request) for request in pending)
-        if spent + least > self.max_cost_usd:
-            raise ValueError(
-                f"--max_cost_usd {self.max_cost_usd:g} is too small for one more call, which can cost {least:.4f} USD "
-                f"({spent:.4f} USD are spent); all calls cost about {sum(map(self.usual_usd, pending)):.2f} USD: raise --max_cost_usd"
-            )
 
     async def _ask_all(self, pending: list[JudgeRequest], clients: Mapping[str, JudgeClient], spent: float) -> None:
         budget = Budget(self.max_cost_usd, spent)
@@ -130,7 +122,7 @@ class JudgingRun:
         def keep(came: Answer | Failure) -> float:
             return self._keep(request, came, most)
 
-        came = await self.attempts.answer(judge, budget, most, call, keep)
+        came = await self.attempts.answer(judge, budget, PaidCall[Answer](most, call, keep))
         return isinstance(came, Answer) and (came.model is None or judge.accepts(came.model))
 
     def _keep(self, request: JudgeRequest, came: Answer | Failure, most: float) -> float:

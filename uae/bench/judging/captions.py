@@ -39,7 +39,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
         ValueError: The file holds something else, or several captions for one image.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no captions at {str(path)!r}; correct --captions NAME=FILE")
+        raise FileNotFoundError(f"no captions at {str(path)!r}; correct --captions")
     try:
         rows = _rows(text_of(Path(path).read_bytes()))
         pairs = [(row["name"], row["caption"]) for row in rows]
@@ -53,23 +53,29 @@ def read_captions(path: str | Path) -> dict[str, str]:
     return captions
 
 
-def check_sources(path: str | Path, images: Mapping[str, Path]) -> None:
+def check_sources(path: str | Path, images: Mapping[str, Path], option: str = "--images") -> None:
     """Refuse captions of other pictures than those that judges would see. Only ``bench run`` records what its captions are of.
 
     Args:
         path: A file that `read_captions` reads.
         images: Name of an image to its file.
+        option: The option that names their folder, for the error.
 
     Raises:
         ValueError: An image is another file by now than the one that was captioned.
     """
-    recorded = {row["name"]: row[SOURCE] for row in _rows(Path(path).read_text(encoding="utf-8-sig")) if SOURCE in row}
+    recorded = recorded_sources(path)
     changed = [name for name, file in images.items() if name in recorded and recorded[name] != sha256(file)]
     if changed:
         raise ValueError(
-            f"{str(path)!r} has captions of other pictures than --images holds now ({len(changed)}, e.g. {changed[0]}); caption them "
-            "again (bench run continues its folder), or give the folder that was captioned by --images"
+            f"{str(path)!r} has captions of other pictures than {option} holds now ({len(changed)}, e.g. {changed[0]}); caption them "
+            f"again (bench run continues its folder), or give the folder that was captioned by {option}"
         )
+
+
+def recorded_sources(path: str | Path) -> dict[str, str]:
+    """Name of an image to the sha256 of the file that was captioned, where a file that `read_captions` reads has recorded it."""
+    return {row["name"]: row[SOURCE] for row in _rows(text_of(Path(path).read_bytes())) if SOURCE in row}
 
 
 def _rows(text: str) -> list[dict[str, Any]]:
@@ -90,11 +96,11 @@ def plain(caption: str) -> str:
     return " ".join(_PREAMBLE.sub("", text.strip()).split())
 
 
-def find_images(folder: str | Path, names: list[str]) -> dict[str, Path]:
+def find_images(folder: str | Path, names: list[str], option: str = "--images") -> dict[str, Path]:
     """Find the image file of each name: a path below the folder, with or without its extension. Names without a file are left out."""
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder of images at {str(folder)!r}; correct --images")
+        raise FileNotFoundError(f"no folder of images at {str(folder)!r}; correct {option}")
     stems: dict[str, list[Path]] = {}
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         stems.setdefault(path.relative_to(root).with_suffix("").as_posix(), []).append(path)

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from uae.bench.vendors.budget import Budget
 from uae.bench.vendors.clients import NO_MONEY, Failure
@@ -17,6 +17,21 @@ T = TypeVar("T")
 
 HOPELESS = (401, 402, 403, 404)  # no key, no money, no permission, no such model: this run sends the model nothing more
 STRIKES = 5  # after so many failed requests in a row this run sends the model nothing more
+
+
+@dataclass(frozen=True)
+class PaidCall(Generic[T]):
+    """A call that may have to be repeated.
+
+    Args:
+        most_usd: Most that it can cost, in USD.
+        make: Makes it.
+        keep: Records what came of it, also when it was cancelled, and returns its cost in USD.
+    """
+
+    most_usd: float
+    make: Callable[[], Awaitable[T | Failure]]
+    keep: Callable[[T | Failure], float]
 
 
 @dataclass
@@ -35,34 +50,25 @@ class Attempts:
     closed: dict[str, str] = field(default_factory=dict)
     strikes: Counter[str] = field(default_factory=Counter)
 
-    async def answer(
-        self,
-        endpoint: Endpoint,
-        budget: Budget,
-        most: float,
-        call: Callable[[], Awaitable[T | Failure]],
-        keep: Callable[[T | Failure], float],
-    ) -> T | Failure | None:
-        """Call a model until an answer comes. None without money.
+    async def answer(self, endpoint: Endpoint, budget: Budget, call: PaidCall[T]) -> T | Failure | None:
+        """Call a model until an answer comes, or until no further try may help. None without money.
 
         Args:
             endpoint: The model.
             budget: Limit of what all calls may cost.
-            most: Most that a call can cost, in USD.
-            call: Makes the call.
-            keep: Records what came of a call, also of one that was cancelled, and returns its cost in USD.
+            call: The call.
         """
         came: T | Failure
         for attempt in range(endpoint.retries + 1):
-            if not await budget.promise(most):
+            if not await budget.promise(call.most_usd):
                 return None
             self.calls += 1
-            came, cost = Failure("interrupted", None, again=False, paid=True, pause=None), most
+            came, cost = Failure("interrupted", None, again=True, paid=True, pause=None), call.most_usd
             try:
-                came = await call()
+                came = await call.make()
             finally:  # also when it is cancelled
-                cost = keep(came)
-                await budget.pay(most, cost)
+                cost = call.keep(came)
+                await budget.pay(call.most_usd, cost)
             if not isinstance(came, Failure):
                 return came
             pause = _pause(endpoint, attempt, came.pause)
