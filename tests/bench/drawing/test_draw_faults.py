@@ -172,11 +172,13 @@ def test_two_runs_at_once_are_refused(drawing):
         ({"base_url": f"http://{SECRET}@host/v1"}, "--base_url is not a plain"),
         ({"encoders": "x.yaml"}, "--sources is missing"),
         ({"sources": "nowhere"}, "no folder of images at 'nowhere'; correct --sources"),
+        ({"output": "."}, "captions.json' would be written over, with the captions that are drawn; give another --output"),
         ({"captions": {"a": "x", "a.png": "y"}}, "would both be written to 'a.png'"),
     ],
     ids=str,
 )
-def test_mistakes_are_found_before_anything_is_paid(drawing, tmp_path, change, said):
+def test_mistakes_are_found_before_anything_is_paid(drawing, tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(tmp_path)
     with serving() as server:
         with pytest.raises((ValueError, FileNotFoundError), match=said) as raised:
             drawing(server, **change)

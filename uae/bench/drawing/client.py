@@ -58,18 +58,16 @@ class DrawingClient(Protocol):
         ...
 
 
-class ImageClient:
+class ImageClient(VendorClient):
     """Client of one image model.
 
     Args:
-        model: The model. Its key is read from the environment.
-
-    Raises:
-        ValueError: The key or the client library is missing.
+        model: The image model.
     """
 
     def __init__(self, model: ImageModel) -> None:
-        self.model, self._vendor = model, VendorClient(model)
+        super().__init__(model)
+        self.model = model
 
     async def draw(self, prompt: str) -> Drawn | Refused | Failure:
         """Draw one picture of a prompt."""
@@ -77,17 +75,13 @@ class ImageClient:
         async def call() -> Drawn | Refused | Failure:
             size = {} if self.model.size is None else {"size": self.model.size}
             # Other servers have parameters that the library does not know, so they are put into the body as they are.
-            reply = await self._vendor.api.images.generate(
+            reply = await self.api.images.generate(
                 model=self.model.model, prompt=prompt, extra_body=dict(self.model.params), **size
             )
             return await self._picture(reply)
 
-        came = await self._vendor.guarded(call, _paid_for_nothing)
+        came = await self.guarded(call, _paid_for_nothing)
         return Refused(came.message) if isinstance(came, Failure) and _refuses(came) else came
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._vendor.close()
 
     async def _picture(self, reply: Any) -> Drawn | Failure:
         """The picture of a reply whose form is not certain: any server may stand behind ``base_url``."""
@@ -104,16 +98,16 @@ class ImageClient:
             elif isinstance(address, str) and address:
                 content = await self._fetch(address)
             else:
-                return _paid_for_nothing(self._vendor.line(f"no picture in the reply {str(reply)[:200]}"))
+                return _paid_for_nothing(self.line(f"no picture in the reply {str(reply)[:200]}"))
             picture = read_picture(content)
         except (UnreadableImageError, OSError, HTTPException, ValueError) as error:
-            return _paid_for_nothing(self._vendor.line(f"the picture of the reply cannot be read ({type(error).__name__}: {error})"))
+            return _paid_for_nothing(self.line(f"the picture of the reply cannot be read ({type(error).__name__}: {error})"))
         revised = getattr(first, "revised_prompt", None)
-        return Drawn(picture, self._vendor.hidden(revised) if isinstance(revised, str) else None)
+        return Drawn(picture, self.hidden(revised) if isinstance(revised, str) else None)
 
     async def _fetch(self, address: str) -> bytes:
         """The content behind the address of a picture, which gets no key. It may be relative to the address of the API."""
-        whole = urljoin(str(self._vendor.api.base_url), address)
+        whole = urljoin(str(self.api.base_url), address)
         if urlsplit(whole).scheme not in ("http", "https"):
             raise ValueError("its address is not http(s)")
         for attempt in range(FETCHES):

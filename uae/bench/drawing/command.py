@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from callbacks.predictions import check_apart, collect, file_name
+from callbacks.predictions import CAPTIONS, check_apart, collect, file_name
 from uae.bench.arguments import run as run_command
 from uae.bench.drawing.drawing_run import DrawingRun
 from uae.bench.drawing.image_model import OPENAI_KEY, ImageModel
@@ -77,6 +77,8 @@ def draw(
         retries=retries, usd_per_image=usd_per_image, size=size, params=params or {},
     )  # fmt: skip
     texts = read_captions(captions)
+    if Path(captions).resolve() == (folder / CAPTIONS).resolve():
+        raise ValueError(f"--captions {captions!r} would be written over, with the captions that are drawn; give another --output")
     files = {name: file_name(name) for name in texts}
     check_apart((file, name) for name, file in files.items())
     target = result or str(folder.resolve().with_name(f"{folder.resolve().name}.json"))

@@ -40,18 +40,16 @@ class JudgeClient(Protocol):
         ...
 
 
-class Client:
+class Client(VendorClient):
     """Client of one judge.
 
     Args:
-        judge: The judge. Its key is read from the environment.
-
-    Raises:
-        ValueError: The key or the client library is missing.
+        judge: The judge.
     """
 
     def __init__(self, judge: Judge) -> None:
-        self.judge, self._vendor = judge, VendorClient(judge)
+        super().__init__(judge)
+        self.judge = judge
 
     async def complete(self, system: str, user: str, image: bytes | None) -> Answer | Failure:
         """Make one call.
@@ -62,18 +60,14 @@ class Client:
             image: Content of an image file, sent unchanged; None sends no image.
         """
         call = self._openai if self.judge.api == "openai" else self._anthropic
-        return await self._vendor.guarded(lambda: call(system, user, image), _unreadable)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._vendor.close()
+        return await self.guarded(lambda: call(system, user, image), _unreadable)
 
     async def _openai(self, system: str, user: str, image: bytes | None) -> Answer:
         parts: list[dict[str, Any]] = [{"type": "text", "text": user}]
         if image is not None:
             parts.insert(0, {"type": "image_url", "image_url": {"url": f"data:{media_type(image)};base64,{_letters(image)}"}})
         messages = [{"role": "system", "content": system}, {"role": "user", "content": parts}]
-        reply = await self._vendor.api.chat.completions.create(model=self.judge.model, messages=messages, **self.judge.params)
+        reply = await self.api.chat.completions.create(model=self.judge.model, messages=messages, **self.judge.params)
         read, made, total = _tokens(reply, "prompt_tokens", "completion_tokens", "total_tokens")
         if read is not None and made is not None and total is not None:
             made = max(made, total - read)  # some vendors count reasoning in the total alone
@@ -85,7 +79,7 @@ class Client:
             source = {"type": "base64", "media_type": media_type(image), "data": _letters(image)}
             parts.insert(0, {"type": "image", "source": source})
         messages = [{"role": "user", "content": parts}]
-        reply = await self._vendor.api.messages.create(
+        reply = await self.api.messages.create(
             model=self.judge.model, system=system, messages=messages, **self.judge.params
         )
         said = lambda: "".join(block.text for block in reply.content if block.type == "text")  # noqa: E731
@@ -98,8 +92,8 @@ class Client:
         with suppress(AttributeError, IndexError, TypeError):
             said = text()
         if not isinstance(said, str) or not isinstance(model, str):
-            return _unreadable(self._vendor.line(str(reply)))
-        return Answer(self._vendor.hidden(said), self._vendor.hidden(model), read, made)
+            return _unreadable(self.line(str(reply)))
+        return Answer(self.hidden(said), self.hidden(model), read, made)
 
 
 def _unreadable(text: str) -> Answer:
