@@ -36,9 +36,10 @@ def test_what_may_pass_is_tried_again(drawing, tmp_path, fault):
     ids=lambda fault: str(fault["status"]),
 )
 def test_what_no_further_call_can_mend_ends_the_run_at_once(drawing, tmp_path, fault, capsys):
+    """Nothing was drawn, so the folder can be filled by the model that was meant."""
     with serving(lambda request: fault) as server:
-        with pytest.raises(ValueError, match=r"^model painter-1 is given up \(HTTP \d+: .*5 images are left to draw") as raised:
-            drawing(server)
+        with pytest.raises(ValueError, match=r"^model paiinter is given up \(HTTP \d+: .*5 images are left to draw") as raised:
+            drawing(server, model="paiinter")
         assert len(server.requests) == 1
         server.react = draws
         assert drawing(server)["status"] == "complete"

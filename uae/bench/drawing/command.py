@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,12 @@ def draw(
     target = result or str(folder.resolve().with_name(f"{folder.resolve().name}.json"))
     _check_scoring(sources, encoders, result, target, folder, captions, list(texts))
     job = DrawingJob(folder, [Drawing(folder / file, texts[name], ()) for name, file in files.items()], drawer.identity)
-    claim_folder(folder, job.origin, [drawing.path for drawing in job.drawings], write=False)
+    claim = partial(claim_folder, folder, job.origin, [drawing.path for drawing in job.drawings])
+    claim(write=False)
     records = Records(folder / RECORDS)
     with nullcontext() if dry_run else records.writing():
         drawn, gone = drawn_prompts(job)
-        run = DrawingRun(drawer, job.drawings, drawn, records, max_cost_usd, retry_failed)
+        run = DrawingRun(drawer, job.drawings, drawn, records, claim, max_cost_usd, retry_failed)
         print(run.estimate())
         if dry_run:
             return {"status": "dry run", "calls": 0}
@@ -122,7 +124,6 @@ def _draw(
 ) -> None:
     """Bring the folder up to date, draw what is missing, and write ``captions.json`` of what is there, also after an error."""
     client = run.prepared()
-    claim_folder(job.folder, job.origin, [drawing.path for drawing in job.drawings])
     set_gone_aside(job.folder, gone)
     changed = [each.path for each in job.drawings if each.path in run.drawn and run.drawn[each.path] != each.prompt]
     if changed:

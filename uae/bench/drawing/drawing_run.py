@@ -38,6 +38,7 @@ class DrawingRun:
         drawings: All pictures that are wanted; those of equal captions are drawn once and copied.
         drawn: File to the prompt it was drawn from, for the files that exist; kept up to date.
         records: File of records; its ``writing()`` must be entered while `run` runs.
+        claim: Called before anything is kept of a call: from then on the folder is the model's.
         max_cost_usd: Most that all calls in the file of records may cost in USD.
         retry_failed: Whether to ask again for captions that were refused, or that were paid without a picture.
         client: Makes the client of a model.
@@ -49,6 +50,7 @@ class DrawingRun:
     drawings: Sequence[Drawing]
     drawn: dict[Path, str | None]
     records: Records
+    claim: Callable[[], None]
     max_cost_usd: float
     retry_failed: bool = False
     client: Callable[[ImageModel], DrawingClient] = ImageClient
@@ -166,10 +168,12 @@ class DrawingRun:
         price = self.model.usd_per_image
         note: dict[str, Any] = {"key": self._key(prompt), "file": self.files[prompt][0].name, "model": self.model.model}
         note["at"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if isinstance(came, Failure) and not came.paid:
+            return 0.0
+        self.claim()
         if isinstance(came, Failure):
-            if came.paid:
-                self.records.append(**note, **{"lost" if came.again else "failed": came.message}, cost_usd=price)
-            return price if came.paid else 0.0
+            self.records.append(**note, **{"lost" if came.again else "failed": came.message}, cost_usd=price)
+            return price
         self.attempts.strikes[self.model.name] = 0
         if isinstance(came, Refused):
             self.records.append(**note, refused=came.message, cost_usd=0.0)
