@@ -158,6 +158,8 @@ def test_a_picture_without_its_record_is_not_paid_again_but_counted(drawing, tmp
         found = drawing(server)
         assert (found["calls"], found["status"]) == (0, "complete")
         assert found["cost_usd"] == pytest.approx(5 * PRICE)
+        found = drawing(server, CAPTIONS | {"4.png": "changed"})  # the picture goes, and what it has cost stays
+        assert found["cost_usd"] == pytest.approx(6 * PRICE)
 
 
 def test_every_picture_is_on_the_disk_before_its_record(drawing, tmp_path, monkeypatch):

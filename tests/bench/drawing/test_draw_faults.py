@@ -53,7 +53,10 @@ def test_a_mistake_of_the_call_is_no_refusal_and_ends_after_some_captions(drawin
         with pytest.raises(ValueError, match="given up"):
             drawing(server, {f"{i}.png": f"caption {i}" for i in range(9)})
         assert len(server.requests) == 5
-    assert records(tmp_path / "out") == []
+        assert records(tmp_path / "out") == []
+        server.react = lambda request: fault if request["number"] % 2 else draws(request)  # of some captions only
+        found = drawing(server, {f"{i}.png": f"caption {i}" for i in range(13)})
+        assert (len(found["failed"]), found["drawn"], found["calls"]) == (7, 6, 13)
 
 
 @pytest.mark.parametrize(
