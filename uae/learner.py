@@ -33,6 +33,10 @@ class Recomputable(nn.Module):
     """A layer that may be computed again in the backward pass, as transformers' own layers may."""
 
 
+class Kept(nn.Module):
+    """Weights of a checkpoint, as buffers, that no pass uses: an adapter must leave their names alone."""
+
+
 class Network(nn.Module):
     """The root of what learns: a model of transformers or diffusers, a PeftModel around one, or a module of one's own.
 

@@ -110,13 +110,16 @@ def _asking(pipe: Any, times_N: Tensor) -> Iterator[None]:
     The pipeline's scheduler is changed in place, so it must be a copy.
     """
     scheduler = pipe.scheduler
+    inverted = scheduler.config.get("invert_sigmas", False)  # t = 0 is noise, and the velocity points to the image
+    asked_N = 1 - times_N if inverted else times_N
 
     @functools.wraps(scheduler.set_timesteps)  # pipelines inspect the signature of set_timesteps
     def set_timesteps(*arguments: Any, **named: Any) -> None:
-        scheduler.timesteps = times_N[None] * scheduler.config.num_train_timesteps
+        scheduler.timesteps = asked_N[None] * scheduler.config.num_train_timesteps
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
-        return SimpleNamespace(prev_sample=model_output) if return_dict else (model_output,)
+        velocity = -model_output if inverted else model_output
+        return SimpleNamespace(prev_sample=velocity) if return_dict else (velocity,)
 
     scheduler.set_timesteps, scheduler.step = set_timesteps, step
     yield

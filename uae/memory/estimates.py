@@ -104,7 +104,7 @@ def denoise_bytes(denoiser: Any, vae: Any, rendering: Rendering, rows: int, cond
     meta device: Stable Diffusion 3.5 Large 10.3, Sana 8.1, FLUX.1 17.5.
     """
     config = denoiser.config
-    width = getattr(config, "num_attention_heads", 0) * getattr(config, "attention_head_dim", 0)
+    width = getattr(config, "hidden_size", 0) or getattr(config, "num_attention_heads", 0) * getattr(config, "attention_head_dim", 0)
     if not isinstance(width, int) or not width:  # a U-Net: convolutions at full resolution dominate
         width = config.block_out_channels[0]
     parallel = getattr(config, "num_single_layers", 0)

@@ -24,7 +24,8 @@ from uae.models.captioners.policy import CaptionPolicy
 from uae.models.merged import merged
 from uae.models.renderers.rendering import Rendering
 
-WIDTHS = ("joint_attention_dim", "caption_channels", "cross_attention_dim")  # of a condition, in configurations of denoisers
+# Widths of a condition, in configurations of denoisers.
+WIDTHS = ("joint_attention_dim", "caption_channels", "cross_attention_dim", "text_feat_dim")
 
 
 def counted(function: Callable[[], Any]) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from uae.memory import estimates
 from uae.memory.counting import text_config, update_bytes
+from uae.memory.flops import WIDTHS
 from uae.memory.processes import Processes
 from uae.memory.table import Row
 from uae.models.captioners.policy import CaptionPolicy
@@ -98,8 +99,7 @@ def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:
     if denoiser is None or vae is None:
         return rows
     b, at_once = torch_dtype(rendering.placement).itemsize, min(rendering.rows, sizes.rows)
-    names = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
-    width = next((getattr(denoiser.config, name) for name in names if getattr(denoiser.config, name, None)), 0)
+    width = next((getattr(denoiser.config, name) for name in WIDTHS if getattr(denoiser.config, name, None)), 0)
     condition = sizes.rows * blueprint.condition_tokens * width * b
     denoising = estimates.denoise_bytes(denoiser, vae, rendering, at_once, blueprint.condition_tokens)
     decoding = estimates.decode_bytes(vae, rendering, at_once)

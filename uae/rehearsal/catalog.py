@@ -31,12 +31,13 @@ def catalog() -> dict[str, Callable[[Path], None]]:
     from uae.rehearsal.janus import JANUS
     from uae.rehearsal.language_models import LANGUAGE_MODELS
     from uae.rehearsal.layouts import LAYOUTS
+    from uae.rehearsal.omnigen2 import OMNIGEN2
     from uae.rehearsal.pipelines import PIPELINES
     from uae.rehearsal.rewards import REWARDS
     from uae.rehearsal.x_omni import X_OMNI
 
     pipelines = {name: PIPELINES[kind] for name, kind in PIPELINE_NAMES.items()}
-    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **EMU3, **X_OMNI, **BAGEL, **pipelines, **ENCODERS, **REWARDS}
+    return {**LAYOUTS, **LANGUAGE_MODELS, **JANUS, **EMU3, **X_OMNI, **BAGEL, **OMNIGEN2, **pipelines, **ENCODERS, **REWARDS}
 
 
 def write(folder: Path, only: Sequence[str] | None = None, say: Callable[[str], None] = lambda line: None) -> None:

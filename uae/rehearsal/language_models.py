@@ -147,7 +147,7 @@ def randomise(model: Any, tokenizer: Any, seed: int) -> Any:
     return model.eval()
 
 
-def qwen2_5_vl_processor() -> Any:
+def qwen2_5_vl_processor(specials: list[str] = QWEN) -> Any:
     """The processor of Qwen2.5-VL with the released bounds on image areas; a token covers 28 x 28 pixels."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
@@ -155,17 +155,17 @@ def qwen2_5_vl_processor() -> Any:
     template = chat_template(_between("<|image_pad|>"), _between("<|video_pad|>"), "You are a helpful assistant.")
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056}, **sizes),
-        tokenizer=tokenizer(QWEN),
+        tokenizer=tokenizer(specials),
         video_processor=Qwen2VLVideoProcessor(**sizes),
         chat_template=template,
     )
 
 
-def qwen2_5_vl(tied: bool, seed: int = 0) -> tuple[Any, Any]:
+def qwen2_5_vl(tied: bool, seed: int = 0, specials: list[str] = QWEN) -> tuple[Any, Any]:
     """Qwen2.5-VL and its processor. The 3B model ties its token embeddings to its head, the 7B model does not."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    processor = qwen2_5_vl_processor()
+    processor = qwen2_5_vl_processor(specials)
     vision = {
         "hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [1], "out_hidden_size": WIDTH,

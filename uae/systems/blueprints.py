@@ -154,12 +154,12 @@ def _from_hub(name: str, path: str) -> dict[str, Any]:
         ) from error
 
 
-def vlm_skeleton(name: str, dtype: str = "bfloat16") -> Any:
+def vlm_skeleton(name: str, dtype: str = "bfloat16", subfolder: str | None = None) -> Any:
     """A vision-language model of transformers in the given dtype. Its class follows from the checkpoint's configuration."""
     import transformers
 
     with torch.device("meta"):
-        config = _transformers_config(config_of(name), name)
+        config = _transformers_config(config_of(name, subfolder), name)
         return transformers.AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=False
         )

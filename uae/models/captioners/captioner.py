@@ -6,7 +6,7 @@ How to load one from a checkpoint is in `uae.models.captioners.loading`, its tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,19 @@ COUNTED = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "
 TEXT = "A short text about a picture, which is read once when the captioner is loaded."
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What a prompt has beside an image and a question.
+
+    Args:
+        system: System message; None is the chat template's own, if it has one.
+        lead: Text at the beginning of the user's message.
+    """
+
+    system: str | None = None
+    lead: str = ""
+
+
 class HFCaptioner:
     """Captions with a Hugging Face vision-language model; implements `uae.types.Captioner`.
 
@@ -37,6 +50,7 @@ class HFCaptioner:
         instruction: The question put beside every image.
         extra_banned_ids: Token ids that are never sampled, besides the vision placeholders.
         image_first: Whether the image stands before the question in the prompt; False puts it behind.
+        frame: What else is in the prompt.
     """
 
     def __init__(
@@ -46,6 +60,7 @@ class HFCaptioner:
         instruction: str,
         extra_banned_ids: Sequence[int] = (),
         image_first: bool = True,
+        frame: Frame = Frame(),  # noqa: B008 (frozen)
     ) -> None:
         if not getattr(processor, "chat_template", None):
             raise ValueError(
@@ -53,7 +68,7 @@ class HFCaptioner:
                 "instruction-tuned checkpoint"
             )
         self.processor = processor
-        self.instruction, self.image_first = instruction, image_first
+        self.instruction, self.image_first, self.frame = instruction, image_first, frame
         tokenizer = processor.tokenizer
         ends = model.generation_config.eos_token_id
         self.end_ids = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
@@ -88,8 +103,10 @@ class HFCaptioner:
         """The chat-formatted prompt around one image."""
         if instruction not in self._prompts:
             _check_text(instruction, self.processor)
-            turn = {"role": "user", "content": self._content(instruction)}
-            prompt = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+            turns: list[dict[str, Any]] = [{"role": "user", "content": self._content(instruction)}]
+            if self.frame.system is not None:
+                turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.frame.system}]})
+            prompt = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             image = getattr(self.processor, "image_token", None) or "<image>"
             if prompt.count(instruction) == 1 and (prompt.find(image) < prompt.find(instruction)) != self.image_first:
                 raise ValueError(
@@ -102,7 +119,8 @@ class HFCaptioner:
     def _content(self, instruction: str) -> Any:
         """The image and the question, as the chat template takes the content of a message."""
         content = [{"type": "image"}, {"type": "text", "text": instruction}]
-        return content if self.image_first else content[::-1]
+        lead = [{"type": "text", "text": self.frame.lead}] if self.frame.lead else []
+        return lead + (content if self.image_first else content[::-1])
 
     def prompts(self, instruction: str | Sequence[str] | None, images: int) -> list[str]:
         """One prompt per image. ``instruction`` is one for all images or one per image; None is the captioner's own."""

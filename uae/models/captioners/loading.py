@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 
 from uae.files.locations import locate
 from uae.models.captioners.caches import check_memory
-from uae.models.captioners.captioner import HFCaptioner
+from uae.models.captioners.captioner import Frame, HFCaptioner
 from uae.models.captioners.engine import KEY, EngineCaptioner
 from uae.models.captioners.steps import check_steps
 from uae.models.captioners.vllm_engine import VLLM, VLLMEngine
@@ -111,7 +112,13 @@ def _read(name: str, processor_name: str, reading: Reading, trust: bool) -> tupl
 
 
 def assemble_captioner(
-    model: Any, processor: Any, reading: Reading, instruction: str, image_first: bool = True
+    model: Any,
+    processor: Any,
+    reading: Reading,
+    instruction: str,
+    image_first: bool = True,
+    banned_ids: Sequence[int] = (),
+    frame: Frame = Frame(),  # noqa: B008 (frozen)
 ) -> HFCaptioner:
     """Make a captioner from a model (on any device, ``meta`` included) and its processor, with the settings of ``reading``."""
     if not hasattr(processor, "image_processor"):
@@ -127,7 +134,9 @@ def assemble_captioner(
         model,
         processor,
         reading.instruction if reading.instruction is not None else instruction,
+        banned_ids,
         image_first=reading.image_first if reading.image_first is not None else image_first,
+        frame=frame,
     )
     captioner.learner.network.gradient_checkpointing = reading.gradient_checkpointing
     captioner.learner.network.compile_steps = reading.compile

@@ -8,8 +8,10 @@ from typing import Any
 PLACEHOLDER = "{caption}"
 
 
-def chat_template(tokenizer: Any, role: str = "user", system: bool | str = True, text: str = PLACEHOLDER) -> str:
-    """A prompt template of one chat message and the generation prompt. Nothing in it is escaped.
+def chat_template(
+    tokenizer: Any, role: str = "user", system: bool | str = True, text: str = PLACEHOLDER, prompt: bool = True
+) -> str:
+    """A prompt template of one chat message and, if asked for, the generation prompt. Nothing in it is escaped.
 
     Args:
         tokenizer: Tokenizer or processor with a chat template. The template may take the content of a message as a string
@@ -18,6 +20,7 @@ def chat_template(tokenizer: Any, role: str = "user", system: bool | str = True,
         system: True keeps the default system message of the chat template, if it has one. False removes it (UniWorld-V1).
             A string replaces it (MetaQuery).
         text: Content of the message; "{caption}" marks the place of the caption.
+        prompt: Whether the generation prompt follows, the first words of an answer.
 
     Raises:
         ValueError: There is no chat template, it does not show the text, or its system message cannot be removed.
@@ -28,9 +31,9 @@ def chat_template(tokenizer: Any, role: str = "user", system: bool | str = True,
         )
     message = (role, text)
     if system is True:
-        return _rendered(tokenizer, [message])
+        return _rendered(tokenizer, [message], prompt)
     first = ("system", system or "-")
-    both = _rendered(tokenizer, [first, message])
+    both = _rendered(tokenizer, [first, message], prompt)
     if system:
         return both
     alone = _rendered(tokenizer, [first], prompt=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from uae.learner import Network
+from torch import nn
+
+from uae.learner import Kept, Network
 
 
 class FlowNetwork(Network):
@@ -25,6 +27,10 @@ class FlowNetwork(Network):
             self.base.enable_gradient_checkpointing()
         elif self.gradient_checkpointing:
             self.base.disable_gradient_checkpointing()
+
+    def never_adapted(self) -> list[nn.Module]:
+        """Modules that no pass uses."""
+        return [module for module in self.model.modules() if isinstance(module, Kept)]
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Call the denoiser."""

@@ -72,7 +72,9 @@ def contract_of(pipe: Any) -> Contract:
     kind = type(pipe)
     quirks = quirks_of(kind)
     call = inspect.signature(kind.__call__).parameters
-    embeddings = EMBEDS if hasattr(kind, "encode_prompt") and _complete(call) and not quirks.text_only else None
+    reads = hasattr(kind, "encode_prompt")
+    alone = reads or "prompt" not in call  # a pipeline without prompts takes nothing but embeddings
+    embeddings = EMBEDS if alone and _complete(call) and not quirks.text_only else None
     mask = next((name for name in MASKS if name in call), None)
     negatives = tuple(name for name in call if name.startswith("negative_prompt"))
     guidance, distilled = _guidances(call, bool(negatives))
@@ -88,7 +90,7 @@ def contract_of(pipe: Any) -> Contract:
         guiders=guiders,
         negatives=negatives,
         own_negative=guidance == "guidance_scale" or bool(guiders),
-        encoded=(quirks.encoded or _encoded(kind)) if embeddings else (),
+        encoded=(quirks.encoded or _encoded(kind)) if embeddings and reads else (),
         fixed={**binning, **quirks.fixed},
         quirks=quirks,
     )

@@ -77,6 +77,7 @@ QUIRKS: dict[str, Quirks] = {
     "PixArtAlphaPipeline": Quirks(read_together=True, negative_first=True),
     "PixArtSigmaPipeline": Quirks(read_together=True, negative_first=True),
     "SanaPipeline": Quirks(read_together=True, negative_first=True),
+    "OmniGen2Pipeline": Quirks(read_together=True, negative_first=True),  # of this project
     "SanaSprintPipeline": Quirks(read_together=True, steps=2),
     # two calls per step, or guidance as an input
     "FluxPipeline": Quirks(read_together=True),

@@ -1,0 +1,1 @@
+"""OmniGen2's diffusion transformer, its pipeline and its checkpoint layout."""
