@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = {"transformers", "diffusers", "peft", "open_clip"}
 SUBCLASSES_OF_HEAVY = {  # themselves imported inside functions only
     "uae/miniature/patch_autoencoder.py",
+    "uae/models/omnigen2/blocks.py",
     "uae/models/omnigen2/pipeline.py",
     "uae/models/omnigen2/transformer.py",
     "uae/models/tokens/x_omni_language_model.py",

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.models.omnigen2.conftest import CLIP, OFFICIAL
 from tests.systems.test_fit import CONFIGS, networks
 from uae import cli
+from uae.check.parts import guidance
+from uae.check.parts.verdicts import Precision
 from uae.memory import estimates, flops
 from uae.models.captioners.loading import Reading
 from uae.models.renderers.diffusers import Rendering
@@ -120,6 +122,14 @@ def test_images_are_asked_about_as_officially(run_here, folder):
     rollout = captioner.sample(context, 100, Sampling(50.0, 4), range(100))
     assert draws is not None
     assert not (rollout.tokens_NT == draws)[rollout.mask_RS.bool()].any()
+
+
+@torch.no_grad()
+def test_guidance_is_checked_where_it_matters(run_here, folder):
+    """Where the caption is the negative prompt, its share of the velocity is rounding, which says nothing of guidance."""
+    umm = small(negative_prompt="").build()
+    verdicts = [guidance.value(umm.renderer, umm.conditioner.encode([text]), Precision(True)).verdict for text in ("", "a red cat")]
+    assert verdicts == ["not applicable", "pass"]
 
 
 def test_published_sizes(monkeypatch):

@@ -74,7 +74,7 @@ def test_lists_of_embeddings_have_no_mask(name):
 
 
 @pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning")  # of PRX, in diffusers
-@pytest.mark.parametrize("name", QUIRKS)
+@pytest.mark.parametrize("name", [name for name in QUIRKS if name != "OmniGen2Pipeline"])  # which is this project's own
 def test_every_row_of_the_table_is_a_class_and_its_arguments_are_its_own(name):
     kind = getattr(diffusers, name)
     parameters = inspect.signature(kind.__call__).parameters

@@ -75,6 +75,8 @@ def value(renderer: Renderer, condition: Any, precision: Precision, taken: Any =
     if isinstance(mixed, str):
         return not_applicable(mixed)
     guided, c, u, w = mixed
+    if (c - u).abs().max() <= 1e-5 * u.abs().max():  # what is left is rounding
+        return not_applicable("the caption draws what the negative condition draws")
     scale = max(float((w * (c - u)).abs().max()), 1e-6)
     return at_most((guided - u - w * (c - u)).abs().max() / scale, LOOSE[precision.exact], "guidance is not u + w (c - u)")
 

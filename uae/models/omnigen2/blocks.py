@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,8 +18,8 @@ THETA = 10000.0  # base of the frequencies of positions
 Turn = tuple[Tensor, Tensor]  # cosines and sines [N, 1, T, E / 2] by which pairs of channels of a head are rotated
 
 
-class Attention(nn.Module):
-    """Grouped-query attention of all tokens to all tokens that are not masked.
+class Attention(nn.Module, AttentionModuleMixin):
+    """Grouped-query attention of all tokens to all tokens that are not masked. By its type, adapters find its layers.
 
     Args:
         width: D, width of the tokens.
