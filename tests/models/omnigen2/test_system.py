@@ -129,7 +129,7 @@ def test_guidance_is_checked_where_it_matters(run_here, folder):
     """Where the caption is the negative prompt, its share of the velocity is rounding, which says nothing of guidance."""
     umm = small(negative_prompt="").build()
     verdicts = [guidance.value(umm.renderer, umm.conditioner.encode([text]), Precision(True)).verdict for text in ("", "a red cat")]
-    assert verdicts == ["not applicable", "pass"]
+    assert verdicts == ["not applicable", "passed"]
 
 
 def test_published_sizes(monkeypatch):
