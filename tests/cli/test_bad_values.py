@@ -61,6 +61,7 @@ VALUES = [
     ("--model.init_args.optimizer.init_args.lr=-1", "model.init_args.optimizer.init_args.lr=-1.0: Invalid learning rate: -1.0"),
     ("--model.init_args.optimizer.init_args.betas=[a,b]", "model.init_args.optimizer.init_args.betas: expected float, got a"),
     ("--model.init_args.finetune.init_args.rank=0", "model.init_args.finetune.init_args: rank=0"),
+    (f"--model.init_args.system={OWN}Unannotated", f"system: {OWN}Unannotated does not implement protocol System; allowed: a"),
     ("--data.init_args.batch_size=0", "data.init_args.batch_size=0; allowed: 1 or more"),
     ("--data.init_args.num_workers=-1", "data.init_args.num_workers=-1; allowed: 0 or more"),
     ("--data.init_args.counts=[]", "data.init_args.counts=[]; allowed: one or more numbers from 1 to 9"),

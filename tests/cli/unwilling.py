@@ -9,6 +9,11 @@ class Refuses(Callback):
             raise ValueError("an even number is needed\nhere")
 
 
+class Unannotated:
+    def build(self):
+        raise NotImplementedError
+
+
 class Missing(Callback):
     def __init__(self):
         import no_such_library  # noqa: F401

@@ -27,6 +27,14 @@ def complete_captions_win(printed: str) -> bool:
     return complete > terse + 20
 
 
+def a_mistake_is_red_and_mended(printed: str) -> bool:
+    rows = re.findall(r"captions: ratio, float32 +(\S+) <= 0.0001  (\w+)", printed)
+    failed = [int(count) for count in re.findall(r"(\d+) failed,", printed)]
+    (change,) = re.findall(r"largest change of a weight: (\S+)", printed)
+    (gap,) = re.findall(r"policy/sampler_gap +(\S+)", printed)
+    return [verdict for _, verdict in rows] == ["failed", "passed"] and failed == [2, 0] and float(change) > 1e-4 > float(gap)
+
+
 def images_are_captioned_and_scored(printed: str) -> bool:
     return "12 captions and reconstructions" in printed and "12 pairs" in printed and "score.html" in printed
 
@@ -35,6 +43,7 @@ SHOWN = {
     "01_one_rollout_by_hand": ratio_is_one,
     "02_read_a_training_run": run_has_a_page,
     "03_unified_bench": complete_captions_win,
+    "04_bring_your_own_model": a_mistake_is_red_and_mended,
     "05_your_own_images": images_are_captioned_and_scored,
 }
 

@@ -78,6 +78,12 @@ def _plain(problem: str, message: str) -> str:
     problem = re.sub(
         r"Expected a dot import path string: (.*)", r"expected the dotted name of a class, got \1", problem
     )
+    problem = re.sub(
+        r"Import path (\S+) does not implement protocol (\w+)",
+        r"\1 does not implement protocol \2; allowed: a class that has the methods of \2 with the same arguments and annotations "
+        "(System: 'def build(self) -> UMM')",
+        problem,
+    )
     given = value or "".join(re.findall(r"Given value: (.*)", message)[:1]).partition(". Got value: ")[0]
     return (
         f"{problem}, got {given[:80]}" if problem.startswith("expected") and given and "got" not in problem else problem
