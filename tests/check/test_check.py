@@ -43,31 +43,40 @@ def test_a_sound_system_passes(build, kind, changes, skipped):
 CAPTION_RATIO = {"captions: ratio, float32", "captions: ratio, 16 bits"}
 PICTURE_RATIO = {"picture actions: ratio, float32", "picture actions: ratio, 16 bits"}
 CAUSALITY, OTHER = "captions: causality", "captions: other seeds"
+ARRIVE, RESTORES, RESUMES = "training: gradients arrive", "reference: restores", "training: resumes"
 JANUS = systems.Janus
-FAULTS = {  # a fault of captions and one of pictures are looked at together where they are of different parts
+FAULTS = {  # faults of parts that do not meet are looked at together: of captions, of pictures, and of training or the plan
     "ratio; size": (faulty(systems.OtherPolicy, systems.Narrow), {}, CAPTION_RATIO | {"pictures: size"}),
-    "causality; range": (faulty(systems.LooksAhead, systems.Bright), {}, {CAUSALITY, "pictures: range"}),
-    "padding; batch": (faulty(systems.CountsPadding, systems.Averages), {}, {"captions: padding", "pictures: batch"}),
-    "order": (faulty(systems.CountsRows), {}, {"captions: padding", "captions: order of rows"}),
-    "seeds; seeds": (faulty(systems.Deaf, systems.Unmoved), {}, {OTHER, "pictures: other seeds"}),
-    "global generator": (faulty(systems.Global), {}, {"captions: same seeds", "training: resumes"}),
+    "causality; range; plan": (
+        faulty(systems.LooksAhead, systems.Bright, base=systems.PlannedTooSmall), {}, {CAUSALITY, "pictures: range", "plan: weights"}
+    ),
+    "padding; batch; reference": (
+        faulty(systems.CountsPadding, systems.Averages, systems.careless), KL, {"captions: padding", "pictures: batch", RESTORES}
+    ),
+    "seeds; seeds; frozen": (
+        faulty(systems.Deaf, systems.Unmoved, systems.forgotten), {},
+        {OTHER, "pictures: other seeds", ARRIVE, "training: nothing else trains"},
+    ),
     "banned; guidance": (
         faulty(systems.SaysBanned, systems.GuidesTwice, base=systems.Guided), {}, {"captions: banned tokens", "guidance: value"}
     ),
-    "guidance of tokens": (faulty(None, systems.GuidesTokensTwice, base=JANUS), BOTH, {"guidance: value"}),
+    "global generator; guidance of tokens": (
+        faulty(systems.Global, systems.GuidesTokensTwice, base=JANUS), BOTH, {"captions: same seeds", RESUMES, "guidance: value"}
+    ),
     "ratio of tokens; second pass": (
         faulty(None, systems.RunsTwice, base=JANUS), BOTH, PICTURE_RATIO | {"guidance: one pass at 1"}
     ),
-    "causality of tokens": (faulty(None, systems.TokensLookAhead, base=JANUS), BOTH, {"picture actions: causality"}),
-    "batch of tokens": (faulty(None, systems.TokensCountRows, base=JANUS), BOTH, {"picture actions: batch"}),
-    "gradient of 0": (faulty(change=systems.detached), {}, {"training: gradients arrive"}),
-    "no gradient; frozen bytes": (
-        faulty(systems.Counts, change=systems.counting), {}, {"training: gradients arrive", "training: frozen bytes"}
+    "order; causality of tokens": (
+        faulty(systems.CountsRows, systems.TokensLookAhead, base=JANUS), BOTH,
+        {"captions: padding", "captions: order of rows", "picture actions: causality"},
     ),
-    "frozen": (faulty(change=systems.forgotten), {}, {"training: gradients arrive", "training: nothing else trains"}),
-    "reference": (faulty(change=systems.careless), KL, {"reference: restores"}),
-    "resume": (faulty(systems.Remembers), {}, {"training: resumes"}),
-    "plan": (systems.PlannedTooSmall, {}, {"plan: weights"}),
+    "resume; batch of tokens": (
+        faulty(systems.Remembers, systems.TokensCountRows, base=JANUS), BOTH, {RESUMES, "picture actions: batch"}
+    ),
+    "gradient of 0": (faulty(change=systems.detached), {}, {ARRIVE}),
+    "no gradient; frozen bytes": (
+        faulty(systems.Counts, change=systems.counting), {}, {ARRIVE, "training: frozen bytes"}
+    ),
 }  # fmt: skip
 
 
@@ -104,18 +113,10 @@ class Missing(BaseReward):
         return torch.full((len(sources_BCHW), len(texts) // len(sources_BCHW)), torch.nan)
 
 
-@pytest.mark.parametrize(
-    ("part", "expected"),
-    [
-        (Worst(LayoutEncoder(cells=3)), {"identity"}),
-        (Centred(), {"batch"}),
-        (Differentiable(), {"frozen"}),
-        (Missing(), {"range"}),
-    ],
-)
-def test_a_fault_of_a_reward_is_found_where_it_is(build, part, expected):
-    found = check(build(reward=WeightedReward({"one": part}, {"one": 1.0})), data())
-    assert red(found) == {f"reward one: {row}" for row in expected}
+def test_faults_of_rewards_are_found_where_they_are(build):
+    faults = {"identity": Worst(LayoutEncoder(cells=3)), "batch": Centred(), "frozen": Differentiable(), "range": Missing()}
+    found = check(build(reward=WeightedReward(faults, dict.fromkeys(faults, 1.0))), data())
+    assert red(found) == {f"reward {row}: {row}" for row in faults}
 
 
 class Refuses(systems.HFCaptioner):
