@@ -24,12 +24,15 @@ TITLES = {  # and what is typed before the keys of a page
         "`model.init_args.objective.init_args.`, and those of the optimizer `model.init_args.optimizer.init_args.`.",
     ),
     "data": ("Keys of data", "`data.class_path` names a class, and its keys follow `data.init_args.`."),
-    "systems": ("Systems", "`model.init_args.system.class_path` names a class, and its keys follow `model.init_args.system.init_args.`."),
-    "finetune": ("What trains", "The keys follow `model.init_args.finetune.init_args.`, and for a renderer `model.init_args.image_finetune.init_args.`."),
+    "systems": ("Systems", "`model.init_args.system.class_path` names one, and its keys follow `model.init_args.system.init_args.`."),
+    "finetune": (
+        "What trains",
+        "The keys follow `model.init_args.finetune.init_args.`, and for a renderer `model.init_args.image_finetune.init_args.`.",
+    ),
     "losses": ("Losses", "The keys follow `model.init_args.loss.`, and for the actions of a renderer `model.init_args.image_loss.`."),
     "rewards": ("Rewards", "The keys of a part called NAME follow `model.init_args.reward.init_args.parts.NAME.init_args.`."),
     "encoders": ("Encoders and metrics", "Rewards and metrics name encoders by `class_path`, and their keys follow in `init_args`."),
-    "callbacks": ("Callbacks and loggers", "`trainer.callbacks` and `trainer.logger` are lists of them, each with `class_path` and `init_args`."),
+    "callbacks": ("Callbacks and loggers", "`trainer.callbacks` and `trainer.logger` are lists of `class_path` and `init_args`."),
 }
 PAGE_OF = {  # by how a class path begins
     "uae.module.": "model", "uae.coldstart.": "model", "uae.miniature.pretraining.": "model", "torch.optim.": "model",

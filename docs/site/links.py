@@ -11,15 +11,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
 SOURCES: dict[str, Path] = {}  # the file of each page that is in the repository, by the page's place on the site
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
     """Add README.md as the overview, and all files that pages link to."""
+    from mkdocs.structure.files import File
+
     SOURCES.clear()
     waiting = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for source in waiting:  # grows while it is read
@@ -32,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
         elif files.get_file_from_path(place) is None:
             files.append(File.generated(config, place, abs_src_path=str(source)))
         if source.suffix == ".md":
-            waiting += [linked for _, name in LINK.findall(source.read_text()) if (linked := (source.parent / name).resolve()).is_file()]
+            waiting += linked_files(source)
     return files
 
 
@@ -51,6 +51,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(translated, markdown)
 
 
+def linked_files(source: Path) -> list[Path]:
+    """The files that a page links to."""
+    linked = [(source.parent / name).resolve() for _, name in LINK.findall(source.read_text())]
+    return [file for file in linked if file.is_file()]
+
+
 def place_of(file: Path) -> str:
     """Where a file of the repository is among the sources of the site."""
     name = file.relative_to(ROOT)
@@ -61,8 +67,9 @@ def place_of(file: Path) -> str:
     return str(name.relative_to("docs") if name.parts[0] == "docs" else name)
 
 
-def add_notebook(source: Path, files: Files, config: Any) -> None:
+def add_notebook(source: Path, files: Any, config: Any) -> None:
     """Add a notebook as a page, and its pictures beside it."""
+    from mkdocs.structure.files import File
     from nbconvert import MarkdownExporter
 
     place = Path(place_of(source))
