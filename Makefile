@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 
-.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations bench doctor tensorboard gpu gpu-bench notebooks clean
+.PHONY: help demo demo-janus test test-lowest test-highest unit lint types pretrain pretrain-janus pretrain.decoder pretrain.encoders pretrain.janus gate claims ablations bench doctor tensorboard gpu gpu-bench notebooks docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -98,5 +98,12 @@ gpu-bench: $(READY)  ## one step of systems of published sizes, random weights, 
 notebooks: $(READY)  ## execute the notebooks in place
 	$(RUN) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-clean:  ## remove the environment and the outputs
-	rm -rf $(VENV) .venv-lowest .venv-highest outputs
+docs: $(VENV)/.docs  ## the pages of docs/, all keys and the public classes as a site, in site/index.html
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+$(VENV)/.docs: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	@touch $@
+
+clean:  ## remove the environment, the outputs and the site
+	rm -rf $(VENV) .venv-lowest .venv-highest outputs site

@@ -60,7 +60,7 @@ def cli():
         patch.setattr("sys.argv", ["uae"])
         patch.chdir(ROOT)
         parsed = Parsed(["fit", "--config", "configs/tiny.yaml"])
-        seen = set()  # a parse takes a second, and several commands differ in the checkpoint only
+        seen = {("fit", "--config", "configs/tiny.yaml")}  # a parse takes a second, and several commands differ in the checkpoint only
 
         def parse(words):
             words = [word for before, word in zip(["", *words], words, strict=False) if "--ckpt_path" not in (before, word)]
