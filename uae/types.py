@@ -39,8 +39,9 @@ class Sampling:
     Args:
         temperature: Divides the logits, in sampling and in log-probs. 0 means greedy (log-probs then at temperature 1).
         max_tokens: Longest caption, in tokens, the end-of-sequence token included.
-        top_p, top_k, repetition_penalty: Must stay neutral. They would reshape the distribution in the sampler only,
-            and the policy ratio would be wrong.
+        top_p: Must stay 1. It would reshape the distribution in the sampler only, and the policy ratio would be wrong.
+        top_k: Must stay 0, for the same reason.
+        repetition_penalty: Must stay 1, for the same reason.
     """
 
     temperature: float = 1.0

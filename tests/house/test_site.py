@@ -74,6 +74,14 @@ def test_every_class_of_the_configurations_has_its_keys(keys, pages) -> None:
         keys.page_of("elsewhere.Thing")
 
 
+def test_every_key_of_this_project_has_a_meaning(pages) -> None:
+    sections = [part.removeprefix("# ") for page in pages.values() for part in page.split("\n## ")]
+    sections = [part for part in sections if part.startswith(("uae.", "callbacks.", "Keys of a run"))]
+    rows = [line for part in sections for line in part.splitlines() if line.startswith("| <code>")]
+    assert len(rows) > 300
+    assert [line for line in rows if line.endswith("|  |")] == []
+
+
 def test_links_of_the_repository_lead_to_the_same_file_on_the_site() -> None:
     links = hook("links")
     links.SOURCES["method.md"] = ROOT / "docs/method.md"

@@ -36,8 +36,8 @@ class DecoderTuning(SystemObjective):
     Args:
         decoder: Which weights of the denoiser train. The default is an adapter of rank 32 on its attention layers.
         trainable: Regular expression; parameters of the conditioner whose names it matches train as well. With "" none do.
-        mean, std: Mean and standard deviation of the normal distribution from which the logit of the time is drawn. A
-            larger mean gives noisier images.
+        mean: Mean of the normal distribution from which the logit of the time is drawn. A larger one gives noisier images.
+        std: Standard deviation of that distribution.
         dropout: Share of images, from 0 to 1, whose caption is replaced by the empty string. Classifier-free guidance
             needs a denoiser that was trained so.
         gradient_checkpointing: Whether activations inside the denoiser's layers are recomputed in the backward pass

@@ -24,7 +24,8 @@ class Emu3:
     Args:
         checkpoint: Folder or hub id, such as BAAI/Emu3-Gen-hf or BAAI/Emu3-Chat-hf. The original BAAI/Emu3-* need their
             authors' code and are refused.
-        height, width: Size of drawn images in pixels, multiples of 8. One image token covers 8 x 8 pixels.
+        height: Height of drawn images in pixels, a multiple of 8.
+        width: Width of drawn images in pixels, a multiple of 8. One image token covers 8 x 8 pixels.
         guidance: Classifier-free guidance scale of image tokens, 1 or more; part of the policy. 1 turns it off and halves
             the work.
         image_temperature: Sampling temperature of image tokens, 0 or more; part of the policy. 0 is greedy.

@@ -29,7 +29,8 @@ class XOmni:
         vision: Folder or hub id of the checkpoint that has the image tokenizer and the pixel decoder; None is ``checkpoint``. An
             export of a run does not have them.
         flux: Folder or hub id of FLUX.1-dev, which supplies the decoder's autoencoder, text encoders and scheduler.
-        height, width: Size of drawn images in pixels, multiples of 16. One image token covers 16 x 16 pixels.
+        height: Height of drawn images in pixels, a multiple of 16.
+        width: Width of drawn images in pixels, a multiple of 16. One image token covers 16 x 16 pixels.
         guidance: Classifier-free guidance scale of image tokens, 1 or more; part of the policy. 1, the official value, is none
             and halves the work.
         image_temperature: Sampling temperature of image tokens, 0 or more; part of the policy. 0 is greedy.

@@ -26,7 +26,9 @@ class Detail:
     """What a caption says, and how reliably.
 
     Args:
-        size, position, background: Whether these attributes are said.
+        size: Whether sizes are said.
+        position: Whether places are said.
+        background: Whether the background is said.
         omit_tiny: Chance that a tiny object is left out (one object always stays).
         error: Chance, per said attribute of an object, that its value is drawn at random (now and then the right one).
         shuffle: Objects in random order rather than reading order.

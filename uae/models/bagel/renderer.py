@@ -31,7 +31,8 @@ class BagelRendering:
     """How BAGEL draws. The defaults are those of the official GenEval script at 512 pixels instead of 1024.
 
     Args:
-        height, width: Size of the images in pixels, multiples of 16, at most 1024.
+        height: Height of the images in pixels, a multiple of 16, at most 1024.
+        width: Width of the images in pixels, a multiple of 16, at most 1024.
         steps: Number of denoising steps. The official ``num_timesteps`` counts points of time, one more than steps.
         guidance: Scale of text guidance, 1 or more. 1 is none, and saves the pass without text.
         image_guidance: Scale of image guidance, 1 or more. As no image is in the context, it takes no pass of its own and adds

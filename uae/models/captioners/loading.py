@@ -26,8 +26,9 @@ class Reading:
         instruction: The question that the captioner gets with every image; None is the system's own.
         image_first: Whether the image stands before the question in the prompt; None is the system's own order.
         dtype: Dtype of the captioner's weights. Adapters stay in float32.
-        min_pixels, max_pixels: Smallest and largest number of pixels that an image is scaled to, for processors that
-            resize as Qwen's does. Multiples of the area of one token (28 x 28 for Qwen2.5-VL). None keeps the checkpoint's.
+        min_pixels: Smallest number of pixels that an image is scaled to, for processors that resize as Qwen's does; a multiple of
+            the area of one token (28 x 28 for Qwen2.5-VL). None keeps the checkpoint's.
+        max_pixels: Largest number of pixels that an image is scaled to, likewise.
         attention: Name of the attention implementation in transformers ("sdpa", "eager", "flash_attention_2", ...); None is
             the library's choice.
         gradient_checkpointing: Whether activations inside layers are recomputed in the backward pass instead of kept.

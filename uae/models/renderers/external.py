@@ -29,7 +29,8 @@ class ExternalRenderer:
     """Base class of renderers outside this process; implements `uae.types.Renderer`.
 
     Args:
-        height, width: Size of the returned images in pixels. Other sizes are resized without keeping their aspect ratio.
+        height: Height of the returned images in pixels. Other sizes are resized without keeping their aspect ratio.
+        width: Width of the returned images in pixels, likewise.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -92,7 +93,8 @@ class FolderRenderer(ExternalRenderer):
 
     Args:
         folder: Folder of the images and their ``metadata.jsonl``.
-        height, width: Size of the returned images in pixels, see `ExternalRenderer`.
+        height: Height of the returned images in pixels, see `ExternalRenderer`.
+        width: Width of the returned images in pixels, see `ExternalRenderer`.
     """
 
     def __init__(self, folder: str, height: int, width: int) -> None:
@@ -168,7 +170,8 @@ class CallableRenderer(ExternalRenderer):
             a PIL image, or a tensor ``[3, H, W]`` (uint8, or float in [0, 1]). It is called from several threads. Seeds have
             63 bits. Any exception counts as a failed try. In a configuration: its import path, "package.module:function".
         cache: Folder of the images. Runs and processes may share it.
-        height, width: Size of the returned images in pixels, see `ExternalRenderer`; also passed to the client.
+        height: Height of the returned images in pixels, see `ExternalRenderer`.
+        width: Width of the returned images in pixels, see `ExternalRenderer`; also passed to the client.
         retries: Number of further tries after a failed try, 0 or more. The pauses before them are 1, 2, 4, ... seconds.
         requests_per_minute: Limit on requests, failed tries included; None for no limit.
         workers: Number of simultaneous requests, 1 or more.

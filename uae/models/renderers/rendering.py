@@ -22,7 +22,8 @@ class Rendering:
     """Settings of a renderer.
 
     Args:
-        height, width: Size of the images in pixels. The pipeline determines of which number they must be multiples.
+        height: Height of the images in pixels. The pipeline determines of which number it must be a multiple.
+        width: Width of the images in pixels, likewise.
         steps: Number of denoising steps, 1 or more.
         guidance: Classifier-free guidance scale: velocities are ``negative + guidance (positive - negative)``. 1 turns it off and
             saves the negative pass. Pipelines that call this 0 (Z-Image, Krea2) get a number that is smaller by 1.
