@@ -47,8 +47,9 @@ test-lowest test-highest: test-%: .venv-%/.installed  ## all tests with the lowe
 	@touch $@
 .PRECIOUS: .venv-%/.installed
 
-lint: $(READY)  ## ruff
+lint: $(READY)  ## ruff: rules and format
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 types: $(READY)  ## mypy
 	$(RUN) -m mypy

@@ -137,9 +137,7 @@ def content(path: Path) -> dict[str, Tensor]:
     """Weights and optimizer states of a checkpoint."""
     if path.is_dir():
         stored = ShardReader(path).read_metadata().state_dict_metadata
-        state = {
-            name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in stored.items() if hasattr(one, "size")
-        }
+        state = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in stored.items() if hasattr(one, "size")}
         dcp.load(state, storage_reader=ShardReader(path), planner=PlainPlanner(), no_dist=True)
         return state
     checkpoint = read(path)

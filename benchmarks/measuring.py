@@ -86,9 +86,7 @@ def draw(umm: UMM, texts: list[str], seeds: list[int]) -> torch.Tensor:
 
 def reconstruction(umm: UMM, scenes: list[Scene], texts: list[str], seed: int = 0) -> Scores:
     """Scores of one caption per scene and of its image."""
-    unified = UnifiedScore(
-        {"clip": TinyCLIP(), "judge": TinyJudge(), "layout": LayoutEncoder()}, ("judge", "layout"), bootstrap=0
-    )
+    unified = UnifiedScore({"clip": TinyCLIP(), "judge": TinyJudge(), "layout": LayoutEncoder()}, ("judge", "layout"), bootstrap=0)
     exact, ids = SceneScore(), torch.arange(len(scenes))
     unified.load("cpu")
     sources = render(scenes)
@@ -158,4 +156,3 @@ def controls(family: str, captions: list[str], count: int, seed: int) -> dict[st
     umm, scenes = trained(family), scenes_of_test(count)
     found = {name: reconstruction(umm, scenes, texts, seed) for name, texts in style_controls(umm, scenes, seed).items()}
     return {**found, "best of 8": {**best_of(umm, scenes, captions, 8), **generation(umm, count // 8, seed, tries=8)}}
-

@@ -90,9 +90,7 @@ class RolloutCheckpoint(ModelCheckpoint):
             assert self.dirpath is not None
             tidy(Path(self.dirpath))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save at the end of a rollout if a checkpoint is due, by the interval or at the end of an epoch or of the run."""
         if at_last_step(trainer):
             connector: Any = trainer._checkpoint_connector

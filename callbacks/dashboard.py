@@ -47,9 +47,7 @@ class Dashboard(Callback):
         if seen and self._training:
             self._write(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write once the tags of training are known: after the update of the first rollout."""
         if not self._training and (batch_idx + 1) % getattr(pl_module, "batches_per_rollout", 1) == 0:
             self._training = {tag for tag in trainer.callback_metrics if tag not in self._validated}

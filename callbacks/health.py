@@ -141,9 +141,7 @@ class Health(Callback):
 
     # ----------------------------------------------------------------------------------------------------------- signs
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check the numbers when a rollout has been used up, because the policy then differs most from its sampler."""
         if (batch_idx + 1) % getattr(pl_module, "batches_per_rollout", 1) == 0:
             values = {tag: float(value) for tag, value in trainer.callback_metrics.items() if "/" in tag}

@@ -72,9 +72,7 @@ class RolloutPanels(Callback):
                 show_picture(trainer.loggers, f"panel/image_{number}", picture, step)
             show_table(trainer.loggers, "panel/captions", HEAD, rows_of(names, experience), step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write histograms of the training rollout, once per rollout."""
         experience = getattr(pl_module, "experience", None)
         if experience is None or experience is self._seen:

@@ -43,9 +43,7 @@ class Preemption(Callback):
         connector: Any = trainer._signal_connector  # registers these two after the model is loaded
         connector._sigterm_notifier_fn = connector._slurm_sigusr_handler_fn = self._ask
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop at the end of a rollout if a rank got a request."""
         self._vote(trainer, pl_module)
 

@@ -64,9 +64,7 @@ class Summary(Callback):
         if isinstance(pl_module, UnifiedGRPO):
             self._now = pl_module.seconds
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ask for a stop at the last step: Lightning then validates, whatever the validation interval."""
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True

@@ -72,9 +72,7 @@ def _results(readers: list[Connection], timeout: float) -> list[Any]:
         waiting = [reader for rank, reader in enumerate(readers) if rank not in results]
         ready = wait(waiting, max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise TimeoutError(
-                f"processes {set(range(len(readers))) - set(results)} not done after {timeout} s: killed"
-            )
+            raise TimeoutError(f"processes {set(range(len(readers))) - set(results)} not done after {timeout} s: killed")
         for reader in ready:
             rank = readers.index(reader)
             try:

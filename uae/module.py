@@ -121,9 +121,7 @@ class UnifiedGRPO(AutoEncoder):
             if value < least:
                 raise ValueError(f"model.init_args.{key}={value}; allowed: {least} or more")
         if sampling.temperature == 0:
-            raise ValueError(
-                "model.init_args.sampling.temperature=0 makes all captions of an image equal; allowed: above 0"
-            )
+            raise ValueError("model.init_args.sampling.temperature=0 makes all captions of an image equal; allowed: above 0")
         self.system, self.finetune = system, finetune
         if image_finetune is not None:
             image_finetune.key = "model.init_args.image_finetune.init_args"

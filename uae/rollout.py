@@ -248,9 +248,7 @@ def autoencode(
         The captions; their reconstructions ``[N*M, 3, H, W]``; and what the renderer did, if it trains, else None.
     """
     if "image" not in batch or "id" not in batch:
-        raise ValueError(
-            f"a batch has {sorted(batch)}, but needs image and id: use a data module of uae.data or add them"
-        )
+        raise ValueError(f"a batch has {sorted(batch)}, but needs image and id: use a data module of uae.data or add them")
     watch = watch or Stopwatch()
     ids = batch["id"].tolist()
     with watch("caption"):

@@ -47,6 +47,8 @@ PAGE_OF = {  # by how a class path begins
     "lightning.pytorch.callbacks.": "callbacks",
     "uae.strategy.": "trainer", "lightning.pytorch.profilers.": "trainer", "lightning.pytorch.plugins.": "trainer",
 }  # fmt: skip
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages to the site."""
     from mkdocs.structure.files import File

@@ -205,9 +205,7 @@ def test_a_killed_process_loses_no_finished_image(system, prompts, tmp_path, mon
 
 
 def test_checkpoints_of_both_kinds_are_read(system, tmp_path):
-    weights = {
-        name: torch.full_like(parameter, 0.25) for name, parameter in system.module.named_parameters() if "lora_" in name
-    }
+    weights = {name: torch.full_like(parameter, 0.25) for name, parameter in system.module.named_parameters() if "lora_" in name}
     run = {VERSION: "2.6"}
     torch.save({"state_dict": weights, **run}, tmp_path / "a.ckpt")
     dcp.save({"state_dict": weights}, checkpoint_id=tmp_path / "shards", no_dist=True)

@@ -281,4 +281,3 @@ def test_a_size_is_asked_for_where_none_is_configured_and_a_system_is_needed(sou
         with pytest.raises(SystemExit, match="2"):
             main(["run", *words, *options])
         assert said in capsys.readouterr().err
-

@@ -169,9 +169,7 @@ def sharded_runs(rank, folder):
     def run(finetune, *exports):
         reward = WeightedReward({"layout": EncoderSimilarity(LayoutEncoder())}, {"layout": 1.0})
         optimizer = partial(torch.optim.SGD, lr=1.0)
-        module = UnifiedGRPO(
-            RandomTiny(), reward, finetune, GRPOLoss(), Sampling(max_tokens=4), group=3, optimizer=optimizer
-        )
+        module = UnifiedGRPO(RandomTiny(), reward, finetune, GRPOLoss(), Sampling(max_tokens=4), group=3, optimizer=optimizer)
         quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         Trainer(
             accelerator="cpu", devices=2, strategy=FSDP2Strategy(), max_steps=2, limit_val_batches=0, inference_mode=False,

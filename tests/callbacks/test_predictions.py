@@ -39,9 +39,7 @@ def test_a_folder_is_captioned_and_drawn(command, tmp_path):
 def test_names_stay_inside_the_folder_and_apart():
     assert file_name("../../etc/x") == "etc/x.png"
     assert file_name("/abs/x.PNG") == "abs/x.PNG"
-    assert (
-        len({file_name(name) for name in ("a.png", "a.jpg", "a", "b/a.png")}) == 4 - 1
-    )  # "a" and "a.png" are one file
+    assert len({file_name(name) for name in ("a.png", "a.jpg", "a", "b/a.png")}) == 4 - 1  # "a" and "a.png" are one file
 
 
 def test_names_of_hostile_archives_are_harmless(tmp_path):

@@ -314,9 +314,7 @@ print("LOADED", [name for name in {heavy} if name in set(sys.modules) - before])
 
 def test_ctrl_c_is_one_line_status_130_and_still_a_summary(tmp_path):
     words = ["fit", *configs(TINY, FAST, UNTRAINED), "--trainer.max_steps", "100000", "--run_name", "long"]
-    process = subprocess_of(
-        ["-m", "uae.cli"], tmp_path, *words, "--trainer.callbacks+", "tests.callbacks.beacon.Beacon"
-    )
+    process = subprocess_of(["-m", "uae.cli"], tmp_path, *words, "--trainer.callbacks+", "tests.callbacks.beacon.Beacon")
     try:
         deadline = time.monotonic() + 300
         while not (tmp_path / "beacon").exists():

@@ -111,9 +111,7 @@ def test_random_reward_replaces_and_leaks_nothing(parse):
     run = parse(CONFIGS / "tiny.yaml", CONFIGS / "reward" / "random.yaml")
     reward = run.config.fit.model.init_args.reward.as_dict()["init_args"]
     assert reward["weights"] == {"random": 1.0}
-    assert reward["parts"] == {
-        "random": {"class_path": "uae.rewards.RandomReward", "init_args": {"low": 0.0, "high": 1.0, "seed": 0}}
-    }
+    assert reward["parts"] == {"random": {"class_path": "uae.rewards.RandomReward", "init_args": {"low": 0.0, "high": 1.0, "seed": 0}}}
     assert [type(part) for part in run.model.reward.parts.values()] == [RandomReward]
 
 

@@ -100,9 +100,7 @@ def test_two_runs_at_once_one_of_them_killed(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     base = [sys.executable, "-m", "uae.cli", "fit", *WORDS, "--trainer.callbacks+", "tests.callbacks.beacon.Beacon"]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    endless = subprocess.Popen(
-        [*base, "--trainer.max_steps=100000", "--seed_everything=1"], cwd=tmp_path, env=environment, **silent
-    )
+    endless = subprocess.Popen([*base, "--trainer.max_steps=100000", "--seed_everything=1"], cwd=tmp_path, env=environment, **silent)
     try:
         deadline = time.monotonic() + 200
         while not (tmp_path / "beacon").exists():

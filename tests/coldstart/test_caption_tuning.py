@@ -141,9 +141,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     for number in range(4):
         Image.new("RGB", (24, 24)).save(tmp_path / f"{number}.png")
     folder = ["data=ImageFolderData", f"data.init_args.root={tmp_path}", "data.init_args.val_share=0"]
-    said = message(
-        *folder, "data.init_args.test_share=0", "data.init_args.batch_size=2", "trainer.val_check_interval=1"
-    )
+    said = message(*folder, "data.init_args.test_share=0", "data.init_args.batch_size=2", "trainer.val_check_interval=1")
     assert "4 of 4 train images have no caption (0.png, 1.png, 2.png, ...)" in said
     assert "data.init_args.root" in said
     assert "model.init_args.system=null" in message("model.init_args.system=null")

@@ -133,9 +133,7 @@ def test_the_language_model_trains_where_it_is_asked_to(in_a_folder, tmp_path):
     """Also by the states beside the image, which is the official conditioning."""
     objective = "model.init_args.objective.init_args"
     answers = "model.init_args.system.init_args.condition_on=answer_states"
-    run = runs.fit(
-        "uae", "cold_start", f"{objective}.language_model=true", "model.init_args.learning_rate=0.01", answers
-    )
+    run = runs.fit("uae", "cold_start", f"{objective}.language_model=true", "model.init_args.learning_rate=0.01", answers)
     (umm,) = run.model.objective.frozen
     moved = runs.adapters(umm.captioner.learner.network)
     assert moved
@@ -176,9 +174,7 @@ def test_a_projector_goes_into_a_checkpoint(in_a_folder, checkpoints, tmp_path):
 ])  # fmt: skip
 def test_what_cannot_train_is_refused_in_one_line(in_a_folder, capsys, name, changes, reason):
     places = {"condition_weights": "system.init_args"}
-    changes = [
-        f"model.init_args.{places.get(change.split('=')[0], 'objective.init_args')}.{change}" for change in changes
-    ]
+    changes = [f"model.init_args.{places.get(change.split('=')[0], 'objective.init_args')}.{change}" for change in changes]
     with pytest.raises(SystemExit):
         runs.fit(name, "cold_start", *changes)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

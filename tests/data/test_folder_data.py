@@ -110,9 +110,7 @@ BAD = {"truncated.jpg", "noimage.png", "big.png", "bomb.png"}
 
 
 def module(folder, **options):
-    return ImageFolderData(
-        str(folder), image_size=8, **{"num_workers": 0, "val_share": 0.0, "test_share": 0.0, **options}
-    )
+    return ImageFolderData(str(folder), image_size=8, **{"num_workers": 0, "val_share": 0.0, "test_share": 0.0, **options})
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -166,9 +164,7 @@ def test_splits_are_disjoint_stable_and_of_the_asked_size(tmp_path):
     assert sum(map(len, share.values())) == 4000
     assert abs(len(share["val"]) - 400) < 80
     assert abs(len(share["test"]) - 800) < 110
-    assert all(
-        split_of(name, 0.1, 0.0) == "train" for name in share["train"]
-    )  # a smaller share moves nothing into others
+    assert all(split_of(name, 0.1, 0.0) == "train" for name in share["train"])  # a smaller share moves nothing into others
 
 
 @pytest.mark.filterwarnings("ignore:unreadable")

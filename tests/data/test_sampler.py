@@ -49,11 +49,7 @@ def test_every_epoch_and_seed_has_its_own_order():
 @given(count=COUNT, batch=BATCH, world=WORLD)
 def test_evaluation_sees_every_image_once_in_as_many_batches_on_every_rank(count, batch, world):
     ranks = [list(EvalBatches(count, batch, rank, world)) for rank in range(world)]
-    assert (
-        {len(batches) for batches in ranks}
-        == {-(-count // (batch * world))}
-        == {len(EvalBatches(count, batch, 0, world))}
-    )
+    assert {len(batches) for batches in ranks} == {-(-count // (batch * world))} == {len(EvalBatches(count, batch, 0, world))}
     assert all(1 <= len(positions) <= batch for batches in ranks for positions in batches)
     seen = sorted(position for batches in ranks for positions in batches for position in positions)
     assert set(seen) == set(range(count))
@@ -171,9 +167,7 @@ def test_overfit_batches_repeats_the_same_images(tmp_path):
 def fit_and_predict(rank, folder):
     module = Trivial()
     options = {"devices": 2, "strategy": "ddp", "enable_checkpointing": False}
-    trainer(folder, **options).fit(
-        module, data()
-    )  # Lightning's own samplers are on by default: they must not interfere
+    trainer(folder, **options).fit(module, data())  # Lightning's own samplers are on by default: they must not interfere
     predicted = trainer(folder, **options).predict(Trivial(), data())
     return module.seen, [i for batch in predicted for i in batch]
 

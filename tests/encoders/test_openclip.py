@@ -63,9 +63,7 @@ def test_local_dir_and_longclip_file_give_the_same_image_tower(tiny, tmp_path):
         "positional_embedding": torch.ones(248, 32),
     }
     torch.save(longer, tmp_path / "longclip.pt")
-    torch.testing.assert_close(
-        OpenCLIPEncoder("tiny-clip-quickgelu", str(tmp_path / "longclip.pt")).embed(images), expected
-    )
+    torch.testing.assert_close(OpenCLIPEncoder("tiny-clip-quickgelu", str(tmp_path / "longclip.pt")).embed(images), expected)
     with pytest.raises(ValueError, match="tiny-clip-quickgelu"):
         OpenCLIPEncoder("tiny-clip", str(tmp_path / "longclip.pt")).load()
 

@@ -203,6 +203,7 @@ def test_a_run_weighs_its_actions_for_the_samplers_gap(build, trainer, level):
 
 def test_entropies_of_a_run_reach_the_loss(build, trainer):
     """An entropy bonus alone moves the weights; nothing else does where all advantages are 0."""
+
     class Same(Parity):
         def __call__(self, sources_BCHW, reconstructions_NCHW, texts):
             return torch.ones(len(sources_BCHW), len(texts) // len(sources_BCHW))

@@ -49,9 +49,7 @@ def test_value_and_gradient_match_log_softmax(temperature, banned, bias, trained
     banned = None if banned is None else torch.tensor(banned)
     if banned is not None:
         ids = torch.where(torch.isin(ids, banned), 0, ids)
-    leaves = [hidden.requires_grad_()] + [
-        t.requires_grad_() for t in (weight, bias_V) if trained_head and t is not None
-    ]
+    leaves = [hidden.requires_grad_()] + [t.requires_grad_() for t in (weight, bias_V) if trained_head and t is not None]
     logp, entropy = token_logprobs(hidden, weight, ids, temperature, chunk, banned, bias_V)
     expected, expected_entropy = whole(hidden, weight, ids, temperature, banned, bias_V)
     assert_close(logp, expected, atol=1e-12, rtol=1e-12)
@@ -103,9 +101,7 @@ def test_value_and_gradient_match_plain_loops(banned, trained_head):
 def test_gradcheck(trained_head):
     hidden, weight, ids, _, bias_V = problem(1, bias=True, m=4, d=3, v=5)
     leaves = (hidden.requires_grad_(), weight.requires_grad_(trained_head), bias_V.requires_grad_(trained_head))
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: token_logprobs(h, w, ids, 0.8, 3, torch.tensor([1]), b)[0].clamp(min=-50), leaves
-    )
+    assert torch.autograd.gradcheck(lambda h, w, b: token_logprobs(h, w, ids, 0.8, 3, torch.tensor([1]), b)[0].clamp(min=-50), leaves)
 
 
 @pytest.mark.parametrize("trained_head", [False, True])

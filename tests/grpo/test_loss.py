@@ -159,9 +159,7 @@ def test_rows_permute_and_padding_is_invisible(variant, more, seed):
     shuffled = [t[order] for t in (logp, old, advantage, mask, ref)], [t[order] for t in (weights, entropy)]
     assert_close(loss(*shuffled[0], None, *shuffled[1]).loss, before)
     for side in ((3, 0), (0, 3)):
-        logp_, old_, mask_, ref_, *extras = (
-            torch.nn.functional.pad(t, side) for t in (logp, old, mask, ref, weights, entropy)
-        )
+        logp_, old_, mask_, ref_, *extras = (torch.nn.functional.pad(t, side) for t in (logp, old, mask, ref, weights, entropy))
         assert_close(loss(logp_, old_, advantage, mask_, ref_, None, *extras).loss, before)
 
 
@@ -291,9 +289,7 @@ def test_settings_come_from_yaml_and_are_frozen():
         loss.beta = 1.0
 
 
-@pytest.mark.parametrize(
-    ("aggregation", "window"), [("grpo", "none"), ("dr_grpo", "none"), ("bnpo", "local"), ("dapo", "global")]
-)
+@pytest.mark.parametrize(("aggregation", "window"), [("grpo", "none"), ("dr_grpo", "none"), ("bnpo", "local"), ("dapo", "global")])
 def test_a_loss_says_whose_window_it_divides_by(aggregation, window):
     loss = GRPOLoss(aggregation=aggregation, max_tokens=5)
     assert loss.window == window

@@ -63,9 +63,7 @@ def check_loss(module: types.ModuleType) -> None:
         weights, entropy = (values.masked_fill(junk, math.nan) for values in case.extras())
         terms = module.GRPOLoss(0.1, 0.28, **variant)(logp, old, advantage, mask, ref, normalizer, weights, entropy)
         terms.loss.backward()
-        expected = reference.loss_and_gradient(
-            case, eps_low=0.1, eps_high=0.28, normalizer=normalizer, weighted=True, **variant
-        )
+        expected = reference.loss_and_gradient(case, eps_low=0.1, eps_high=0.28, normalizer=normalizer, weighted=True, **variant)
         assert_close(logp.grad, torch.tensor(expected["gradient"], dtype=torch.float64), atol=1e-9, rtol=0)
         for name in ("loss", "policy", "kl", "clip_fraction", "ratio_mean", "ratio_max"):
             assert abs(getattr(terms, name).item() - expected[name]) < 1e-9, name
@@ -108,10 +106,7 @@ def check_logprobs(module: types.ModuleType) -> None:
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     hidden, weight, bias, upstream = draw(5, 3), draw(7, 3), draw(7), draw(5)
     ids, banned = torch.tensor([0, 3, 6, 3, 1]), [2, 5]
-    rows = [
-        reference.token_logprob(hidden[m].tolist(), weight.tolist(), ids[m].item(), 0.7, banned, bias.tolist())
-        for m in range(5)
-    ]
+    rows = [reference.token_logprob(hidden[m].tolist(), weight.tolist(), ids[m].item(), 0.7, banned, bias.tolist()) for m in range(5)]
     for trained in (False, True):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
         logp, entropy = module.token_logprobs(*leaves, ids, 0.7, 2, torch.tensor(banned), bias)

@@ -137,9 +137,7 @@ def test_rows_that_are_left_out_are_left_out_of_the_divisor(aggregation, sizes):
     mask[left] = 0.0
     kept = [row for row in range(8) if row not in left]
     expected = loss(*(t[kept] for t in (logp, old, advantage, mask, ref))).loss
-    total = sum(
-        loss(*(t[rows] for t in (logp, old, advantage, mask, ref)), len(kept)).loss for rows in torch.arange(8).split(sizes)
-    )
+    total = sum(loss(*(t[rows] for t in (logp, old, advantage, mask, ref)), len(kept)).loss for rows in torch.arange(8).split(sizes))
     assert_close(total, expected, atol=1e-12, rtol=0)
 
 

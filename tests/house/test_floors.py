@@ -112,9 +112,7 @@ def test_a_folder_holds_about_a_dozen_files():
 
 def test_the_walk_sees_imports_of_every_kind(tmp_path):
     file = tmp_path / "file.py"
-    file.write_text(
-        "import uae.strategy\nfrom uae import measure\ndef f():\n    from uae.data.folder import x\nimport torch\n"
-    )
+    file.write_text("import uae.strategy\nfrom uae import measure\ndef f():\n    from uae.data.folder import x\nimport torch\n")
     assert list(imported(file)) == ["uae.strategy", "uae.measure", "uae.data.folder"]
 
 
@@ -165,9 +163,7 @@ def test_no_machine_is_named():
     assert not [short(path) for path in texts if absolute.search(path.read_text())]
 
 
-@pytest.mark.parametrize(
-    "path", sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/pretrain").glob("*.yaml")]), ids=short
-)
+@pytest.mark.parametrize("path", sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/pretrain").glob("*.yaml")]), ids=short)
 def test_a_complete_run_says_what_it_is(path):
     heads = [line.split(":")[0] for line in path.read_text().splitlines()[:4]]
     assert heads == ["# What", "# Hardware", "# Command", "# Expect"]

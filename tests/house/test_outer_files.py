@@ -109,7 +109,7 @@ def test_the_development_container_and_the_templates_can_be_read() -> None:
         ids = [field["id"] for field in form["body"]]
         assert len(set(ids)) == len(ids)
     hooks = [hook["id"] for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"] for hook in repo["hooks"]]
-    assert {"ruff-check", "nbstripout", "codespell"} <= set(hooks)
+    assert {"ruff-check", "ruff-format", "nbstripout", "codespell"} <= set(hooks)
 
 
 def test_the_version_and_the_licence_are_the_same_everywhere() -> None:

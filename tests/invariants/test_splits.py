@@ -56,9 +56,7 @@ def test_mini_batches_with_accumulation(system, build, trainer, name):
     for mini_batches in (2, 8):
         split = after_one_step(build, trainer, mini_batches, **VARIANTS[name])
         for parameter in whole:
-            torch.testing.assert_close(
-                split[parameter], whole[parameter], atol=1e-6, rtol=0, msg=lambda m: f"{name} {m}"
-            )
+            torch.testing.assert_close(split[parameter], whole[parameter], atol=1e-6, rtol=0, msg=lambda m: f"{name} {m}")
 
 
 def test_windows_of_a_part_of_the_rollout(build, trainer):

@@ -104,7 +104,7 @@ def test_weights_and_biases_gets_everything(fit, wandb):
         for tag, value in values.items():
             logged.setdefault(tag, []).append((values["trainer/global_step"], value))
     assert [step for step, _ in logged["panel/image_1"]] == [0, 2]
-    (kind, _size), = logged["panel/image_4"][0][1]
+    ((kind, _size),) = logged["panel/image_4"][0][1]
     assert kind == "image"
     kind, table = logged["panel/captions"][0][1]
     assert kind == "table"

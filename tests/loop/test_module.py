@@ -152,9 +152,7 @@ def test_rollouts_are_numbered_from_the_start_of_the_run(build, trainer, monkeyp
     seen, honest = [], module_file.roll_out
     monkeypatch.setattr(module_file, "roll_out", lambda *a: seen.append(a[4]) or honest(*a))
     module = build(mini_batches=2, num_iterations=2)
-    trainer(max_steps=steps, accumulate_grad_batches=accumulate).fit(
-        module, data(train_size=8)
-    )  # epochs of two rollouts
+    trainer(max_steps=steps, accumulate_grad_batches=accumulate).fit(module, data(train_size=8))  # epochs of two rollouts
     assert seen == expected
 
 
@@ -242,9 +240,7 @@ def test_a_conditioner_may_share_the_policys_weights(build, trainer, system):
         def build(self):
             umm = system.build()
             model = umm.captioner.learner.network.base.model.language_model
-            conditioner = HiddenStateConditioner(
-                model, umm.captioner.processor.tokenizer, mlp_projector(128, 64, 32), "{caption} a"
-            )
+            conditioner = HiddenStateConditioner(model, umm.captioner.processor.tokenizer, mlp_projector(128, 64, 32), "{caption} a")
             return UMM(umm.captioner, conditioner, umm.renderer)
 
     plain, module = build(), build(system=Shared())

@@ -67,9 +67,7 @@ def test_activations_are_what_autograd_keeps(name, finetune, recompute, mode, co
     assert found / 1.2 < estimate < found * 1.2
 
 
-@pytest.mark.parametrize(
-    ("system", "length", "codes"), [(JanusPro(), 576, 16384), (Emu3(height=64, width=128), 8 * 17 - 1, 32768)]
-)
+@pytest.mark.parametrize(("system", "length", "codes"), [(JanusPro(), 576, 16384), (Emu3(height=64, width=128), 8 * 17 - 1, 32768)])
 def test_rows_by_what_trains(system, length, codes):
     """Two images x 3 captions x 2 reconstructions in 2 mini-batches; prompts of 12 + 64 tokens."""
     rows = {

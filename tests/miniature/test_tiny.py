@@ -41,9 +41,7 @@ def test_a_changed_byte_is_noticed(folder):
     content = bytearray(file.read_bytes())
     content[1234] ^= 1
     file.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"differ from checksums.json: captioner/model.safetensors; run `make pretrain`"
-    ):
+    with pytest.raises(ValueError, match=r"differ from checksums.json: captioner/model.safetensors; run `make pretrain`"):
         verify(folder)
 
 
@@ -70,9 +68,7 @@ def test_no_weights_at_all_say_what_to_do(tmp_path):
 def test_every_word_is_one_token_and_captions_survive_them():
     words, rng = tiny.tokenizer(), random.Random(0)
     assert len({words.convert_tokens_to_ids(word) for word in WORDS}) == len(WORDS)
-    assert words.unk_token_id not in {
-        words.convert_tokens_to_ids(word) for word in tiny.VOCABULARY[:-1] if word != tiny.UNKNOWN
-    }
+    assert words.unk_token_id not in {words.convert_tokens_to_ids(word) for word in tiny.VOCABULARY[:-1] if word != tiny.UNKNOWN}
     for _ in range(200):
         caption = describe(sample_scene(rng))
         ids = words(caption, add_special_tokens=False)["input_ids"]
@@ -81,9 +77,7 @@ def test_every_word_is_one_token_and_captions_survive_them():
 
 
 def test_an_image_is_one_token_per_cell():
-    inputs = tiny.processor()(
-        text=["<|image_pad|>"], images=[torch.zeros(3, 24, 24, dtype=torch.uint8)], return_tensors="pt"
-    )
+    inputs = tiny.processor()(text=["<|image_pad|>"], images=[torch.zeros(3, 24, 24, dtype=torch.uint8)], return_tensors="pt")
     assert inputs["input_ids"].tolist() == [[tiny.VOCABULARY.index(tiny.IMAGE)] * 9]
 
 
@@ -151,9 +145,7 @@ def test_the_captioner_starts_valid_terse_and_mostly_right(umm, scenes):
 def test_the_decoder_draws_what_detailed_captions_say(umm, scenes):
     images = umm.renderer.render(umm.conditioner.encode([describe(scene) for scene in scenes]), range(96))
     assert 0.25 < agreement(detect(images), scenes)["whole"] < 0.6  # as reliable as the captions it learned from
-    others = umm.renderer.render(
-        umm.conditioner.encode([describe(scene) for scene in scenes[1:] + scenes[:1]]), range(96)
-    )
+    others = umm.renderer.render(umm.conditioner.encode([describe(scene) for scene in scenes[1:] + scenes[:1]]), range(96))
     assert agreement(detect(others), scenes)["whole"] < 0.05
 
 

@@ -113,9 +113,7 @@ def test_a_janus_is_loaded_as_it_was_saved(tmp_path):
     by_name = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
     for other in (loaded, by_name):
         assert other.dtype == torch.float32
-        expected = (
-            model.float().state_dict()
-        )  # what was written is rounded to half precision; in memory it is then, too
+        expected = model.float().state_dict()  # what was written is rounded to half precision; in memory it is then, too
         assert other.state_dict().keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
     assert words.chat_template == tiny_janus.CHAT_TEMPLATE

@@ -23,9 +23,7 @@ def create(family, **settings):
         model, words = globals()[family](**settings)
         for name, weight in model.named_parameters():
             if weight.ndim > 1:  # large enough that the image and every word matter
-                torch.nn.init.normal_(
-                    weight, 0, 0.1 if "embed" in name or "lm_head" in name else 1.2 / weight[0].numel() ** 0.5
-                )
+                torch.nn.init.normal_(weight, 0, 0.1 if "embed" in name or "lm_head" in name else 1.2 / weight[0].numel() ** 0.5)
         model.generation_config.eos_token_id = IDS["<|im_end|>"]
         model.generation_config.pad_token_id = IDS["<|endoftext|>"]
     captioner = HFCaptioner(model.eval(), words, INSTRUCTION)
@@ -105,9 +103,7 @@ def llava(layers=2):
     vision = CLIPVisionConfig(
         image_size=24, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IDS[IMAGE])
-    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=IDS[IMAGE]))
     side = {"height": 24, "width": 24}
     pixels = CLIPImageProcessor(size=side, crop_size=side)
     words = LlavaProcessor(

@@ -155,9 +155,7 @@ def test_uae_loads_like_the_official_demo(checkpoints):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder / "llm", dtype=torch.float32, output_loading_info=True
-        )
+        model, report = AutoModelForImageTextToText.from_pretrained(folder / "llm", dtype=torch.float32, output_loading_info=True)
     assert set(report["unexpected_keys"]) == {f"projector.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")}
     shards = [load_file(folder / "llm_lora" / f"model-{i:05}-of-00003.safetensors") for i in (1, 2, 3)]
     tuned = {name: tensor for shard in shards for name, tensor in shard.items()}

@@ -29,7 +29,7 @@ def folder(tmp_path):
     summary = {"before": before, "after": {EVIL: 0.5}, "steps": 30, "seconds": 65.0, "stages": {EVIL: 13.0}}
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "run.json").write_text(json.dumps({"run_name": EVIL, "labels": "full", "started": EVIL}))
-    callbacks = '[{class_path: callbacks.health.Health, init_args: {max_kl: 1.0, patience: 10}}]'
+    callbacks = "[{class_path: callbacks.health.Health, init_args: {max_kl: 1.0, patience: 10}}]"
     (run / "config.yaml").write_text(
         f"trainer: {{max_steps: 40, callbacks: {callbacks}}}\nmodel:\n  init_args:\n    train: '{EVIL}'\n    group: 8\n"
     )

@@ -96,9 +96,7 @@ def test_weighted_sum_and_missing_parts(rollout):
     torch.testing.assert_close(result.parts["a"], parts["a"].reward_BG, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    ("parts", "weights", "named"), [("ab", "bc", ["a", "c"]), ("a", "", ["a"]), ("", "c", ["c"]), ("", "", [])]
-)
+@pytest.mark.parametrize(("parts", "weights", "named"), [("ab", "bc", ["a", "c"]), ("a", "", ["a"]), ("", "c", ["c"]), ("", "", [])])
 def test_parts_and_weights_must_match(parts, weights, named):
     keys = r"model\.init_args\.reward\.init_args\.parts and model\.init_args\.reward\.init_args\.weights"
     with pytest.raises(ValueError, match=keys) as error:

@@ -44,9 +44,7 @@ def trainer(strategy, folder, max_steps=4, **options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     devices = 1 if strategy == "auto" else 2
     options = {"enable_checkpointing": False, "limit_val_batches": 0, "inference_mode": False, **quiet, **options}
-    return L.Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy, default_root_dir=folder, max_steps=max_steps, **options
-    )
+    return L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, default_root_dir=folder, max_steps=max_steps, **options)
 
 
 def run(strategy, folder, finetune, accumulate=1, ckpt_path=None, optimizer=None, callbacks=(), **options):
@@ -155,9 +153,7 @@ def test_shards_hold_what_trains_and_resume_exactly(tmp_path):
         assert_continues(resumed, straight)
         assert "model.init_args.finetune" in refusal
     stored = FileSystemReader(tmp_path / "step=2.ckpt").read_metadata().state_dict_metadata
-    assert {key.removeprefix("state_dict.") for key in stored if key.startswith("state_dict.")} == set(
-        straight["weights"]
-    )
+    assert {key.removeprefix("state_dict.") for key in stored if key.startswith("state_dict.")} == set(straight["weights"])
     assert not any("visual" in key or "lm_head" in key for key in stored)  # frozen; tied to what trains
 
 
@@ -240,9 +236,7 @@ def test_unsharded_leaves_an_ordinary_module_alone():
         assert type(ordinary.weight) is torch.nn.Parameter
 
 
-@pytest.mark.parametrize(
-    "strategy", [FSDPStrategy(), ModelParallelStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)], ids=type
-)
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)], ids=type)
 def test_strategies_that_divide_otherwise_are_refused(strategy):
     with pytest.raises(ValueError, match=rf"trainer\.strategy is {type(strategy).__name__}; allowed: auto, ddp, fsdp2"):
         refuse_other_sharding(strategy)

@@ -66,9 +66,7 @@ def run(finetune, accumulate, options):
 def run_kinds(rank, folder, kinds, options):
     os.chdir(folder)
     return {
-        (kind, scenario): run(*scenario, [*chosen, *options])
-        for kind, (chosen, scenarios) in kinds.items()
-        for scenario in scenarios
+        (kind, scenario): run(*scenario, [*chosen, *options]) for kind, (chosen, scenarios) in kinds.items() for scenario in scenarios
     }
 
 
@@ -134,9 +132,7 @@ def test_a_rollout_gathers_every_module_once_however_many_tokens(two, kind, scen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "scenario"), [*SHARDED, *(("ddp", scenario) for scenario in SCENARIOS)], ids=str
-)
+@pytest.mark.parametrize(("kind", "scenario"), [*SHARDED, *(("ddp", scenario) for scenario in SCENARIOS)], ids=str)
 def test_the_plan_knows_every_byte_that_is_sent(two, kind, scenario):
     result = two[kind, scenario]
     assert sum(result["planned"].values()) > 50_000

@@ -27,14 +27,10 @@ def test_a_row_of_the_document_is_what_its_command_prints(monkeypatch):
     speeds = argparse.Namespace(local_gbs=float(local), network_gbs=float(network), tflops=float(speed))
     name = "Janus-Pro-7B, full"
     assert scaling.row(name, 64, "fsdp2 by 8", speeds) in DOC.splitlines()
-    assert {line.split(" | ")[0] for line in DOC.splitlines() if " | one GPU | " in line} == {
-        f"| {run}" for run in scaling.RUNS
-    }
+    assert {line.split(" | ")[0] for line in DOC.splitlines() if " | one GPU | " in line} == {f"| {run}" for run in scaling.RUNS}
 
 
-@pytest.mark.parametrize(
-    ("kind", "sent"), [("all-gather", 750.0), ("reduce-scatter", 750.0), ("all-reduce", 1500.0)]
-)
+@pytest.mark.parametrize(("kind", "sent"), [("all-gather", 750.0), ("reduce-scatter", 750.0), ("all-reduce", 1500.0)])
 def test_a_ring_sends_all_but_ones_own_share(kind, sent):
     one = Exchange("", kind, whole=500, times=2, members=4)
     assert one.sent == sent

@@ -109,9 +109,7 @@ def write_uae(folder, start, trained_state):
     write_config(folder / "llm", start)
     write_shards(folder / "llm", state | first, count=2)
     if trained_state is not None:
-        write_shards(
-            folder / "llm_lora", trained_state | {f"projector.{k}": v for k, v in projector().items()}, index=False
-        )
+        write_shards(folder / "llm_lora", trained_state | {f"projector.{k}": v for k, v in projector().items()}, index=False)
 
 
 def sd3_transformer(seed=0):

@@ -27,9 +27,7 @@ def uae_language_model(folder):
     shards = {}
     for file in sorted((folder / "llm_lora").glob("model-*.safetensors")):
         shards |= load_file(file)
-    projector = {
-        key.split("projector.")[1]: value for key, value in shards.items() if "projector." in key and "lora_" not in key
-    }
+    projector = {key.split("projector.")[1]: value for key, value in shards.items() if "projector." in key and "lora_" not in key}
     parameters = dict(model.named_parameters())
     adapted = 0
     for name, parameter in parameters.items():
@@ -73,8 +71,7 @@ def euler(transformer, vae, scheduler, condition, negative, guidance, seed, size
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     for t, now, then in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False):
         good, bad = (
-            transformer(x, encoder_hidden_states=e, pooled_projections=p, timestep=t[None]).sample
-            for e, p in (condition, negative)
+            transformer(x, encoder_hidden_states=e, pooled_projections=p, timestep=t[None]).sample for e, p in (condition, negative)
         )
         x = x + (then - now) * (bad + guidance * (good - bad))
     image = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample

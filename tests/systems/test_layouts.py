@@ -27,9 +27,7 @@ def official_names():
         "inner": lambda name: name,
         "inner, old": lambda name: cases.old_wrapped_name(name).replace("model.base_model.model.visual.", "visual."),
         "whole": lambda name: (
-            name.replace("model.base_model.model.", "base_model.model.model.")
-            if "base_model" in name
-            else f"base_model.model.{name}"
+            name.replace("model.base_model.model.", "base_model.model.model.") if "base_model" in name else f"base_model.model.{name}"
         ),
         "whole, old": lambda name: "base_model.model." + cases.old_name(name.replace("base_model.model.", "")),
     }
@@ -65,9 +63,7 @@ def test_uae_merges_in_the_dtype_asked_for(tmp_path, trained):
     cases.write_uae(tmp_path, cases.language_model().to(torch.bfloat16), state)
     name = "model.language_model.layers.0.self_attn.q_proj"
     wrapped = name.replace("model.", "model.base_model.model.", 1)
-    A, B, weight = (
-        state[f"{wrapped}.{part}.weight"].double() for part in ("lora_A.default", "lora_B.default", "base_layer")
-    )
+    A, B, weight = (state[f"{wrapped}.{part}.weight"].double() for part in ("lora_A.default", "lora_B.default", "base_layer"))
     expected = weight + B @ A * 64 / cases.RANK
     found = uae_language_model(tmp_path, torch.float32)[0].get_parameter(f"{name}.weight").detach()
     close(found, expected.float(), 1e-5)
@@ -210,9 +206,7 @@ def test_a_wrong_uniworld_checkpoint_is_refused(tmp_path):
     cases.write_uniworld(tmp_path, cases.language_model(tied=False), cases.flux_transformer())
     shutil.copytree(tmp_path, tmp_path.parent / "plain")
     edit(tmp_path, renamed("denoise_tower.denoiser.proj_out", "denoise_tower.denoiser.final"))
-    with pytest.raises(
-        ValueError, match=r"denoise_tower.denoiser does not fit FluxTra.*missing 2 of proj_out.*unexpected 2 of final"
-    ):
+    with pytest.raises(ValueError, match=r"denoise_tower.denoiser does not fit FluxTra.*missing 2 of proj_out.*unexpected 2 of final"):
         uniworld_transformer(tmp_path, torch.float32)
     edit(tmp_path, without("lm_head"))
     with pytest.raises(ValueError, match="missing 1 of lm_head"):
@@ -223,10 +217,7 @@ def test_a_wrong_uniworld_checkpoint_is_refused(tmp_path):
 
 
 def test_uniworld_parts_copy_nothing():
-    state = {
-        name: torch.zeros(1)
-        for name in ("visual.a", "lm_head.weight", "denoise_tower.denoiser.b.c", "denoise_tower.x.0.bias")
-    }
+    state = {name: torch.zeros(1) for name in ("visual.a", "lm_head.weight", "denoise_tower.denoiser.b.c", "denoise_tower.x.0.bias")}
     parts = uniworld_parts(state)
     assert parts.language_model == {name: state[name] for name in ("visual.a", "lm_head.weight")}
     assert parts.projectors["x"]["0.bias"] is state["denoise_tower.x.0.bias"]
@@ -258,9 +249,7 @@ def test_openuni_is_taken_apart():
 
 def test_openuni_adapters_are_merged():
     transformer = cases.sd3_transformer()
-    transformer.add_adapter(
-        peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"])
-    )
+    transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"]))
     expected = cases.sd3_output(transformer)
     parts = openuni_parts(openuni_state() | {f"transformer.{k}": v for k, v in transformer.state_dict().items()})
     plain = cases.sd3_transformer(seed=9)

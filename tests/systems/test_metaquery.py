@@ -31,10 +31,7 @@ def test_queries_are_the_last_words_of_the_vocabulary(mirrored, tmp_path):
     umm = MetaQuery(str(tmp_path), QWEN, SANA, **small(guidance=3.0)).build()
     condition = umm.conditioner.encode(CAPTIONS)
     for row, caption in enumerate(CAPTIONS):
-        prompt = (
-            f"<|im_start|>system\n{METAQUERY_SYSTEM}<|im_end|>\n<|im_start|>user\n{caption}<|im_end|>\n"
-            "<|im_start|>assistant\n\n"
-        )
+        prompt = f"<|im_start|>system\n{METAQUERY_SYSTEM}<|im_end|>\n<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n\n"
         ids_L = words(prompt, return_tensors="pt", add_special_tokens=False).input_ids[0]
         inputs = torch.cat([table_VD[ids_L], added_QD[:1], added_QD[2:], added_QD[1:2]])  # begin, queries, end
         states = model.model.language_model(inputs_embeds=inputs[None]).last_hidden_state[:, -QUERIES - 1 : -1]

@@ -32,7 +32,7 @@ def run(mirrored, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["uae", "metaquery"])
 @pytest.mark.parametrize("weights", ["live", "start"])
 def test_condition_weights(run, name, weights):
-    """"live" reads captions with the trained policy; for "start", training never happened."""
+    """With "live", captions are read by the trained policy; for "start", training never happened."""
     trained = run(name, f"{SYSTEM}.condition_weights={weights}", RATE, "--model.init_args.loss.beta=0")
     system = trained.model.system
     with torch.no_grad():

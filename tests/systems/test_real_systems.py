@@ -59,9 +59,7 @@ def test_uae(mirrored):
         return plain.mlp(projector, plain.final_states(model, words, plain.chatml("generate", text)), F.gelu), pooled
 
     for caption, seed, image in zip(CAPTIONS, SEEDS, images, strict=True):
-        expected = plain.euler(
-            transformer, vae, scheduler, condition(caption), condition(NEGATIVE), 5.0, seed, size=32, steps=2
-        )
+        expected = plain.euler(transformer, vae, scheduler, condition(caption), condition(NEGATIVE), 5.0, seed, size=32, steps=2)
         torch.testing.assert_close(image, expected, **CLOSE)
     assert (images[0] - images[1]).abs().mean() > 1e-3
 

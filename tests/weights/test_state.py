@@ -74,9 +74,7 @@ def test_a_pickle_with_code_is_refused(tmp_path, tensors, capsys):
     for zipped in (True, False):
         file = tmp_path / f"{zipped}.pth"
         torch.save({**tensors, "extra": Runs()}, file, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(
-            ValueError, match=rf"{file.name}.*would run code.*convert it.*{zipped}\.safetensors"
-        ) as refusal:
+        with pytest.raises(ValueError, match=rf"{file.name}.*would run code.*convert it.*{zipped}\.safetensors") as refusal:
             read_state(file)
         assert "\n" not in str(refusal.value)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Runs()))
@@ -95,9 +93,7 @@ def test_a_damaged_file_is_named(tmp_path, tensors, name, content):
         torch.save(tensors, file, _use_new_zipfile_serialization=name == "x.pth")
     whole = file.read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-    file.write_bytes(
-        {"half": whole[: len(whole) // 2], "empty": b"", "text": b"hello " * 9, "pointer": pointer}[content]
-    )
+    file.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "text": b"hello " * 9, "pointer": pointer}[content])
     with pytest.raises(ValueError, match=rf"{name}.*truncated or damaged") as refusal:
         read_state(tmp_path)
     assert "\n" not in str(refusal.value)

@@ -78,9 +78,7 @@ def paired_differences(
     return {name: difference for name, difference in found.items() if difference is not None}
 
 
-def paired_difference(
-    ours: Sequence[Case], other: Sequence[Case], resamples: int = 1000, seed: int = 0
-) -> Difference | None:
+def paired_difference(ours: Sequence[Case], other: Sequence[Case], resamples: int = 1000, seed: int = 0) -> Difference | None:
     """Difference of two systems' means over their common cases.
 
     Returns:

@@ -218,9 +218,7 @@ def _age(path: Path) -> tuple[int, str]:
 
 def _check_presence(path: Path) -> None:
     if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(
-            f"checkpoint {str(path)!r} is a link to {os.readlink(path)!r}, which is gone: use --ckpt_path last"
-        )
+        raise FileNotFoundError(f"checkpoint {str(path)!r} is a link to {os.readlink(path)!r}, which is gone: use --ckpt_path last")
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}: correct ckpt_path")
     if path.is_file() and not path.stat().st_size:

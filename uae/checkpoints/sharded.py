@@ -37,9 +37,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The trainable parameters: this process's shards, or all of them on the first process and nothing on the others."""
-        options = StateDictOptions(
-            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
-        )
+        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True)
         return trainable_state(self._network, get_model_state_dict(self._network, options=options))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

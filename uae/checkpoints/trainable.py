@@ -35,11 +35,7 @@ def check_trainable_state(module: nn.Module, state: Mapping[str, Any], path: str
         "unexpected": sorted(found.keys() - expected.keys()),
         "of another shape": sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
     }
-    faults = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        for what, names in wrong.items()
-        if names
-    ]
+    faults = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for what, names in wrong.items() if names]
     if faults:
         name = f"checkpoint {str(path)!r}" if path else "the checkpoint"
         raise ValueError(

@@ -40,9 +40,7 @@ def _check_names(theirs: list[str]) -> None:
         for name, file in ours.items():
             for other in (place / f"{name}.py", place / name / "__init__.py"):
                 if other.is_file():
-                    raise ValueError(
-                        f"{other} has the name of {file}, and both are imported as {NAME}.{name}: rename your own"
-                    )
+                    raise ValueError(f"{other} has the name of {file}, and both are imported as {NAME}.{name}: rename your own")
 
 
 def _load(spec: ModuleSpec) -> None:

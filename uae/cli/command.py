@@ -339,4 +339,3 @@ def main(args: list[str] | None = None) -> CLI:
     with one_line_errors():
         words = sys.argv[1:] if args is None else args
         return train_in_stages(words, OfAChain, Parsed) if asks_for_stages(words) else CLI(args)
-

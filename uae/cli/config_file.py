@@ -22,6 +22,4 @@ def check_config_file(path: str | os.PathLike[str]) -> None:
         raise TypeError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
         kinds = {yaml.SequenceNode: "is a list", yaml.ScalarNode: "is a single value"}
-        raise TypeError(
-            f"--config {path} {kinds.get(type(root), 'is empty')}; allowed: keys with values, as in configs/"
-        )
+        raise TypeError(f"--config {path} {kinds.get(type(root), 'is empty')}; allowed: keys with values, as in configs/")

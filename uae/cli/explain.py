@@ -75,9 +75,7 @@ def _plain(problem: str, message: str) -> str:
     if problem.startswith("Expected a") and (choices := re.findall(r"Expected a typing\.Literal\[(.*?)\]", message)):
         problem = f"expected one of {', '.join(choices)}"
     problem = re.sub(r"Expected (?:an? )?<class '(?:\w+\.)*(\w+)'>", r"expected \1", problem).rstrip(".")
-    problem = re.sub(
-        r"Expected a dot import path string: (.*)", r"expected the dotted name of a class, got \1", problem
-    )
+    problem = re.sub(r"Expected a dot import path string: (.*)", r"expected the dotted name of a class, got \1", problem)
     problem = re.sub(
         r"Import path (\S+) does not implement protocol (\w+)",
         r"\1 does not implement protocol \2; allowed: a class that has the methods of \2 with the same arguments and annotations "
@@ -85,9 +83,7 @@ def _plain(problem: str, message: str) -> str:
         problem,
     )
     given = value or "".join(re.findall(r"Given value: (.*)", message)[:1]).partition(". Got value: ")[0]
-    return (
-        f"{problem}, got {given[:80]}" if problem.startswith("expected") and given and "got" not in problem else problem
-    )
+    return f"{problem}, got {given[:80]}" if problem.startswith("expected") and given and "got" not in problem else problem
 
 
 def _unknown_key(place: str, owner: str, known: Iterable[str], key: str, group: str | None = None) -> str:

@@ -53,20 +53,13 @@ def check_accelerator(trainer: Mapping[str, Any]) -> None:
 
 def _check_run_name(name: str) -> None:
     parts = name.split("/")
-    if (
-        not all(parts)
-        or {".", ".."} & set(parts)
-        or any(part.startswith(("-", "~")) for part in parts)
-        or not name.isprintable()
-    ):
+    if not all(parts) or {".", ".."} & set(parts) or any(part.startswith(("-", "~")) for part in parts) or not name.isprintable():
         raise ValueError(
             f"run_name={name!r}; allowed: the name of a folder below outputs/, or several joined by '/', none of them empty, "
             "'.' or '..' and none beginning with '-' or '~'"
         )
     if longest := max((part for part in parts if len(part.encode()) > LONGEST_NAME), key=len, default=""):
-        raise ValueError(
-            f"run_name='{name[:40]}...' has a part of {len(longest.encode())} bytes; allowed: {LONGEST_NAME}"
-        )
+        raise ValueError(f"run_name='{name[:40]}...' has a part of {len(longest.encode())} bytes; allowed: {LONGEST_NAME}")
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:

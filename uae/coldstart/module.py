@@ -169,9 +169,7 @@ class ColdStart(L.LightningModule):
         optimizer = torch.optim.AdamW(parameters, self.learning_rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)
 
         def scale(step: int) -> float:
-            return min(1.0, (step + 1) / self.warmup) * (
-                0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.trainer.max_steps))
-            )
+            return min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.trainer.max_steps)))
 
         return resumable(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale))
 

@@ -83,11 +83,7 @@ def _load(module: nn.Module, file: Path) -> None:
     from uae.weights.state import read_state
 
     state = read_state(file)
-    wrong = [
-        name
-        for name, value in state.items()
-        if name not in (own := module.state_dict()) or own[name].shape != value.shape
-    ]
+    wrong = [name for name, value in state.items() if name not in (own := module.state_dict()) or own[name].shape != value.shape]
     if wrong:
         raise ValueError(
             f"{file} holds {wrong[0]}, but {type(module).__name__} has no parameter of that name and shape, so the file was "

@@ -146,9 +146,7 @@ def captions_of(batch: ImageBatch, objective: nn.Module) -> list[str]:
     return batch["caption"]
 
 
-def caption_rollout(
-    captioner: HFCaptioner, captions: list[str], context: VLMContext, max_tokens: int
-) -> Rollout[VLMContext]:
+def caption_rollout(captioner: HFCaptioner, captions: list[str], context: VLMContext, max_tokens: int) -> Rollout[VLMContext]:
     """Captions as a rollout with one caption per image: tokens ``[B, T]``, padded on the right.
 
     A caption ends with the end-of-sequence token unless it is cut at ``max_tokens``. Tokens that the policy never samples

@@ -70,9 +70,7 @@ def latents_of(renderer: DiffusersRenderer, images_NCHW: Tensor) -> Tensor:
         mean_C, std_C = (torch.tensor(x, device=latents.device) for x in (mean, config.latents_std))
         latents = (latents - mean_C[:, None, None]) / std_C[:, None, None]
     else:
-        latents = (latents - (getattr(config, "shift_factor", None) or 0.0)) * (
-            getattr(config, "scaling_factor", 1.0) or 1.0
-        )
+        latents = (latents - (getattr(config, "shift_factor", None) or 0.0)) * (getattr(config, "scaling_factor", 1.0) or 1.0)
     if hasattr(pipe, "_pack_latents"):
         return pipe._pack_latents(latents, *latents.shape)
     return latents

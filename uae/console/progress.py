@@ -91,9 +91,7 @@ class Progress(ProgressBar):
         """The rollout is over."""
         self._do(STAGES["update"])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count optimizer steps."""
         at_first = self._untold and (batch_idx + 1) % getattr(pl_module, "batches_per_rollout", 1) == 0
         if self._enabled and (self._due() or at_first):

@@ -26,9 +26,7 @@ def find_images(root: str | Path, key: str) -> Listing:
     found = list_files(root, key, SUFFIXES, _holds_captions)
     if not found.names:
         skipped = Tally(0, "files").skip(found.skipped)
-        raise FileNotFoundError(
-            f"{key}={str(root)!r} holds no image ({', '.join(sorted(SUFFIXES))}) but {skipped}: correct {key}"
-        )
+        raise FileNotFoundError(f"{key}={str(root)!r} holds no image ({', '.join(sorted(SUFFIXES))}) but {skipped}: correct {key}")
     return found
 
 

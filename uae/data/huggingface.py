@@ -105,9 +105,7 @@ def item_of(name: str, row: Mapping[str, object], columns: Columns) -> Item:
     return Item(name, content_of(value, Path(datasets.config.HF_CACHE_HOME)), columns.caption_of(row))
 
 
-def open_dataset(
-    root: str, subset: str | None, streaming: bool, columns: Columns, key: str
-) -> HuggingFaceTable | HuggingFaceShards:
+def open_dataset(root: str, subset: str | None, streaming: bool, columns: Columns, key: str) -> HuggingFaceTable | HuggingFaceShards:
     """Open one split of a data set without decoding its images.
 
     Args:
@@ -141,9 +139,7 @@ def open_dataset(
     for column in columns.names if found.column_names else []:
         if column not in found.column_names:
             given = "data.init_args.image_column and data.init_args.caption_column"
-            raise ValueError(
-                f"{key}={root!r} has no column {column!r} but {', '.join(found.column_names)}: correct {given}"
-            )
+            raise ValueError(f"{key}={root!r} has no column {column!r} but {', '.join(found.column_names)}: correct {given}")
     found = found.select_columns(columns.names)
     features = found.features or {}
     if isinstance(features.get(columns.image), datasets.Image):

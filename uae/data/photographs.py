@@ -170,8 +170,7 @@ class ImageFolderData(PhotographData):
         found = find_images(root, key)
         tally = Tally(len(found.names), "files").skip(found.skipped)
         names = [
-            found.names[position]
-            for position in self.part(len(found.names), lambda place: shown(found.names[place]), stage, shares)
+            found.names[position] for position in self.part(len(found.names), lambda place: shown(found.names[place]), stage, shares)
         ]
         tally.leave_out(len(found.names) - len(names), OTHER_SPLIT)
         captions = None if self.captions == "unread" else CaptionFiles(root, key)

@@ -49,9 +49,7 @@ class TrainBatches:
         ValueError: There are too few images for one batch on every process.
     """
 
-    def __init__(
-        self, count: int, batch_size: int, rank: int, world_size: int, seed: int = 0, shuffle: bool = True
-    ) -> None:
+    def __init__(self, count: int, batch_size: int, rank: int, world_size: int, seed: int = 0, shuffle: bool = True) -> None:
         self.count, self.batch_size, self.rank, self.world_size = count, batch_size, rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.epoch = self.start = 0

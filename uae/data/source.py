@@ -169,7 +169,5 @@ class PictureSource(Items):
             except (OSError, ValueError) as error:
                 self._failures[name] = f"{type(error).__name__}: {error}"[:300]
         if replace:
-            raise ValueError(
-                f"no image of these {len(self)} is readable; {name}: {self._failures[name]}: correct data.init_args.root"
-            )
+            raise ValueError(f"no image of these {len(self)} is readable; {name}: {self._failures[name]}: correct data.init_args.root")
         return None

@@ -36,9 +36,7 @@ class Shards(Protocol):
         ...
 
 
-def passable(
-    shards: Shards, shard: int, failures: dict[str, str], tallies: dict[str, Tally] | None = None
-) -> Iterator[Item]:
+def passable(shards: Shards, shard: int, failures: dict[str, str], tallies: dict[str, Tally] | None = None) -> Iterator[Item]:
     """The images of a shard up to where it is broken, without what is left out on purpose.
 
     Args:

@@ -74,9 +74,7 @@ def peers(count: int) -> list[Finding]:
     """
     if count < 2:
         return []
-    apart = [
-        f"{a}-{b}" for a in range(count) for b in range(count) if a != b and not torch.cuda.can_device_access_peer(a, b)
-    ]
+    apart = [f"{a}-{b}" for a in range(count) for b in range(count) if a != b and not torch.cuda.can_device_access_peer(a, b)]
     if not apart:
         return [ok(f"all {count} GPUs read each other's memory")]
     return [note(f"GPUs that cannot read each other's memory: {', '.join(apart)}", "if a run hangs in NCCL: NCCL_P2P_DISABLE=1")]

@@ -130,8 +130,7 @@ def hacking(run: Run) -> Iterator[Finding]:
     if steps:
         yield wrong(
             f"hacking/alarm at step {', '.join(map(str, steps))}: the reward rose and the held-out encoders did not follow",
-            f"look at {run.folder / 'hacking.png'}; lower the weight of the part that rose most, or raise "
-            "model.init_args.loss.beta",
+            f"look at {run.folder / 'hacking.png'}; lower the weight of the part that rose most, or raise model.init_args.loss.beta",
         )
 
 

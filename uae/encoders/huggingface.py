@@ -125,8 +125,7 @@ class HFEncoder(Tower):
             assert embedding_ND is not None  # its type allows None for models without a projection
             return embedding_ND
         raise ValueError(
-            f"the model at {self.path!r} ({type(module).__name__}) has no image projection; "
-            "set the encoder's init_args.feature to cls"
+            f"the model at {self.path!r} ({type(module).__name__}) has no image projection; set the encoder's init_args.feature to cls"
         )
 
 
@@ -138,9 +137,7 @@ def _pretrained(path: str, config: PreTrainedConfig, options: dict[str, Any]) ->
     projected = config.model_type == "clip_vision_model"
     # Any, because the annotations do not say that output_loading_info makes from_pretrained return a pair.
     kind: Any = transformers.CLIPVisionModelWithProjection if projected else transformers.AutoModel
-    module, report = kind.from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True, **options
-    )
+    module, report = kind.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True, **options)
     for name, _ in list(module.named_children()):
         if name in ("text_model", "text_projection"):
             setattr(module, name, None)

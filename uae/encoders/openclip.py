@@ -114,9 +114,7 @@ class OpenCLIPEncoder(Tower):
         trained = open_clip.get_pretrained_cfg(self.name, tag)
         if not trained:
             allowed = open_clip.list_pretrained_tags_by_model(self.name)
-            raise FileNotFoundError(
-                f"neither a file nor a tag of {self.name}; its tags: {', '.join(allowed) or 'none'}"
-            )
+            raise FileNotFoundError(f"neither a file nor a tag of {self.name}; its tags: {', '.join(allowed) or 'none'}")
         if trained.get("quick_gelu", False) != open_clip.get_model_config(self.name).get("quick_gelu", False):
             raise ValueError(_quickgelu(self.name, tag))  # open_clip only warns, and every score would be slightly off
         return open_clip.create_model(self.name, pretrained=tag, require_pretrained=True)

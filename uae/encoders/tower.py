@@ -186,9 +186,7 @@ def check_images(images_NCHW: Tensor) -> None:
         ValueError: They are not.
     """
     if images_NCHW.ndim != 4 or images_NCHW.shape[1] != 3 or not images_NCHW.is_floating_point():
-        raise ValueError(
-            f"encoders take float images [N, 3, H, W] in [0, 1], got {images_NCHW.dtype} {list(images_NCHW.shape)}"
-        )
+        raise ValueError(f"encoders take float images [N, 3, H, W] in [0, 1], got {images_NCHW.dtype} {list(images_NCHW.shape)}")
 
 
 @contextmanager

@@ -75,9 +75,7 @@ def _downloaded(download: Callable[[], str], problem: str, key: str) -> Path:
         return Path(download())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"{problem} here, not below {ROOT}, and cannot be had from the hub ({reason}); set {key}"
-        ) from error
+        raise FileNotFoundError(f"{problem} here, not below {ROOT}, and cannot be had from the hub ({reason}); set {key}") from error
 
 
 def here(name: str) -> Path | None:

@@ -60,9 +60,7 @@ class Drawn:
 def _with_rows(record: A, rows: list[int], other: A) -> A:
     """The record with all tensors replaced in some rows; what is no tensor stays."""
     tensors = {field.name: getattr(record, field.name) for field in fields(record)}
-    changed = {
-        name: _placed(value, rows, getattr(other, name)) for name, value in tensors.items() if isinstance(value, Tensor)
-    }
+    changed = {name: _placed(value, rows, getattr(other, name)) for name, value in tensors.items() if isinstance(value, Tensor)}
     return replace(record, **changed)
 
 

@@ -261,9 +261,7 @@ def logits(
     return logits_CV if banned is None else logits_CV.index_fill_(1, banned, -torch.inf)
 
 
-def _slope(
-    softmax_CV: Tensor, logits_CV: Tensor, ids_C: Tensor, banned: Tensor | None, temperature: float, rule: LogitRule
-) -> Tensor:
+def _slope(softmax_CV: Tensor, logits_CV: Tensor, ids_C: Tensor, banned: Tensor | None, temperature: float, rule: LogitRule) -> Tensor:
     """``d logp / d (hidden @ W.T + bias)``, computed in place. It is 0 for banned tokens, whose logit is a constant."""
     slope_CV = softmax_CV.neg_()
     slope_CV.scatter_add_(1, ids_C[:, None], torch.ones_like(slope_CV[:, :1]))
@@ -284,17 +282,13 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
         return left.to(dtype) @ right.to(dtype)
 
 
-def _check(
-    hidden: Tensor, head_weight: Tensor, ids: Tensor, temperature: float, chunk: int, bias: Tensor | None
-) -> None:
+def _check(hidden: Tensor, head_weight: Tensor, ids: Tensor, temperature: float, chunk: int, bias: Tensor | None) -> None:
     if head_weight.dim() != 2 or hidden.shape[-1:] != head_weight.shape[1:] or hidden.shape[:-1] != ids.shape:
         shapes = f"hidden {list(hidden.shape)}, head_weight {list(head_weight.shape)}, ids {list(ids.shape)}"
         raise ValueError(f"{shapes} do not match; allowed: [..., D], [V, D] and [...]")
     if bias is not None and bias.shape != head_weight.shape[:1]:
         raise ValueError(f"bias has shape {list(bias.shape)}; allowed: [V] = {list(head_weight.shape[:1])}")
     if not temperature > 0:
-        raise ValueError(
-            f"temperature={temperature}; allowed: more than 0 (greedy decoding: Sampling.policy_temperature)"
-        )
+        raise ValueError(f"temperature={temperature}; allowed: more than 0 (greedy decoding: Sampling.policy_temperature)")
     if chunk < 1:
         raise ValueError(f"chunk={chunk}; allowed: 1 or more")

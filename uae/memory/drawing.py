@@ -97,9 +97,7 @@ def _update_rows(policy: CaptionPolicy, drawing: TokenDrawing, prompt: int, imag
     with_gradient = 2 if guided and mode == "guided" else 1
     kept = images * image_update_bytes(policy, prompt, drawing.written, with_gradient)
     adapted = policy.adapted
-    reading = estimates.reading_bytes(
-        text_config(model), images * with_gradient * length, model.dtype.itemsize, adapted
-    )
+    reading = estimates.reading_bytes(text_config(model), images * with_gradient * length, model.dtype.itemsize, adapted)
     keys = MINI if policy.gradient_checkpointing else f"{MINI}, reading.gradient_checkpointing"
     return [
         Row("image activations", kept, phases=("update",), keys=keys),

@@ -139,11 +139,7 @@ def decode_bytes(vae: Any, rendering: Rendering, rows: int) -> int:
     """
     config = vae.config
     channels = next(
-        (
-            getattr(config, name)[0]
-            for name in ("decoder_block_out_channels", "block_out_channels")
-            if hasattr(config, name)
-        ),
+        (getattr(config, name)[0] for name in ("decoder_block_out_channels", "block_out_channels") if hasattr(config, name)),
         getattr(config, "base_dim", 128),
     )
     values = VIDEO_PIXEL_VALUES if hasattr(config, "temperal_downsample") else PIXEL_VALUES

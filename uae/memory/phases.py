@@ -72,9 +72,7 @@ def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes, proc
     if blueprint.policy_reads:
         working.append(estimates.reading_bytes(config, read, b, adapted))
     if working:
-        rows.append(
-            Row("caption reading buffers", max(working), phases=("condition",), keys="sampling.max_tokens, model.group")
-        )
+        rows.append(Row("caption reading buffers", max(working), phases=("condition",), keys="sampling.max_tokens, model.group"))
     return rows + _drawing_rows(blueprint, sizes)
 
 

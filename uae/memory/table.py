@@ -138,7 +138,6 @@ class Plan:
         total = gib(sum(one.sent for one in self.exchanges))
         return [*_aligned([*lines, [], ["together", "", "", total, ""]]), ""]
 
-
     def _floors(self) -> list[str]:
         """Lines about the least time of every stage."""
         if not self.floors:

@@ -22,9 +22,7 @@ ROLLOUT = ("caption", "condition", "render", "reward", "replay")
 DTYPE = "placement.dtype/offload"
 
 
-def policy_rows(
-    policy: CaptionPolicy, reference: nn.Module | None, processes: Processes, optimizer: Callable[..., Any]
-) -> list[Row]:
+def policy_rows(policy: CaptionPolicy, reference: nn.Module | None, processes: Processes, optimizer: Callable[..., Any]) -> list[Row]:
     """Rows for the policy's weights, the weights that FSDP gathers, the reference, gradients and optimizer states."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     count, trainable = sum(weight.numel() for weight in policy.parameters()), sum(weight.numel() for weight in trained)
@@ -90,8 +88,7 @@ def encoder_rows(module: Any, sizes: Sizes) -> list[Row]:
     score = getattr(module.unified_score, "encoders", {})
     towers = towers_of([*rewards.items(), *score.items()])
     rows = [
-        _placed(f"encoder {name}", tower, placement, "reward", f"the encoders' {DTYPE}")
-        for name, tower, placement in towers.values()
+        _placed(f"encoder {name}", tower, placement, "reward", f"the encoders' {DTYPE}") for name, tower, placement in towers.values()
     ]
     working = [
         estimates.encode_bytes(tower, sizes.rows, torch_dtype(placement).itemsize)

@@ -44,18 +44,13 @@ def mean_of_means(groups: Sequence[tuple[np.ndarray, np.ndarray]], resamples: in
         resamples: How often the cases of every group are drawn again, with replacement.
         seed: Seed of the draws of the first group; the following groups have the following seeds.
     """
-    draws = [
-        resampled_means(values_N, resamples, seed + place, clusters_N)
-        for place, (values_N, clusters_N) in enumerate(groups)
-    ]
+    draws = [resampled_means(values_N, resamples, seed + place, clusters_N) for place, (values_N, clusters_N) in enumerate(groups)]
     low, high = np.quantile(np.mean(draws, axis=0), LEVEL)
     value = np.mean([np.mean(values_N, dtype=np.float64) for values_N, _ in groups])
     return Interval(float(value), float(low), float(high))
 
 
-def resampled_means(
-    values_N: np.ndarray, resamples: int = 1000, seed: int = 0, clusters_N: np.ndarray | None = None
-) -> np.ndarray:
+def resampled_means(values_N: np.ndarray, resamples: int = 1000, seed: int = 0, clusters_N: np.ndarray | None = None) -> np.ndarray:
     """The means float64 ``[resamples]`` of cases drawn again; the arguments are those of `bootstrap`."""
     values_N = np.asarray(values_N, dtype=np.float64)
     totals_C, sizes_C = values_N, np.ones(len(values_N))

@@ -26,9 +26,7 @@ _COLUMNS = ("id_high", "id_low", "mismatched", "invalid")  # of the table that t
 _CHUNK = 1 << 24  # float32 is exact below; int64 states hang the sync when a process saw no data
 
 
-def matched_and_mismatched(
-    encoders: Iterable[ImageEncoder], reconstructions: Tensor, sources: Tensor
-) -> tuple[Tensor, Tensor]:
+def matched_and_mismatched(encoders: Iterable[ImageEncoder], reconstructions: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines of a batch under E encoders.
 
     Args:
@@ -228,9 +226,7 @@ class UnifiedScore(Metric):
         table = one_row_per_image(columns)
         _, _, mismatched_N, invalid_N = table[:, : len(_COLUMNS)].T
         cosine_NE = table[:, len(_COLUMNS) :]
-        return unified_score(
-            cosine_NE, mismatched_N, invalid_N, tuple(self.encoders), self.held_out, self.bootstrap, self.seed
-        )
+        return unified_score(cosine_NE, mismatched_N, invalid_N, tuple(self.encoders), self.held_out, self.bootstrap, self.seed)
 
 
 def _check_names(names: tuple[str, ...], held_out: tuple[str, ...]) -> None:
@@ -248,9 +244,7 @@ def _check_names(names: tuple[str, ...], held_out: tuple[str, ...]) -> None:
 def _check_range(images: Tensor, name: str) -> None:
     low, high = -1e-4, 1 + 1e-4
     if not images.is_floating_point() or ((images < low) | (images > high)).any():
-        raise ValueError(
-            f"{name} must be float in [0, 1], got {images.dtype} from {images.min():g} to {images.max():g}"
-        )
+        raise ValueError(f"{name} must be float in [0, 1], got {images.dtype} from {images.min():g} to {images.max():g}")
 
 
 def _as_ids(ids: Tensor | Sequence[int] | None, count: int) -> Tensor:

@@ -193,9 +193,7 @@ def create_decoder(width: int = 128, layers: int = 5, steps: int = 8, guidance: 
     )
     embeddings: Any = reader.get_input_embeddings()
     embeddings.weight.data.normal_(0, 0.5)
-    conditioner = HiddenStateConditioner(
-        reader, tokenizer(), mlp_projector(width, 2 * width, width), template="{caption} " + END
-    )
+    conditioner = HiddenStateConditioner(reader, tokenizer(), mlp_projector(width, 2 * width, width), template="{caption} " + END)
     vae: Any = PatchAutoencoder.create()
     transformer = SD3Transformer2DModel(
         sample_size=SIDE // 8, patch_size=1, in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
@@ -214,9 +212,7 @@ def assemble_renderer(conditioner: Any, transformer: Any, vae: Any, steps: int, 
     from uae.weights.placement import Placement
 
     absent = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-    pipe: Any = StableDiffusion3Pipeline(
-        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent
-    )
+    pipe: Any = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent)
     pipe.vae_scale_factor = 8  # diffusers derives it from the number of blocks, which does not fit this autoencoder
     with torch.no_grad():
         negative = conditioner.encode([""]) if guidance > 1 else None

@@ -85,18 +85,14 @@ def scene_codes(scenes: list[Scene]) -> Tensor:
 def tokenizer() -> Any:
     """One token per word."""
     images = {"image_token": IMAGE, "boi_token": IMAGE_BEGIN, "eoi_token": IMAGE_END}
-    return word_level(
-        VOCABULARY, UNKNOWN, bos_token=BEGIN, eos_token=END, pad_token=PAD, extra_special_tokens=images
-    )
+    return word_level(VOCABULARY, UNKNOWN, bos_token=BEGIN, eos_token=END, pad_token=PAD, extra_special_tokens=images)
 
 
 def processor() -> Any:
     """The Janus processor for 24 x 24 images of 9 tokens."""
     from transformers import JanusImageProcessor, JanusProcessor
 
-    image = JanusImageProcessor(
-        size={"height": SIDE, "width": SIDE}, min_size=1, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    image = JanusImageProcessor(size={"height": SIDE, "width": SIDE}, min_size=1, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return JanusProcessor(image, tokenizer(), chat_template=CHAT_TEMPLATE, num_image_tokens=GRID * GRID)
 
 

@@ -123,9 +123,7 @@ class LoRA(Finetune):
         try:
             return peft.get_peft_model(
                 model,
-                peft.LoraConfig(
-                    r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=excluded or None, lora_dropout=0.0
-                ),
+                peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=excluded or None, lora_dropout=0.0),
             )
         except ValueError as error:
             raise ValueError(

@@ -41,9 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}{place}")
     size = sum(file.stat().st_size for file in given.folder.rglob("*") if file.is_file()) / 1e6
     print(f"{given.folder}: {size:.1f} MB in {time.perf_counter() - start:.0f} s. A rehearsal is the run with one more file:")
-    print(
-        f"UAE_CHECKPOINTS={given.folder} python -m uae.cli fit --config configs/uae.yaml --config configs/debug/rehearsal.yaml"
-    )
+    print(f"UAE_CHECKPOINTS={given.folder} python -m uae.cli fit --config configs/uae.yaml --config configs/debug/rehearsal.yaml")
 
 
 def quiet() -> None:

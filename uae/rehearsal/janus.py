@@ -86,9 +86,7 @@ def janus_pro(layers: int, seed: int, pads_first: int = 0) -> tuple[Any, Any]:
     begin = {"boi_token_id": reader.convert_tokens_to_ids(IMAGES["boi_token"])}
     model.generation_config = GenerationConfig(**ids, temperature=1.0, guidance_scale=5.0, generation_kwargs=begin)
     pixels = JanusImageProcessor(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    processor = JanusProcessor(
-        pixels, reader, chat_template=CHAT_TEMPLATE, use_default_system_prompt=True, num_image_tokens=tokens
-    )
+    processor = JanusProcessor(pixels, reader, chat_template=CHAT_TEMPLATE, use_default_system_prompt=True, num_image_tokens=tokens)
     return model, processor
 
 

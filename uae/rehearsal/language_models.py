@@ -46,9 +46,7 @@ def subwords(vocabulary: int = 440, **settings: Any) -> tuple[dict[str, int], An
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner.train_from_iterator(
         SENTENCES * 2,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, min_frequency=2, initial_alphabet=alphabet, show_progress=False, **settings
-        ),
+        trainers.BpeTrainer(vocab_size=vocabulary, min_frequency=2, initial_alphabet=alphabet, show_progress=False, **settings),
     )
     learned = json.loads(learner.to_str())["model"]
     return learned["vocab"], [tuple(pair) for pair in learned["merges"]]
@@ -202,9 +200,7 @@ def qwen3_vl() -> tuple[Any, Any]:
         "temporal_patch_size": 2, "out_hidden_size": WIDTH, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     }  # fmt: skip
     text = {**_decoder(processor.tokenizer, tied=True), **_rope(sections=True), "head_dim": 16}
-    config = Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **_vision_tokens(processor.tokenizer)
-    )
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **_vision_tokens(processor.tokenizer))
     return randomise(Qwen3VLForConditionalGeneration(config), processor.tokenizer, seed=1), processor
 
 

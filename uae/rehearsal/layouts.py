@@ -86,8 +86,7 @@ def _uniworld_config(qwen: Any, denoiser: dict[str, Any]) -> dict[str, Any]:
 
     general = {*PreTrainedConfig().to_dict(), "layer_types", "model_type"}
     text, vision = (
-        {key: value for key, value in part.to_dict().items() if key not in general}
-        for part in (qwen.text_config, qwen.vision_config)
+        {key: value for key, value in part.to_dict().items() if key not in general} for part in (qwen.text_config, qwen.vision_config)
     )
     rope = text.pop("rope_parameters")
     vision.pop("rope_parameters", None)

@@ -43,9 +43,7 @@ def write_sd3(folder: Path, joint_attention_dim: int = 32, pooled_projection_dim
     write(folder, create)
 
 
-def write_flux(
-    folder: Path, joint_attention_dim: int = 32, pooled_projection_dim: int = 16, guidance_embeds: bool = True
-) -> None:
+def write_flux(folder: Path, joint_attention_dim: int = 32, pooled_projection_dim: int = 16, guidance_embeds: bool = True) -> None:
     """FLUX: a CLIP text encoder for the pooled vector and a T5 for the token embeddings."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 

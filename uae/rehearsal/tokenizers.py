@@ -6,9 +6,7 @@ from typing import Any
 
 _PRINTABLE = [chr(code) for code in range(33, 127)]
 _SPACE = "\u2581"  # the space of SentencePiece
-_TEMPLATE = (
-    "the image by detailing color shape size texture quantity text spatial relationships of objects and background"
-)
+_TEMPLATE = "the image by detailing color shape size texture quantity text spatial relationships of objects and background"
 
 
 def clip_tokenizer() -> Any:

@@ -57,9 +57,7 @@ def draw(title: str, curves: Mapping[str, Curve]) -> Picture:
         )
         return "M" + " ".join(places)
 
-    lines = [
-        Line(name, path(curve), path(_smooth(curve)), number(curves[name][-1][1])) for name, curve in thinned.items()
-    ]
+    lines = [Line(name, path(curve), path(_smooth(curve)), number(curves[name][-1][1])) for name, curve in thinned.items()]
     return Picture(
         title,
         lines,

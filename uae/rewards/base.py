@@ -52,7 +52,5 @@ def batch_and_group(sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: l
     """
     images, rows = len(sources_BCHW), len(reconstructions_NCHW)
     if not images or not rows or rows % images or len(texts) != rows:
-        raise ValueError(
-            f"a reward needs B sources, N = B*G reconstructions and N texts, got {images}, {rows} and {len(texts)}"
-        )
+        raise ValueError(f"a reward needs B sources, N = B*G reconstructions and N texts, got {images}, {rows} and {len(texts)}")
     return images, rows // images

@@ -26,9 +26,7 @@ class RandomReward(BaseReward):
 
     def __init__(self, low: float = 0.0, high: float = 1.0, seed: int = 0) -> None:
         if low > high:
-            raise ValueError(
-                f"low={low} is above high={high}; lower the reward's init_args.low or raise its init_args.high"
-            )
+            raise ValueError(f"low={low} is above high={high}; lower the reward's init_args.low or raise its init_args.high")
         self.low, self.high, self.seed = low, high, seed
         self._stream: torch.Generator | None = None
 

@@ -13,9 +13,7 @@ from uae.encoders.tower import EXACT
 from uae.rewards.network import Loaded, NetworkReward, as_bytes, asked, identity, pretrained
 from uae.weights.placement import Placement
 
-QUESTION = (
-    "Do both pictures show the same objects, with the same number, colors, sizes, positions and texts? Answer Yes or No."
-)
+QUESTION = "Do both pictures show the same objects, with the same number, colors, sizes, positions and texts? Answer Yes or No."
 
 
 class VLMJudge(NetworkReward):
@@ -63,9 +61,7 @@ class VLMJudge(NetworkReward):
             )
         return loaded
 
-    def scores(
-        self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]
-    ) -> Tensor:
+    def scores(self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
         """Probabilities ``[N]`` in [0, 1].
 
         Raises:

@@ -71,9 +71,7 @@ class NetworkReward(BaseReward):
         """
 
     @abstractmethod
-    def scores(
-        self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]
-    ) -> Tensor:
+    def scores(self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
         """Scores ``[N]`` of float32 images, which are on the network's device. No gradient is kept.
 
         What a row with pixels that are not finite gets is replaced by NaN afterwards.
@@ -192,9 +190,7 @@ def asked(loaded: Loaded, content: list[dict[str, str]], images: list[list[Tenso
     """
     turn = [{"role": "user", "content": content}]
     prompt = loaded.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    inputs = loaded.processor(
-        text=[prompt] * len(images), images=images, padding=True, padding_side="left", return_tensors="pt"
-    )
+    inputs = loaded.processor(text=[prompt] * len(images), images=images, padding=True, padding_side="left", return_tensors="pt")
     return inputs.to(device, loaded.network.dtype)
 
 

@@ -31,8 +31,7 @@ class LengthBand(CaptionReward):
     def __init__(self, shortest: NonNegativeInt, longest: PositiveInt, margin: PositiveInt) -> None:
         if shortest > longest:
             raise ValueError(
-                f"shortest={shortest} is above longest={longest}; lower the reward's init_args.shortest or raise its "
-                "init_args.longest"
+                f"shortest={shortest} is above longest={longest}; lower the reward's init_args.shortest or raise its init_args.longest"
             )
         self.shortest, self.longest, self.margin = shortest, longest, margin
 

@@ -78,9 +78,7 @@ class PerceptualSimilarity(NetworkReward):
         load_into(network, own | found, f"backbone {self.backbone!r}", KEY)
         return Loaded(network)
 
-    def scores(
-        self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]
-    ) -> Tensor:
+    def scores(self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
         """Minus the distances ``[N]``: 0 for equal images, and below it for others."""
         network: Any = loaded.network
         group = len(reconstructions_NCHW) // len(sources_BCHW)

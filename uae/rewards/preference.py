@@ -84,9 +84,7 @@ class PreferenceScore(NetworkReward):
         load_into(network, read_state(file), f"preference {self.preference!r}", f"{KEY} or its init_args.architecture")
         return Loaded(network, (from_open_clip(network.visual.preprocess_cfg), tokenizer))
 
-    def scores(
-        self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]
-    ) -> Tensor:
+    def scores(self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
         """Cosines ``[N]`` in [-1, 1], times the logit scale if ``scaled``."""
         preprocessing, tokenize = loaded.processor
         network: Any = loaded.network  # CLIP of transformers or of open_clip, which have no type in common

@@ -63,9 +63,7 @@ class TextFidelity(NetworkReward):
         network.generation_config = settings(do_sample=False, num_beams=1, **kept)
         return loaded
 
-    def scores(
-        self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]
-    ) -> Tensor:
+    def scores(self, loaded: Loaded, sources_BCHW: Tensor, reconstructions_NCHW: Tensor, texts: list[str]) -> Tensor:
         """Scores ``[N]`` in [0, 1]; NaN for sources without text if ``textless`` is "nan"."""
         source_texts, redrawn_texts = (self.texts(loaded, images) for images in (sources_BCHW, reconstructions_NCHW))
         group = len(redrawn_texts) // len(source_texts)

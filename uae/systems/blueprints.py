@@ -160,9 +160,7 @@ def vlm_skeleton(name: str, dtype: str = "bfloat16", subfolder: str | None = Non
 
     with torch.device("meta"):
         config = _transformers_config(config_of(name, subfolder), name)
-        return transformers.AutoModelForImageTextToText.from_config(
-            config, dtype=getattr(torch, dtype), trust_remote_code=False
-        )
+        return transformers.AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
 
 
 def denoiser_skeleton(name: str, subfolder: str | None = "transformer", dtype: str = "bfloat16") -> Any:

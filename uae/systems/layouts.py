@@ -99,9 +99,7 @@ def uae_transformer(folder: str | Path, dtype: torch.dtype) -> Any:
 
     folder = Path(folder)
     config = SD3Transformer2DModel.load_config(folder / "dit", local_files_only=True)
-    transformer = diffusion_model(
-        SD3Transformer2DModel, config, read_state(folder / "dit"), dtype, str(folder / "dit"), KEY
-    )
+    transformer = diffusion_model(SD3Transformer2DModel, config, read_state(folder / "dit"), dtype, str(folder / "dit"), KEY)
     if not (folder / "dit_lora").is_dir():
         return transformer
     state = read_state(folder / "dit_lora")

@@ -74,9 +74,7 @@ class _Queries:
         policy = vlm_skeleton(self.captioner, self.reading.dtype)
         transformer = denoiser_skeleton(self.pipeline)
         with torch.device("meta"):
-            connector = self.connector(
-                policy.config.get_text_config().hidden_size, transformer.config.caption_channels
-            )
+            connector = self.connector(policy.config.get_text_config().hidden_size, transformer.config.caption_channels)
         frozen = {"connector": connector, "transformer": transformer, "vae": vae_skeleton(self.pipeline)}
         return Blueprint(
             policy,

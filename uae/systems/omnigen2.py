@@ -86,9 +86,7 @@ class OmniGen2:
         model, processor = load_language_model(folder, getattr(torch, self.reading.dtype), self.reading.attention)
         vocabulary = processor.tokenizer.get_vocab()
         banned = [vocabulary[DRAWS]] if DRAWS in vocabulary else []
-        captioner = assemble_captioner(
-            model, processor, self.reading, IN_DETAIL, banned_ids=banned, frame=Frame(SYSTEM, LEAD)
-        )
+        captioner = assemble_captioner(model, processor, self.reading, IN_DETAIL, banned_ids=banned, frame=Frame(SYSTEM, LEAD))
         frozen = self.condition_weights == "start"
         conditioner = HiddenStateConditioner(
             lambda: captioner.language_model,

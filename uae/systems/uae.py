@@ -102,9 +102,7 @@ class UAE:
 
         folder = local_folder(self.checkpoint, KEY)
         check_folders(folder)
-        model, projector = uae_language_model(
-            folder, getattr(torch, self.reading.dtype), attention=self.reading.attention
-        )
+        model, projector = uae_language_model(folder, getattr(torch, self.reading.dtype), attention=self.reading.attention)
         preprocessor = folder / "llm_model_preprocessor"
         preprocessor = preprocessor if preprocessor.is_dir() else folder / "llm"
         with refused(self.checkpoint):

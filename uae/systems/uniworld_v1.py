@@ -70,9 +70,7 @@ class UniWorldV1:
         policy = qwen_model(folder, getattr(torch, dtype)) if folder else vlm_skeleton(PUBLISHED, dtype)
         names = () if self.with_t5 else ("text_encoder", "text_encoder_2")
         parts = pipeline_skeletons(self.flux, leave_out=names)
-        frozen = {
-            name: (part, self.text_encoders if name.startswith("text_encoder") else draws) for name, part in parts.items()
-        }
+        frozen = {name: (part, self.text_encoders if name.startswith("text_encoder") else draws) for name, part in parts.items()}
         width, width_out = policy.config.get_text_config().hidden_size, parts["transformer"].config.joint_attention_dim
         with torch.device("meta"):
             frozen["projector"] = mlp_projector(width, 3 * width_out, width_out).bfloat16(), draws
@@ -97,9 +95,7 @@ class UniWorldV1:
 
         folder = local_folder(self.checkpoint, KEY)
         flux = local_folder(self.flux, "model.init_args.system.init_args.flux")
-        model, projectors = uniworld_language_model(
-            folder, getattr(torch, self.reading.dtype), self.reading.attention
-        )
+        model, projectors = uniworld_language_model(folder, getattr(torch, self.reading.dtype), self.reading.attention)
         with refused(self.checkpoint):
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         captioner = assemble_captioner(model, processor, self.reading, COMPLETELY)

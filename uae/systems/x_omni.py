@@ -82,9 +82,7 @@ class XOmni:
             Rendering(self.height, self.width, steps, guidance, rows=self.decoding.rows, placement=place),
             prompt_tokens=read + 128,
             reading=self.reading,
-            drawing=TokenDrawing(
-                H * W, H * W, config.image_vocab_size, self.height * self.width, self.sampling, self.rows
-            ),
+            drawing=TokenDrawing(H * W, H * W, config.image_vocab_size, self.height * self.width, self.sampling, self.rows),
         )
 
     def build(self) -> UMM:

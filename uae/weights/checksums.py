@@ -28,6 +28,4 @@ def verify(folder: Path) -> None:
     expected, found = json.loads(listed.read_text()), checksums(folder)
     wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     if wrong:
-        raise ValueError(
-            f"weights in {folder} differ from checksums.json: {', '.join(wrong)}; run `make pretrain` or restore them"
-        )
+        raise ValueError(f"weights in {folder} differ from checksums.json: {', '.join(wrong)}; run `make pretrain` or restore them")

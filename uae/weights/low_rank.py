@@ -33,9 +33,7 @@ def split_adapter(state: Mapping[str, Tensor], adapter: str = "default") -> tupl
             sides.setdefault(match["layer"], {})[match["side"]] = value
     halves = sorted(layer for layer, pair in sides.items() if len(pair) < 2)
     if halves:
-        raise ValueError(
-            f"the adapter has one factor of two in {len(halves)} layers (e.g. {halves[0]}); the file is incomplete"
-        )
+        raise ValueError(f"the adapter has one factor of two in {len(halves)} layers (e.g. {halves[0]}); the file is incomplete")
     return weights, {layer: (pair["A"], pair["B"]) for layer, pair in sides.items()}
 
 
@@ -53,9 +51,7 @@ def check_low_rank(names: Iterable[str]) -> None:
         )
 
 
-def merge_adapter(
-    weights: Mapping[str, Tensor], factors: Factors, scale: Callable[[str, int], float]
-) -> dict[str, Tensor]:
+def merge_adapter(weights: Mapping[str, Tensor], factors: Factors, scale: Callable[[str, int], float]) -> dict[str, Tensor]:
     """Weights with ``W + scale * B A`` for every adapted layer. Merged weights are float32 and not rounded.
 
     Args:

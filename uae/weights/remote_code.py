@@ -18,9 +18,7 @@ def trusted(name: str, asked: str | None, key: str) -> bool:
         ValueError: The setting names another checkpoint. Trust must not pass to a checkpoint that the user did not name.
     """
     if asked not in (None, name):
-        raise ValueError(
-            f"{key}={asked!r} trusts the code of a checkpoint that is not read here; allowed: null or {name!r}"
-        )
+        raise ValueError(f"{key}={asked!r} trusts the code of a checkpoint that is not read here; allowed: null or {name!r}")
     return asked is not None
 
 

@@ -61,13 +61,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = _indexed(indexes[0]) if indexes else _numbered(files[0].name)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(names)} shards are missing in {str(folder)!r}: {', '.join(missing)}"
-            )
+            raise FileNotFoundError(f"{len(missing)} of {len(names)} shards are missing in {str(folder)!r}: {', '.join(missing)}")
         return [folder / name for name in names]
-    raise FileNotFoundError(
-        f"no weights in {str(folder)!r}: neither *.safetensors nor {', '.join('*' + s for s in PICKLES)}"
-    )
+    raise FileNotFoundError(f"no weights in {str(folder)!r}: neither *.safetensors nor {', '.join('*' + s for s in PICKLES)}")
 
 
 def _indexed(index: Path) -> list[str]:
@@ -89,9 +85,7 @@ def _numbered(name: str) -> list[str]:
 def _read(file: Path) -> dict[str, Tensor]:
     """The tensors of one file."""
     if file.suffix not in (".safetensors", *PICKLES):
-        raise ValueError(
-            f"{str(file)!r} is no checkpoint; allowed: .safetensors, {', '.join(PICKLES)}, or a folder of them"
-        )
+        raise ValueError(f"{str(file)!r} is no checkpoint; allowed: .safetensors, {', '.join(PICKLES)}, or a folder of them")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -199,9 +199,7 @@ def hunyuan_dit() -> Any:
 
     letters = [f"{mark}{chr(code)}" for mark in ("", "##") for code in range(33, 127)]
     words = BertTokenizer(vocab={piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters])})
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     transformer = HunyuanDiT2DModel(
         sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, cross_attention_dim=32,
         cross_attention_dim_t5=32, pooled_projection_dim=16, hidden_size=16, activation_fn="gelu-approximate",

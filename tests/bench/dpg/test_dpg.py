@@ -29,7 +29,7 @@ def written(path, *items):
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["text", *COLUMNS])
-        table.writerows(["a, quoted \"text\"", *row] for rows in items for row in rows)
+        table.writerows(['a, quoted "text"', *row] for rows in items for row in rows)
     return str(path)
 
 

@@ -24,9 +24,7 @@ class Painter:
 
     def render(self, condition, seeds, grad=False):
         assert len(condition) == len(seeds)
-        return render(
-            [self.change(self.complete(parse(text), seed)) for text, seed in zip(condition.texts, seeds, strict=True)]
-        )
+        return render([self.change(self.complete(parse(text), seed)) for text, seed in zip(condition.texts, seeds, strict=True)])
 
     def complete(self, caption, seed):
         rng = random.Random(seed)

@@ -37,8 +37,7 @@ def complete(text, rng=None, size="large", background="gray"):
     taken = {(obj.row, obj.column) for obj in caption.objects}
     free = [cell for cell in product(ROWS, COLUMNS) if cell not in taken]
     objects = [
-        Object(*((obj.row, obj.column) if obj.row else free.pop(0)), obj.color, obj.shape, obj.size or size)
-        for obj in caption.objects
+        Object(*((obj.row, obj.column) if obj.row else free.pop(0)), obj.color, obj.shape, obj.size or size) for obj in caption.objects
     ]
     return Scene(caption.background or background, tuple(objects))
 

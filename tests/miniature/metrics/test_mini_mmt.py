@@ -92,6 +92,7 @@ def test_without_its_image_the_oracle_guesses(image):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_words_alone_tell_nothing(sign):
     """Options were drawn before the truth: preferring long, short, early or late ones does not help."""
+
     def words(images, captions):
         value = lambda text: sign * (1000.0 * len(text.split()) + sum(map(ord, text)) % 997)  # noqa: E731
         return torch.tensor([[value(text) for text in options] for options in captions])

@@ -57,8 +57,7 @@ def brute_force(caption, scene):
     claims = [(o.color, o.shape) for o in caption.objects]
     objects = [(o.color, o.shape) for o in scene.objects]
     return max(
-        sum(a == b for a, b in zip(claims, order, strict=False))
-        for order in permutations(objects + [None] * len(claims), len(claims))
+        sum(a == b for a, b in zip(claims, order, strict=False)) for order in permutations(objects + [None] * len(claims), len(claims))
     )
 
 
@@ -181,9 +180,7 @@ def test_two_processes_equal_one():
 def test_noise_in_the_reconstruction_does_not_move_the_scores():
     rng = random.Random(9)
     scenes = [sample_scene(rng) for _ in range(100)]
-    noisy = (render(scenes) + 0.03 * torch.randn(100, 3, 24, 24, generator=torch.Generator().manual_seed(0))).clamp(
-        0, 1
-    )
+    noisy = (render(scenes) + 0.03 * torch.randn(100, 3, 24, 24, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     assert detect(noisy) == scenes
     metric = SceneScore()
     metric.update([describe(scene) for scene in scenes], noisy, {"scene": scenes})

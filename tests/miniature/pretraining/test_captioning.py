@@ -29,17 +29,13 @@ def test_the_caption_loss_is_nats_per_word_whatever_the_padding(batch, monkeypat
 
 def test_cells_are_read_in_the_order_of_the_image_tokens(batch):
     """Changing one cell of the picture changes the codes of that cell only."""
-    scene = Scene(
-        "navy", (Object("middle", "left", "red", "ring", "tiny"), Object("bottom", "right", "cyan", "cross", "large"))
-    )
+    scene = Scene("navy", (Object("middle", "left", "red", "ring", "tiny"), Object("bottom", "right", "cyan", "cross", "large")))
     (codes,) = cell_codes([scene])
     assert codes.nonzero().flatten().tolist() == [3, 8]
     moved = Scene("navy", (scene.objects[0],))
     assert (cell_codes([moved])[0] != codes).nonzero().flatten().tolist() == [8]
     assert codes.max() < 1 + 12 * 8
-    every = [
-        Object("top", "left", c, s, z) for c in ("red", "pink") for s in ("ring", "cross") for z in ("tiny", "large")
-    ]
+    every = [Object("top", "left", c, s, z) for c in ("red", "pink") for s in ("ring", "cross") for z in ("tiny", "large")]
     assert len({int(cell_codes([Scene("black", (obj,))])[0, 0]) for obj in every}) == 8
 
 

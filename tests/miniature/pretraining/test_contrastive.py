@@ -47,9 +47,7 @@ def test_edits_choose_all_attributes():
 def test_captions_fit_the_text_tower():
     longest = describe(scene_of(0, counts=(3,)))
     (ids,) = encode([longest])
-    assert ids.tolist() == [1 + WORDS.index(word) for word in longest.split()] + [END] + [0] * (
-        CONTEXT - len(longest.split()) - 1
-    )
+    assert ids.tolist() == [1 + WORDS.index(word) for word in longest.split()] + [END] + [0] * (CONTEXT - len(longest.split()) - 1)
     assert ids.argmax() == len(longest.split())  # open_clip reads the text where the highest id is
 
 

@@ -36,9 +36,7 @@ def within(successes, trials, p):
 def test_a_caption_by_hand():
     ring, square = Object("top", "left", "red", "ring", "tiny"), Object("bottom", "center", "pink", "square", "large")
     scene = Scene("navy", (ring, square))
-    assert describe(scene) == (
-        "a tiny red ring at top left and a large pink square at bottom center on a navy background"
-    )
+    assert describe(scene) == ("a tiny red ring at top left and a large pink square at bottom center on a navy background")
     assert describe(scene, Detail(False, False, False)) == "a red ring and a pink square"
     assert parse("a red ring and a large pink square at bottom center") == Scene(
         None, (Object(None, None, "red", "ring", None), square)
@@ -117,9 +115,7 @@ def test_shuffling_changes_the_order_and_nothing_else(scenes):
 
 def test_chance_comes_from_the_generator_alone(scenes):
     detail = Detail(omit_tiny=0.5, error=0.5, shuffle=True)
-    first, again, other = (
-        [describe(scene, detail, rng) for scene in scenes[:100]] for rng in map(random.Random, (5, 5, 6))
-    )
+    first, again, other = ([describe(scene, detail, rng) for scene in scenes[:100]] for rng in map(random.Random, (5, 5, 6)))
     assert first == again != other
 
 

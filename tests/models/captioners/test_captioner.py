@@ -61,9 +61,7 @@ def test_logprobs_and_gradients_equal_one_plain_forward_per_caption(captioner, r
             torch.testing.assert_close(a, b, atol=1e-5 + 1e-4 * largest if hybrid else 1e-7 + 1e-6 * largest, rtol=0)
     image_tower = [p for name, p in captioner.learner.network.named_parameters() if "vis" in name and p.ndim > 1]
     assert gradients(captioner, ours_NT, weights_of(rollout))  # the prompt is part of the graph, up to the image:
-    assert sum(
-        p.abs().sum() > 0 for p in torch.autograd.grad(ours_NT.sum(), image_tower, allow_unused=True) if p is not None
-    )
+    assert sum(p.abs().sum() > 0 for p in torch.autograd.grad(ours_NT.sum(), image_tower, allow_unused=True) if p is not None)
 
 
 @torch.no_grad()
@@ -96,10 +94,7 @@ def test_left_padding_changes_nothing(captioner, images):
     """Also in families whose own processor never pads."""
     plain = captioner.prepare(images[:1])
     pads = {"input_ids": captioner.pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
-    rows = {
-        name: torch.nn.functional.pad(x, (3, 0), value=pads[name]) if name in pads else x
-        for name, x in plain.rows.items()
-    }
+    rows = {name: torch.nn.functional.pad(x, (3, 0), value=pads[name]) if name in pads else x for name, x in plain.rows.items()}
     padded = captioner.sample(replace(plain, rows=rows), 6, Sampling(0.7, 8), range(6))
     alone = captioner.sample(plain, 6, Sampling(0.7, 8), range(6))
     assert torch.equal(padded.tokens_NT, alone.tokens_NT)

@@ -97,9 +97,7 @@ def test_a_template_without_a_caption_is_an_error(conditioner):
 
 def test_the_template_surrounds_the_caption(conditioner):
     conditioner.template = "a {caption} " + END
-    torch.testing.assert_close(
-        conditioner.encode(["red square"]).embeds_NLD[0], plain(conditioner, "a red square"), **CLOSE
-    )
+    torch.testing.assert_close(conditioner.encode(["red square"]).embeds_NLD[0], plain(conditioner, "a red square"), **CLOSE)
 
 
 def test_an_empty_caption_without_a_template_reads_one_padding_token(conditioner):

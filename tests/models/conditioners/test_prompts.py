@@ -91,9 +91,7 @@ def pieces(request):
     specials = ["<unk>", "<|im_start|>", "<|im_end|>"]
     texts = ["draw a red square and a blue ring, please", "a red ring and a blue square. now draw"] * 9
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=330, special_tokens=specials, initial_alphabet=alphabet)
-    )
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, special_tokens=specials, initial_alphabet=alphabet))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", additional_special_tokens=specials[1:])
 
 

@@ -27,9 +27,7 @@ def openuni(fresh):
         torch.manual_seed(0)
         parts = OpenUniConnector(WIDTH, 96, layers=2), nn.Linear(WIDTH, OUT)
         queries_QD = torch.randn(QUERIES, WIDTH) * WIDTH**-0.5
-        return QueryConditioner(
-            lambda: fresh.language_model, fresh.processor.tokenizer, queries_QD, *parts, TEMPLATE, NOTHING
-        )
+        return QueryConditioner(lambda: fresh.language_model, fresh.processor.tokenizer, queries_QD, *parts, TEMPLATE, NOTHING)
 
 
 def plain(model, conditioner, prompt):

@@ -91,10 +91,7 @@ def test_captions_beyond_the_limit_are_counted_and_said(name):
         over = conditioner.encode(["b" * (limit + 5) + letter for letter in "cd"])
     torch.testing.assert_close(over.embeds_NLD[0], over.embeds_NLD[1], **CLOSE)
     shorter = conditioner.encode(["b" * (limit - 1)])
-    assert (
-        shorter.embeds_NLD.shape != fits.embeds_NLD.shape
-        or (shorter.embeds_NLD[0] - fits.embeds_NLD[0]).abs().max() > 1e-3
-    )
+    assert shorter.embeds_NLD.shape != fits.embeds_NLD.shape or (shorter.embeds_NLD[0] - fits.embeds_NLD[0]).abs().max() > 1e-3
 
 
 def test_the_limit_can_be_chosen():

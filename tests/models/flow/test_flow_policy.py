@@ -256,9 +256,7 @@ def test_checkpointing_changes_no_gradient(policy, condition):
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 
-@pytest.mark.parametrize(
-    "settings", [{"window": 5}, {"window": 0}, {"window": 2, "start": 3}, {"start": -1}, {"start": 1}]
-)
+@pytest.mark.parametrize("settings", [{"window": 5}, {"window": 0}, {"window": 2, "start": 3}, {"start": -1}, {"start": 1}])
 def test_windows_leave_out_the_last_step(create, settings):
     with pytest.raises(ValueError, match="exploration.window=.*1 to 4 steps in all.*change model.init_args.exploration.window"):
         create(**settings)

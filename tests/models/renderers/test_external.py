@@ -192,9 +192,7 @@ def test_a_configuration_names_the_client(tmp_path):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(CallableRenderer, "renderer")
     settings = {"client": f"{__name__}:draw", "cache": str(tmp_path / "cache"), "height": 8, "width": 8}
-    config = parser.parse_object(
-        {"renderer": {"class_path": "uae.models.renderers.external.CallableRenderer", "init_args": settings}}
-    )
+    config = parser.parse_object({"renderer": {"class_path": "uae.models.renderers.external.CallableRenderer", "init_args": settings}})
     named = parser.instantiate(config).renderer
     copy = pickle.loads(pickle.dumps(named.to("cpu")))
     for same in (copy, renderer(tmp_path), CallableRenderer(f"{__name__}.draw", str(tmp_path / "cache"), 8, 8)):
@@ -205,8 +203,10 @@ def test_a_configuration_names_the_client(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"client": "no.such.module:draw"}, "client='no.such.module:draw' cannot be imported.*"
-         "model.init_args.system.init_args.renderer.init_args.client"),
+        (
+            {"client": "no.such.module:draw"},
+            "client='no.such.module:draw' cannot be imported.*model.init_args.system.init_args.renderer.init_args.client",
+        ),
         ({"client": f"{__name__}:nothing"}, "cannot be imported.*nothing"),
         ({"client": "draw"}, "cannot be imported.*allowed: package.module:function"),
         ({"client": f"{__name__}:CALLS"}, "is no function"),
@@ -260,13 +260,17 @@ def test_captions_without_a_picture_are_one_error(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "metadata.jsonl").unlink(), "no metadata.jsonl in .*"
-         "model.init_args.system.init_args.renderer.init_args.folder"),
+        (
+            lambda root: (root / "metadata.jsonl").unlink(),
+            "no metadata.jsonl in .*model.init_args.system.init_args.renderer.init_args.folder",
+        ),
         (lambda root: (root / "metadata.jsonl").write_text('{"file_name": "made/0.png"}'), "line 1 of .*text"),
         (lambda root: (root / "metadata.jsonl").write_text("a cat, 0.png"), "line 1 of .*JSON object"),
         (lambda root: (root / "made/2.png").unlink(), "1 files of .*metadata.jsonl are not there, e.g. 2.png"),
-        (lambda root: (root / "made/0.png").write_bytes(b"\x89PNG"), "replace 0.png in .*"
-         "model.init_args.system.init_args.renderer.init_args.folder"),
+        (
+            lambda root: (root / "made/0.png").write_bytes(b"\x89PNG"),
+            "replace 0.png in .*model.init_args.system.init_args.renderer.init_args.folder",
+        ),
     ],
 )
 def test_a_bad_folder_is_named(folder, spoil, message):

@@ -111,9 +111,7 @@ def test_captions_and_noise_matter(renderer, condition):
 def test_rows_do_not_depend_on_their_batch(renderer, condition):
     together = renderer.render(condition, SEEDS)
     for row in range(4):
-        torch.testing.assert_close(
-            renderer.render(condition.index([row]), SEEDS[row : row + 1])[0], together[row], **CLOSE
-        )
+        torch.testing.assert_close(renderer.render(condition.index([row]), SEEDS[row : row + 1])[0], together[row], **CLOSE)
     turned = renderer.render(condition.index([3, 1, 0, 2]), [SEEDS[row] for row in (3, 1, 0, 2)])
     torch.testing.assert_close(turned, together[[3, 1, 0, 2]], **CLOSE)
 

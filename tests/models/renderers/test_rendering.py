@@ -73,9 +73,7 @@ def test_networks_wait_and_work_where_they_are_placed():
     renderer = DiffusersRenderer(load("sd3"), settings(placement=Placement("float32", device="cpu", offload=True)))
     assert renderer.to("meta") is renderer
     assert renderer.pipe.transformer.device.type == "cpu"
-    assert (
-        renderer.render(ragged("sd3"), SEEDS).device.type == "meta"
-    )  # drawn on the CPU, handed to the policy's device
+    assert renderer.render(ragged("sd3"), SEEDS).device.type == "meta"  # drawn on the CPU, handed to the policy's device
 
 
 def test_gradients_and_offloading_exclude_each_other():
@@ -139,18 +137,30 @@ def test_a_mask_per_pass_needs_to_know_the_pass():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sd3", {"height": 40}, r"rendering.height=40 must be a multiple of 16 .*"
-         r"change model.init_args.system.init_args.rendering.height"),
-        ("sana", {"width": 48}, r"rendering.width=48 must be a multiple of 32 .*"
-         r"change model.init_args.system.init_args.rendering.width"),
+        (
+            "sd3",
+            {"height": 40},
+            r"rendering.height=40 must be a multiple of 16 .*"
+            r"change model.init_args.system.init_args.rendering.height",
+        ),
+        (
+            "sana",
+            {"width": 48},
+            r"rendering.width=48 must be a multiple of 32 .*"
+            r"change model.init_args.system.init_args.rendering.width",
+        ),
         ("flux", {"width": 24}, r"rendering.width=24 must be a multiple of 16"),
         ("qwen_image", {"width": 24}, r"rendering.width=24 must be a multiple of 16"),
         ("sdxl", {"height": 0}, r"rendering.height=0 must be a multiple of 8"),
         ("omnigen", {"height": 24}, r"rendering.height=24 must be a multiple of 16"),
         ("sd3", {"steps": 0}, r"rendering.steps=0 must be at least 1"),
         ("sd3", {"rows": 0}, r"rendering.rows=0 must be at least 1"),
-        ("sd3", {"distilled_guidance": 3.5}, r"not distilled for guidance; "
-         r"set model.init_args.system.init_args.rendering.distilled_guidance to null"),
+        (
+            "sd3",
+            {"distilled_guidance": 3.5},
+            r"not distilled for guidance; "
+            r"set model.init_args.system.init_args.rendering.distilled_guidance to null",
+        ),
         (
             "qwen_image",
             {"distilled_guidance": 3.5},
@@ -184,9 +194,7 @@ def test_conditions_of_the_wrong_kind():
         DiffusersRenderer(load("omnigen"), settings()).render(embeddings, SEEDS)
     with pytest.raises(ValueError, match="OmniGenPipeline takes no negative condition"):
         DiffusersRenderer(load("omnigen"), settings(guidance=2.0), words)
-    with pytest.raises(
-        ValueError, match=r"of the kind of the captions' \(EmbeddingCondition\), TextCondition was given"
-    ):
+    with pytest.raises(ValueError, match=r"of the kind of the captions' \(EmbeddingCondition\), TextCondition was given"):
         DiffusersRenderer(load("sana"), settings(guidance=2.0), words).render(embeddings, SEEDS)
     key = "model.init_args.system.init_args.rendering.guidance"
     with pytest.raises(ValueError, match=rf"\(EmbeddingCondition\), none was given; .*set {key} to 1"):

@@ -154,9 +154,7 @@ def test_an_image_is_read_as_the_library_reads_it_alone(assemble, made):
     model, processor = copy.deepcopy(made[0]).double(), made[1]
     context = assemble().captioner.prepare(pictures())
     seen = set()
-    for picture, ids_L, mask_L in zip(
-        pictures(), context.rows["input_ids"], context.rows["attention_mask"], strict=True
-    ):
+    for picture, ids_L, mask_L in zip(pictures(), context.rows["input_ids"], context.rows["attention_mask"], strict=True):
         pixels = (picture * 255).round().to(torch.uint8).numpy()
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe."}]}],

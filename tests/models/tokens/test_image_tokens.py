@@ -98,9 +98,7 @@ def fixed(tokens, prompts=PROMPTS, **padding):
 def gradient(policy, value):
     parameters = list(policy.parameters())
     grads = torch.autograd.grad(value, parameters, allow_unused=True)
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads, strict=True)]
-    )
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads, strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------------- one policy
@@ -132,9 +130,7 @@ def test_conditional_logprobs_are_not_the_samplers():
         assert policy.sampling.exact == exact
         drawn = policy.sample(condition(), [3, 4])
         without = TokenSampling(1.0, 0.7)
-        plain = [
-            plain_logprobs(policy.learner.network, *row, without) for row in zip(PROMPTS, drawn.actions_RS.tolist(), strict=True)
-        ]
+        plain = [plain_logprobs(policy.learner.network, *row, without) for row in zip(PROMPTS, drawn.actions_RS.tolist(), strict=True)]
         torch.testing.assert_close(policy.logprobs(drawn), torch.stack(plain), **CLOSE)
         assert ((policy.logprobs(drawn) - drawn.logp_RS).abs().max() < 1e-5) == exact
 
@@ -189,9 +185,7 @@ def test_no_pass_more_than_needed(sampling, sampler, scored):
     """Rows per pass of the decoder: the prompt and S - 1 steps in the sampler; one pass, or one per kind, for log-probs."""
     policy, seen = renderer(sampling, tokens=3), []
     decoder = policy.learner.network.model.model
-    decoder.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True
-    )
+    decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True)
     drawn = policy.sample(condition(), [3, 4])
     assert set(seen) == sampler
     assert len(seen) == 3

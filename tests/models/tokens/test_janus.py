@@ -62,9 +62,7 @@ def janus(layers=2):
         "embed_dim": 8, "num_embeddings": 12, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 0,
         "channel_multiplier": [1, 1, 1, 1], "projection_dim": 64, "image_token_embed_dim": 64,
     }  # fmt: skip
-    config = JanusConfig(
-        text_config=text, vision_config=vision, vq_config=codes, image_token_id=IDS[IMAGE], tie_word_embeddings=False
-    )
+    config = JanusConfig(text_config=text, vision_config=vision, vq_config=codes, image_token_id=IDS[IMAGE], tie_word_embeddings=False)
     template = tiny.CHAT_TEMPLATE.replace(f"{BOI} ", "").replace(f"{EOI} ", "")
     pixels = JanusImageProcessor(size={"height": 16, "width": 16}, min_size=1)
     return JanusForConditionalGeneration(config), JanusProcessor(pixels, words, template, num_image_tokens=4)
@@ -141,9 +139,7 @@ def test_a_caption_that_is_too_long_is_cut_and_counted(made):
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-@pytest.mark.parametrize(
-    ("guidance", "mode"), [(1.0, "guided"), (5.0, "guided"), (5.0, "guided_detach_uncond"), (1.0, "conditional")]
-)
+@pytest.mark.parametrize(("guidance", "mode"), [(1.0, "guided"), (5.0, "guided"), (5.0, "guided_detach_uncond"), (1.0, "conditional")])
 def test_image_ratio_is_one(umm, guidance, mode):
     umm.renderer.sampling = TokenSampling(guidance, 1.0, mode)
     drawn = umm.renderer.sample(condition(umm), [1, 2])

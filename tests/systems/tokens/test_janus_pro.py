@@ -90,9 +90,7 @@ def test_greedy_captions_equal_generate(umm):
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     eight_bits = [(image * 255).round().to(torch.uint8) for image in images]
     inputs = processor(text=[prompt] * 2, images=eight_bits, padding=True, return_tensors="pt")
-    assert processor.tokenizer.decode(inputs["input_ids"][0]).startswith(
-        f"{processor.tokenizer.bos_token}You are a helpful"
-    )
+    assert processor.tokenizer.decode(inputs["input_ids"][0]).startswith(f"{processor.tokenizer.bos_token}You are a helpful")
     banned = umm.captioner.learner.network.banned_ids.tolist()
     ends = {"eos_token_id": umm.captioner.end_ids, "pad_token_id": umm.captioner.pad_id}
     theirs = model.generate(**inputs, **ends, do_sample=False, max_new_tokens=10, suppress_tokens=banned)
@@ -184,9 +182,7 @@ def test_a_tokenizer_that_loses_spaces_is_refused(checkpoints):
     from tokenizers import pre_tokenizers
 
     tokenizer = AutoProcessor.from_pretrained(checkpoints / SMALL).tokenizer
-    tokenizer.backend_tokenizer.pre_tokenizer = (
-        pre_tokenizers.Metaspace()
-    )  # what transformers' LlamaTokenizer puts there
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # what transformers' LlamaTokenizer puts there
     with pytest.raises(ValueError, match="tokenizer_class"):
         check_spaces(tokenizer)
 
@@ -219,9 +215,7 @@ def test_trains(checkpoints, monkeypatch, tmp_path, finetune):
     assert ("lora" in moved[0]) == (finetune == "lora")
     if finetune == "full":
         path = tmp_path / "outputs/janus_pro/export"
-        model, report = JanusForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = JanusForConditionalGeneration.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         assert not report["missing_keys"]
         exported = model.model.vqmodel.state_dict()
         assert all(torch.equal(value, exported[name]) for name, value in before.items())

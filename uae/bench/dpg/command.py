@@ -154,9 +154,7 @@ def find_grids(folder: Path, resolution: int, tiles: int) -> dict[str, Path]:
     return grids
 
 
-def ask_all(
-    questions: Mapping[str, Item], grids: Mapping[str, Path], answerer: Answerer, kept: Ledger, tiles: int
-) -> dict[str, str]:
+def ask_all(questions: Mapping[str, Item], grids: Mapping[str, Path], answerer: Answerer, kept: Ledger, tiles: int) -> dict[str, str]:
     """Ask all questions about every grid whose answers the ledger lacks.
 
     Returns:

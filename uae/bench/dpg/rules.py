@@ -19,9 +19,7 @@ from typing import Literal
 
 Mode = Literal["official", "fixed"]
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
-FETCH = (
-    "git clone --depth 1 https://github.com/TencentQQGYLab/ELLA  # dpg_bench/dpg_bench.csv and dpg_bench/prompts, Apache-2.0"
-)
+FETCH = "git clone --depth 1 https://github.com/TencentQQGYLab/ELLA  # dpg_bench/dpg_bench.csv and dpg_bench/prompts, Apache-2.0"
 
 
 @dataclass(frozen=True)

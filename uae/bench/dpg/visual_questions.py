@@ -43,9 +43,7 @@ class TransformersAnswerer:
         ValueError: The model is neither BLIP nor has a chat template.
     """
 
-    def __init__(
-        self, path: str = MODEL, device: str | torch.device = "cpu", batch_size: int = 8, max_tokens: int = 8
-    ) -> None:
+    def __init__(self, path: str = MODEL, device: str | torch.device = "cpu", batch_size: int = 8, max_tokens: int = 8) -> None:
         import transformers
 
         place = locate(path)
@@ -53,9 +51,7 @@ class TransformersAnswerer:
         self.device, self.batch_size, self.max_tokens = torch.device(device), batch_size, max_tokens
         try:
             kind = transformers.AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=False).model_type
-            self.processor: Any = transformers.AutoProcessor.from_pretrained(
-                place, local_files_only=local, trust_remote_code=False
-            )
+            self.processor: Any = transformers.AutoProcessor.from_pretrained(place, local_files_only=local, trust_remote_code=False)
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(f"no model {path!r} here or on the hub ({reason}); set --vqa") from error

@@ -75,9 +75,7 @@ class ImageClient(VendorClient):
         async def call() -> Drawn | Refused | Failure:
             size = {} if self.model.size is None else {"size": self.model.size}
             # Other servers have parameters that the library does not know, so they are put into the body as they are.
-            reply = await self.api.images.generate(
-                model=self.model.model, prompt=prompt, extra_body=dict(self.model.params), **size
-            )
+            reply = await self.api.images.generate(model=self.model.model, prompt=prompt, extra_body=dict(self.model.params), **size)
             return await self._picture(reply)
 
         came = await self.guarded(call, _paid_for_nothing)

@@ -180,9 +180,7 @@ def _report(run: DrawingRun, job: DrawingJob, names: Mapping[str, str]) -> dict[
 def _check_complete(found: Mapping[str, Any]) -> None:
     """Refuse to score a folder that the next call would complete, or that holds nothing."""
     if found["left"]:
-        raise ValueError(
-            f"{found['left']} images are left to draw, so the folder is not scored: raise --max_cost_usd, or run again"
-        )
+        raise ValueError(f"{found['left']} images are left to draw, so the folder is not scored: raise --max_cost_usd, or run again")
     if not found["drawn"]:
         raise ValueError("no image could be drawn, so there is nothing to score; see the failures above")
 

@@ -96,9 +96,7 @@ def run(
     ask(folder, max_cost_usd, dry_run, cache, retry_errors)
 
 
-def _requests(
-    judge: Judge, prompt: Prompt, rows: Sequence[Mapping[str, Any]], files: Mapping[int, Path]
-) -> tuple[JudgeRequest, ...]:
+def _requests(judge: Judge, prompt: Prompt, rows: Sequence[Mapping[str, Any]], files: Mapping[int, Path]) -> tuple[JudgeRequest, ...]:
     given = {line: {"prompt": rows[line - 1]["prompt"], "checklist": checklist(rows[line - 1])} for line in sorted(files)}
     return tuple(
         judge_request(judge, prompt, texts, str(files[line]), image_digest(files[line]), {"line": line})

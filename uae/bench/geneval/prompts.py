@@ -10,9 +10,7 @@ from typing import Any
 from uae.bench.geneval.rules import COLORS, RELATIONS, TAGS
 from uae.files.lines import read_lines
 
-FETCH = (
-    "curl -LO https://raw.githubusercontent.com/djghosh13/geneval/af4902f/prompts/evaluation_metadata.jsonl  # MIT licence"
-)
+FETCH = "curl -LO https://raw.githubusercontent.com/djghosh13/geneval/af4902f/prompts/evaluation_metadata.jsonl  # MIT licence"
 PUBLISHED = {  # git blob (without white space at the end of the file) to the name of the benchmark
     "efc21c7e639cd45554a1e44fac87157211f16d51": "GenEval",
     "7d9f82584cdb7409fc7b240267d0ce6fa93570f1": "GenEval (rewritten)",  # BAGEL's long prompts, with scores that are points higher

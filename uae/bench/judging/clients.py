@@ -79,9 +79,7 @@ class Client(VendorClient):
             source = {"type": "base64", "media_type": media_type(image), "data": _letters(image)}
             parts.insert(0, {"type": "image", "source": source})
         messages = [{"role": "user", "content": parts}]
-        reply = await self.api.messages.create(
-            model=self.judge.model, system=system, messages=messages, **self.judge.params
-        )
+        reply = await self.api.messages.create(model=self.judge.model, system=system, messages=messages, **self.judge.params)
         said = lambda: "".join(block.text for block in reply.content if block.type == "text")  # noqa: E731
         return self._answer(reply, said, *_tokens(reply, "input_tokens", "output_tokens"))
 

@@ -57,14 +57,10 @@ class VendorClient:
         try:
             self._library: Any = importlib.import_module(endpoint.api)  # openai or anthropic, optional dependencies
         except ImportError:
-            raise ValueError(
-                f"{endpoint.kind} {endpoint.name!r} needs the package {endpoint.api}: pip install 'uae[bench]'"
-            ) from None
+            raise ValueError(f"{endpoint.kind} {endpoint.name!r} needs the package {endpoint.api}: pip install 'uae[bench]'") from None
         make = self._library.AsyncOpenAI if endpoint.api == "openai" else self._library.AsyncAnthropic
         # The run counts tries and their cost, so the library must not retry by itself.
-        self.api: Any = make(
-            api_key=self._secret or "none", base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0
-        )
+        self.api: Any = make(api_key=self._secret or "none", base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -100,9 +100,7 @@ def _looked_at(umm: UMM, plan: Plan, experience: Experience, tolerance: float) -
     yield from _drawn_again(umm, plan, experience, place, one, tolerance)
 
 
-def _drawn_again(
-    umm: UMM, plan: Plan, experience: Experience, place: int, one: Rollout[Any], tolerance: float
-) -> Iterator[Found]:
+def _drawn_again(umm: UMM, plan: Plan, experience: Experience, place: int, one: Rollout[Any], tolerance: float) -> Iterator[Found]:
     """What is drawn of one caption, whose first image has this place among all: its pixels, or its actions if they train."""
     image, taken = experience.segments.get("image"), None
     if image is not None:

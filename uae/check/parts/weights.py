@@ -61,9 +61,7 @@ def tensors_of(*owners: Any) -> dict[str, Tensor]:
 
 def size_of(*owners: Any) -> int:
     """Bytes of all networks of some objects; memory that tensors share counts once."""
-    sizes = {
-        tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors_of(*owners).values()
-    }
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors_of(*owners).values()}
     return sum(sizes.values())
 
 

@@ -30,8 +30,7 @@ def prompts(task: str, n: int, seed: int = 0) -> list[str]:
     for _ in range(n):
         cells = rng.sample([(row, column) for row in ROWS for column in COLUMNS], rng.choice(counts))
         objects = [
-            Object(row, column, rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(SIZES)[1:]))
-            for row, column in cells
+            Object(row, column, rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(SIZES)[1:])) for row, column in cells
         ]
         if task == "counting":
             objects = [Object(o.row, o.column, objects[0].color, objects[0].shape, o.size) for o in objects]

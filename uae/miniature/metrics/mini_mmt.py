@@ -111,8 +111,7 @@ def _count(rng: random.Random) -> list[Scene]:
     objects, background = _objects(rng, [rng.choice(list(SIZES)) for _ in range(3)]), _background(rng)
     counted, other = rng.sample(list(COLORS), 2)
     return [
-        _scene(background, [replace(one, color=counted if i < k else other) for i, one in enumerate(objects)])
-        for k in range(LETTERS)
+        _scene(background, [replace(one, color=counted if i < k else other) for i, one in enumerate(objects)]) for k in range(LETTERS)
     ]
 
 

@@ -62,11 +62,7 @@ def matches(caption: Scene | None, scene: Scene) -> Counter[str]:
     free = set(range(len(scene.objects)))
     for exact in (True, False):  # exact claims choose first
         for claim in list(claims):
-            same = [
-                i
-                for i in sorted(free)
-                if (claim.color, claim.shape) == (scene.objects[i].color, scene.objects[i].shape)
-            ]
+            same = [i for i in sorted(free) if (claim.color, claim.shape) == (scene.objects[i].color, scene.objects[i].shape)]
             full = [i for i in same if claim.size and claim.row and says(claim, scene.objects[i])]
             taken = full if exact else same
             if taken:

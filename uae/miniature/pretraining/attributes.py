@@ -47,19 +47,13 @@ class AttributeObjective(Objective):
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: nats per cell plus nats per background."""
-        images = batch["image"] + self.noise * torch.rand(1, device=batch["image"].device) * torch.randn_like(
-            batch["image"]
-        )
+        images = batch["image"] + self.noise * torch.rand(1, device=batch["image"].device) * torch.randn_like(batch["image"])
         tokens_NTD = self._tokens(images)
         cells, backgrounds = self._read(tokens_NTD[:, 0])
         codes, truth = self._truth(batch)
         unit_ND = F.normalize(tokens_NTD[:, 0], dim=1)
         alike = (unit_ND @ unit_ND.T).square().mean()
-        loss = (
-            balanced(cells, codes)
-            + balanced(self.patch_head(tokens_NTD[:, 1:]), codes)
-            + F.cross_entropy(backgrounds, truth)
-        )
+        loss = balanced(cells, codes) + balanced(self.patch_head(tokens_NTD[:, 1:]), codes) + F.cross_entropy(backgrounds, truth)
         return {"loss": loss + alike, "alike": alike.detach()}
 
     def _tokens(self, images_NCHW: Tensor) -> Tensor:
@@ -97,9 +91,9 @@ class AttributeObjective(Objective):
 
         self.model.cpu().save_pretrained(folder / "judge")
         size = {"height": SIDE, "width": SIDE}
-        BitImageProcessor(
-            size={"shortest_edge": SIDE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ).save_pretrained(folder / "judge")
+        BitImageProcessor(size={"shortest_edge": SIDE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+            folder / "judge"
+        )
 
 
 def balanced(logits_NCK: Tensor, codes_NC: Tensor) -> Tensor:

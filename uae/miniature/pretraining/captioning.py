@@ -78,9 +78,7 @@ class CaptionObjective(Objective):
     def _tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         (captioner,) = self.frozen
         tokenizer = captioner.processor.tokenizer
-        batch = tokenizer(
-            [f"{c} {tokenizer.eos_token}" for c in captions], padding=True, padding_side="right", return_tensors="pt"
-        )
+        batch = tokenizer([f"{c} {tokenizer.eos_token}" for c in captions], padding=True, padding_side="right", return_tensors="pt")
         return batch["input_ids"].to(captioner.device), batch["attention_mask"].to(captioner.device)
 
     @torch.no_grad()

@@ -46,13 +46,9 @@ class ContrastiveObjective(Objective):
 
     def forward(self, batch: ImageBatch, progress: float) -> dict[str, Tensor]:
         """``loss``: mean of both directions, nats."""
-        scenes = [
-            copy for scene in batch["scene"] for copy in (scene, *(edit(scene, self.rng) for _ in range(self.edits)))
-        ]
+        scenes = [copy for scene in batch["scene"] for copy in (scene, *(edit(scene, self.rng) for _ in range(self.edits)))]
         image_ND = self.clip.encode_image(normalized(render(scenes).to(batch["image"])), normalize=True)
-        text_ND = self.clip.encode_text(
-            encode([describe(scene) for scene in scenes]).to(image_ND.device), normalize=True
-        )
+        text_ND = self.clip.encode_text(encode([describe(scene) for scene in scenes]).to(image_ND.device), normalize=True)
         logits_NN = self.clip.logit_scale.exp().clamp(max=self.largest_scale) * image_ND @ text_ND.T
         truth = torch.arange(len(scenes), device=image_ND.device)
         loss = (F.cross_entropy(logits_NN, truth) + F.cross_entropy(logits_NN.T, truth)) / 2
@@ -63,9 +59,7 @@ class ContrastiveObjective(Objective):
         """Cosine of scenes with their edits per attribute, and with other scenes; retrieval of the caption."""
         rng = random.Random(0)
         image_ND = self._embed(batch["scene"])
-        text_ND = self.clip.encode_text(
-            encode([describe(scene) for scene in batch["scene"]]).to(image_ND.device), normalize=True
-        )
+        text_ND = self.clip.encode_text(encode([describe(scene) for scene in batch["scene"]]).to(image_ND.device), normalize=True)
         hits = (image_ND @ text_ND.T).argmax(1).cpu() == torch.arange(len(image_ND))
         scores = {
             "retrieval": hits.float().mean().item(),

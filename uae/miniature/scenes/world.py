@@ -99,9 +99,7 @@ def word_of(scene: Scene) -> str:
     return "".join(LETTERS.get(obj.shape, "?") for obj in scene.objects)
 
 
-def scene_of(
-    index: int, split: Split = "train", seed: int = 0, counts: tuple[int, ...] = (1, 2, 3), words: bool = False
-) -> Scene:
+def scene_of(index: int, split: Split = "train", seed: int = 0, counts: tuple[int, ...] = (1, 2, 3), words: bool = False) -> Scene:
     """The ``index``-th scene of a split: a pure function, the same on every rank, worker and run.
 
     Args:
@@ -136,11 +134,7 @@ def _glyph(shape: str, size: int) -> Tensor:
 
 def code_of(obj: Object) -> int:
     """An object's row in the table of cell pictures (its position aside); 0 is the empty cell."""
-    return (
-        1
-        + (SHAPES.index(obj.shape) * len(SIZES) + list(SIZES).index(obj.size or "")) * len(COLORS)
-        + list(COLORS).index(obj.color)
-    )
+    return 1 + (SHAPES.index(obj.shape) * len(SIZES) + list(SIZES).index(obj.size or "")) * len(COLORS) + list(COLORS).index(obj.color)
 
 
 def object_of(code: int, cell: int) -> Object:
@@ -193,9 +187,7 @@ def detect(images_NCHW: Tensor, tolerance: float = 0.2) -> list[Scene]:
     pictures = cell_pictures()  # [P, K, 3, 8, 8]
     cells = images_NCHW.detach().cpu().float().unflatten(2, (GRID, CELL)).unflatten(4, (GRID, CELL))
     cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * CELL * CELL)  # [N * 9, 192]
-    distance = (
-        torch.cdist(cells, pictures.flatten(2).flatten(0, 1)).square().view(-1, GRID * GRID, len(pictures), KINDS)
-    )
+    distance = torch.cdist(cells, pictures.flatten(2).flatten(0, 1)).square().view(-1, GRID * GRID, len(pictures), KINDS)
     paper = distance.amin(3).sum(1).argmin(1)  # [N]: one background for the whole image
     best, code = distance[torch.arange(len(paper)), :, paper].min(-1)  # [N, 9]
     unknown = (best / (3 * CELL * CELL)).sqrt() > tolerance

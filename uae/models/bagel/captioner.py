@@ -48,9 +48,7 @@ def marks_of(tokenizer: Any) -> Marks:
     ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
     for name, number in zip(names, ids, strict=True):
         if number is None or tokenizer.convert_ids_to_tokens(number) != name:
-            raise ValueError(
-                f"the tokenizer has no {name}; allowed: BAGEL's; change model.init_args.system.init_args.checkpoint"
-            )
+            raise ValueError(f"the tokenizer has no {name}; allowed: BAGEL's; change model.init_args.system.init_args.checkpoint")
     return Marks(*ids)
 
 

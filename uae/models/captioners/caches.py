@@ -153,9 +153,7 @@ def select(cache: Any, prompt_N: Tensor) -> Any:
     from transformers.cache_utils import Cache, CacheLayerMixin
 
     CacheLayerMixin.register(PromptLayer)
-    layers: list[Any] = [
-        layer if layer.keys is None else ContinuedLayer(layer.keys, layer.values, prompt_N) for layer in cache.layers
-    ]
+    layers: list[Any] = [layer if layer.keys is None else ContinuedLayer(layer.keys, layer.values, prompt_N) for layer in cache.layers]
     return Cache(layers=layers)
 
 

@@ -159,9 +159,7 @@ class HFCaptioner:
         return dict(inputs.to(self.device))
 
     @torch.no_grad()
-    def sample(
-        self, context: VLMContext, group: int, sampling: Sampling, seeds: Sequence[int]
-    ) -> Rollout[VLMContext]:
+    def sample(self, context: VLMContext, group: int, sampling: Sampling, seeds: Sequence[int]) -> Rollout[VLMContext]:
         """``group`` captions for every image; row n depends on its image and on ``seeds[n]`` only.
 
         Tokens come from the inverse of the cumulative distribution at one uniform number per row and step, so a sample

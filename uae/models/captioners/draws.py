@@ -10,9 +10,7 @@ from torch import Tensor
 
 def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
     """Uniform numbers ``[N, steps]`` in [0, 1), float64, one independent stream per seed."""
-    return torch.stack(
-        [torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-    )
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds])
 
 
 def draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:

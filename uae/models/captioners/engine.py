@@ -184,9 +184,7 @@ class EngineCaptioner:
             )
         self._sent = sums
 
-    def _rollout(
-        self, context: VLMContext, completions: list[Completion], group: int, sampling: Sampling
-    ) -> Rollout[VLMContext]:
+    def _rollout(self, context: VLMContext, completions: list[Completion], group: int, sampling: Sampling) -> Rollout[VLMContext]:
         shape = (len(completions), max(len(completion.tokens) for completion in completions))
         tokens_NT = torch.full(shape, self.captioner.pad_id, dtype=torch.long)
         mask_NT, logp_NT = torch.zeros(shape), torch.zeros(shape)
@@ -258,9 +256,7 @@ def _requests(context: VLMContext, group: int, seeds: Sequence[int], placeholder
     return [Request(prompts[n // group], placeholder, context.images[n // group], seed) for n, seed in enumerate(seeds)]
 
 
-def _check(
-    requests: list[Request], completions: list[Completion], sampling: Sampling, banned: set[int], ends: set[int]
-) -> None:
+def _check(requests: list[Request], completions: list[Completion], sampling: Sampling, banned: set[int], ends: set[int]) -> None:
     """Refuse answers of another policy than the one that learns, or answers that were cut.
 
     Raises:

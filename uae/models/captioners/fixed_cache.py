@@ -59,9 +59,7 @@ class FixedLayer(PromptLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new keys and values and return those of all tokens so far, for attention."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = (
-                x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)
-            )
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states))
         start, self.filled = self.filled, self.filled + key_states.shape[2]
         self.keys[:, :, start : self.filled] = key_states
         self.values[:, :, start : self.filled] = value_states

@@ -259,9 +259,7 @@ class CaptionPolicy(Network):
         """Log-probs ``[N, T]`` of tokens from the hidden states that predict them."""
         head = self.base.get_output_embeddings()
         bias_V = getattr(head, "bias", None)
-        return selected_logprobs(
-            hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=bias_V, rule=self.rule
-        )
+        return selected_logprobs(hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=bias_V, rule=self.rule)
 
     def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
         """float32 logits ``[N, V]`` of the policy, as `score` computes them: temperature applied, banned tokens at -inf."""

@@ -118,9 +118,7 @@ class VLLMEngine:
             ValueError: vLLM would draw at another temperature.
         """
         if sampling.temperature and not 0.01 <= sampling.temperature <= 2:
-            raise ValueError(
-                f"model.init_args.sampling.temperature={sampling.temperature}; allowed with {KEY}: 0, or from 0.01 to 2"
-            )
+            raise ValueError(f"model.init_args.sampling.temperature={sampling.temperature}; allowed with {KEY}: 0, or from 0.01 to 2")
         parameters = [
             self._vllm.SamplingParams(
                 temperature=sampling.temperature,

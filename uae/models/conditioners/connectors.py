@@ -89,9 +89,7 @@ def metaquery_connector(
     norm = nn.RMSNorm(width_out, eps=1e-5)
     nn.init.constant_(norm.weight, scale)
     encoder = MetaQueryEncoder(width, layers, heads)
-    return nn.Sequential(
-        encoder, nn.Linear(width, width_out), nn.GELU(approximate="tanh"), nn.Linear(width_out, width_out), norm
-    )
+    return nn.Sequential(encoder, nn.Linear(width, width_out), nn.GELU(approximate="tanh"), nn.Linear(width_out, width_out), norm)
 
 
 class MetaQueryEncoder(nn.Module):

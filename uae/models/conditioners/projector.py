@@ -10,9 +10,7 @@ from uae.models.conditioners.states import mlp_projector
 from uae.weights.state import load_into
 
 
-def load_projector(
-    state: dict[str, Tensor], width_in: int, key: str, activation: Literal["gelu", "silu"] = "gelu"
-) -> nn.Module:
+def load_projector(state: dict[str, Tensor], width_in: int, key: str, activation: Literal["gelu", "silu"] = "gelu") -> nn.Module:
     """A frozen MLP projector in eval mode. Its widths follow from the weights; UAE's are 2048, 8192 and 4096.
 
     Args:

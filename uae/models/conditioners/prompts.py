@@ -8,9 +8,7 @@ from typing import Any
 PLACEHOLDER = "{caption}"
 
 
-def chat_template(
-    tokenizer: Any, role: str = "user", system: bool | str = True, text: str = PLACEHOLDER, prompt: bool = True
-) -> str:
+def chat_template(tokenizer: Any, role: str = "user", system: bool | str = True, text: str = PLACEHOLDER, prompt: bool = True) -> str:
     """A prompt template of one chat message and, if asked for, the generation prompt. Nothing in it is escaped.
 
     Args:
@@ -26,9 +24,7 @@ def chat_template(
         ValueError: There is no chat template, it does not show the text, or its system message cannot be removed.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no chat template: point the system at an instruction-tuned checkpoint"
-        )
+        raise ValueError(f"{type(tokenizer).__name__} has no chat template: point the system at an instruction-tuned checkpoint")
     message = (role, text)
     if system is True:
         return _rendered(tokenizer, [message], prompt)
@@ -47,9 +43,7 @@ def _rendered(tokenizer: Any, messages: list[tuple[str, str]], prompt: bool = Tr
     from jinja2 import TemplateError
 
     for as_parts in (False, True):
-        turns = [
-            {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text} for role, text in messages
-        ]
+        turns = [{"role": role, "content": [{"type": "text", "text": text}] if as_parts else text} for role, text in messages]
         try:
             rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
         except (TemplateError, TypeError):

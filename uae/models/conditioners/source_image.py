@@ -49,8 +49,7 @@ class SourceImageConditioner(nn.Module):
         """
         if rollout is None:
             raise ValueError(
-                "tokens of the source image need a rollout, and there is none: leave this conditioner out to draw from "
-                "captions alone"
+                "tokens of the source image need a rollout, and there is none: leave this conditioner out to draw from captions alone"
             )
         if len(texts) != len(rollout):
             raise ValueError(f"{len(texts)} captions, but the rollout has {len(rollout)}")

@@ -70,9 +70,7 @@ class TextConditioner:
         return self
 
 
-def mlp_projector(
-    width_in: int, width: int, width_out: int, activation: Literal["gelu", "silu"] = "gelu"
-) -> nn.Sequential:
+def mlp_projector(width_in: int, width: int, width_out: int, activation: Literal["gelu", "silu"] = "gelu") -> nn.Sequential:
     """The projector g of the paper (UMM-1): Linear, activation, Linear, with random weights.
 
     Args:

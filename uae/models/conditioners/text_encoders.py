@@ -45,15 +45,12 @@ class PipelineTextConditioner:
         self.options = _options(pipe)
         if max_tokens is not None:
             if max_tokens < 1 or "max_sequence_length" not in self.options:
-                fixed = (
-                    "" if "max_sequence_length" in self.options else f"; {name} reads a fixed number, set it to null"
-                )
+                fixed = "" if "max_sequence_length" in self.options else f"; {name} reads a fixed number, set it to null"
                 raise ValueError(f"caption_tokens={max_tokens} must be at least 1{fixed}; change {KEY}")
             self.options["max_sequence_length"] = max_tokens
         if placement.dtype == "float8":
             raise ValueError(
-                "text encoders cannot store 8-bit weights; set "
-                "model.init_args.system.init_args.text_encoders.dtype to bfloat16"
+                "text encoders cannot store 8-bit weights; set model.init_args.system.init_args.text_encoders.dtype to bfloat16"
             )
         self.device: torch.device | None = None
         for module in self.modules():

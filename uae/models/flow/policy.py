@@ -85,9 +85,7 @@ class FlowTrajectory(Trajectory[Any]):
         """The trajectories of some rows, in the order given."""
         chosen: FlowTrajectory = super().select(rows)
         mean_RS = None if self.mean_RS is None else self.mean_RS[rows]
-        return replace(
-            chosen, start_N=self.start_N[rows], final_N=self.final_N[rows], first_N=self.first_N[rows], mean_RS=mean_RS
-        )
+        return replace(chosen, start_N=self.start_N[rows], final_N=self.final_N[rows], first_N=self.first_N[rows], mean_RS=mean_RS)
 
 
 class FlowPolicy:
@@ -202,9 +200,7 @@ class FlowPolicy:
         moments = []
         for first in trajectory.first_N.unique().tolist():  # a call goes through the same steps in all its rows
             rows = (trajectory.first_N == first).nonzero()[:, 0].tolist()
-            moments += [
-                ([rows[n] for n in part], mean, std) for part, mean, std in self._replay(trajectory.select(rows), first)
-            ]
+            moments += [([rows[n] for n in part], mean, std) for part, mean, std in self._replay(trajectory.select(rows), first)]
         return _in_order([(rows, mean) for rows, mean, _ in moments]), _in_order([(rows, std) for rows, _, std in moments])
 
     def _replay(self, trajectory: FlowTrajectory, first: int) -> list[tuple[list[int], Tensor, Tensor]]:

@@ -184,9 +184,7 @@ def centred_log_prob(x_next: Tensor, mean: Tensor, old_mean: Tensor, std: float 
     return log_prob(x_next, old_mean, std) + (z * moved).flatten(1).mean(1)
 
 
-def divergence(
-    mean: Tensor, reference_mean: Tensor, std: float | Tensor, reduction: Literal["mean", "sum"] = "mean"
-) -> Tensor:
+def divergence(mean: Tensor, reference_mean: Tensor, std: float | Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """Exact KL divergence ``[N]`` between two Gaussians of equal ``std``; units as in `log_prob`.
 
     ``std`` is the standard deviation of the whole step, so it includes the step's length. Flow-GRPO's code divides by the
@@ -215,6 +213,5 @@ def _single(x: Tensor) -> Tensor:
 def _above_zero(key: str, value: float) -> None:
     if not value > 0:
         raise ValueError(
-            f"{key}={value}: without noise a step has no log-prob; allowed: above 0; change "
-            "model.init_args.exploration.noise_level"
+            f"{key}={value}: without noise a step has no log-prob; allowed: above 0; change model.init_args.exploration.noise_level"
         )

@@ -48,9 +48,7 @@ class MaskedJointAttention:
         return image, text if attn.context_pre_only else attn.to_add_out(text)
 
 
-def _heads(
-    attn: Any, x: Tensor, projections: tuple[str, ...], norms: tuple[str, str]
-) -> tuple[Tensor, ...]:
+def _heads(attn: Any, x: Tensor, projections: tuple[str, ...], norms: tuple[str, str]) -> tuple[Tensor, ...]:
     """Query, key and value ``[N, heads, tokens, width]`` of the image or the text tokens."""
     query, key, value = (getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in projections)
     norm_query, norm_key = (getattr(attn, name) for name in norms)

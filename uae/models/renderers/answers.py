@@ -37,9 +37,7 @@ def picture_of(answer: Any) -> Image.Image:
     if pixels.is_floating_point() and bool(((pixels >= 0) & (pixels <= 1)).all()):  # no NaN either
         pixels = (pixels.float() * 255).round().to(torch.uint8)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype is not torch.uint8:
-        raise ValueError(
-            f"the client answered a tensor {answer.dtype} {list(answer.shape)}; allowed: [3, H, W], uint8 or in [0, 1]"
-        )
+        raise ValueError(f"the client answered a tensor {answer.dtype} {list(answer.shape)}; allowed: [3, H, W], uint8 or in [0, 1]")
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 

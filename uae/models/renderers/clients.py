@@ -24,8 +24,7 @@ def import_client(client: str | Callable[..., Any]) -> Callable[..., Any]:
             function = attrgetter(name)(importlib.import_module(module))
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"client={client!r} cannot be imported ({one_line(error)}); allowed: package.module:function; "
-                f"set {KEY}.client"
+                f"client={client!r} cannot be imported ({one_line(error)}); allowed: package.module:function; set {KEY}.client"
             ) from error
     if not callable(function):
         raise ValueError(f"client={client!r} is no function; allowed: package.module:function; set {KEY}.client")
@@ -47,9 +46,7 @@ def client_name(client: str | Callable[..., Any], version: str) -> str:
         return _path(client)
     name = f"{getattr(client, '__module__', '')}:{getattr(client, '__qualname__', type(client).__qualname__)}"
     if not version and (not isinstance(client, FunctionType) or "<" in name or name.startswith("__main__:")):
-        raise ValueError(
-            f"the client {name!r} has no name of its own under which its images are cached; set {KEY}.version"
-        )
+        raise ValueError(f"the client {name!r} has no name of its own under which its images are cached; set {KEY}.version")
     return name
 
 

@@ -147,8 +147,7 @@ class DiffusersRenderer:
             negative = self._negative(condition)
             with at_work(self._needed(condition), self.rendering.placement, self.home):
                 return [
-                    (rows, self._draw(condition.index(rows), negative, start(rows), grad, work))
-                    for rows in self._batches(condition)
+                    (rows, self._draw(condition.index(rows), negative, start(rows), grad, work)) for rows in self._batches(condition)
                 ]
 
     def _needed(self, condition: PipelineCondition) -> list[nn.Module]:

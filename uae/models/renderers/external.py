@@ -127,9 +127,7 @@ class FolderRenderer(ExternalRenderer):
             try:
                 opened[file] = opened[file] if file in opened else read_picture(file)
             except UnreadableImageError as error:
-                raise ValueError(
-                    f"{one_line(error)}: replace {file.name} in {self.folder!r} or change {KEY}.folder"
-                ) from None
+                raise ValueError(f"{one_line(error)}: replace {file.name} in {self.folder!r} or change {KEY}.folder") from None
         return [opened[file] for file in chosen]
 
 

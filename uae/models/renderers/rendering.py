@@ -84,9 +84,7 @@ def _check_numbers(rendering: Rendering, pipe: Any, only_steps: int | None) -> N
     for key in ("height", "width"):
         size = getattr(rendering, key)
         if size < 1 or size % of:
-            raise ValueError(
-                f"rendering.{key}={size} must be a multiple of {of} for {name}; change {KEY}.{key}"
-            )
+            raise ValueError(f"rendering.{key}={size} must be a multiple of {of} for {name}; change {KEY}.{key}")
     for key in ("steps", "rows"):
         if getattr(rendering, key) < 1:
             raise ValueError(f"rendering.{key}={getattr(rendering, key)} must be at least 1; change {KEY}.{key}")
@@ -112,9 +110,7 @@ def _check_guidance(guidance: float, pipe: Any, contract: Contract, has_negative
         raise ValueError(f"{name} takes no negative condition (it has its own); leave the negative out")
     reads = getattr(pipe, "tokenizer", None) is not None
     if not has_negative and not (contract.own_negative and reads):
-        raise ValueError(
-            f"rendering.guidance={guidance} needs a negative condition; give one or set {KEY}.guidance to 1"
-        )
+        raise ValueError(f"rendering.guidance={guidance} needs a negative condition; give one or set {KEY}.guidance to 1")
 
 
 def _check_guiders(guidance: float, pipe: Any, guiders: tuple[str, ...]) -> None:
@@ -200,6 +196,4 @@ def spare_memory(pipe: Any, rendering: Rendering) -> None:
             try:
                 getattr(pipe.vae, switch)()
             except (AttributeError, NotImplementedError):
-                raise ValueError(
-                    f"the autoencoder of {type(pipe).__name__} cannot do this; set {KEY}.{key} to false"
-                ) from None
+                raise ValueError(f"the autoencoder of {type(pipe).__name__} cannot do this; set {KEY}.{key} to false") from None

@@ -142,9 +142,7 @@ class Emu3Policy(TokenPolicy):
         return every_NPD[:, column_P != self.grid[1]]  # an end of line is fixed, not drawn
 
     @torch.no_grad()
-    def draw(
-        self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw as in `TokenPolicy.draw`. The last token of a line of the image is fed together with the end-of-line token."""
         guided, uniform_NS = sampling.guidance != 1, uniform_NS.to(self.banned_ids.device)
         ids_ML, mask_ML, uncond_NL, uncond_mask_NL = left_padded(condition, self.banned_ids.device)

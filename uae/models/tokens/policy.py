@@ -58,9 +58,7 @@ class TokenSampling:
             ValueError: A setting is out of its range.
         """
         if not self.guidance >= 1:
-            raise ValueError(
-                f"guidance={self.guidance}; allowed: 1 (none) or more; change model.init_args.system.init_args.guidance"
-            )
+            raise ValueError(f"guidance={self.guidance}; allowed: 1 (none) or more; change model.init_args.system.init_args.guidance")
         if not self.temperature >= 0:
             raise ValueError(
                 f"image_temperature={self.temperature}; allowed: 0 (greedy) or any positive number; change "
@@ -164,9 +162,7 @@ class TokenPolicy(CaptionPolicy):
         ).last_hidden_state
 
     @torch.no_grad()
-    def draw(
-        self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, condition: TokenCondition, sampling: TokenSampling, uniform_NS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw image tokens; return them, their log-probs and their entropies, ``[N, S]`` each.
 
         ``uniform_NS`` holds a uniform number per token; the token is the inverse of the cumulative distribution there.

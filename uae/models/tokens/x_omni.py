@@ -41,9 +41,7 @@ class XOmniPolicy(TokenPolicy):
 
     fed = "input_ids"
 
-    def __init__(
-        self, model: nn.Module, banned_ids: Sequence[int], gradient_checkpointing: bool, grid: tuple[int, int]
-    ) -> None:
+    def __init__(self, model: nn.Module, banned_ids: Sequence[int], gradient_checkpointing: bool, grid: tuple[int, int]) -> None:
         super().__init__(model, banned_ids, gradient_checkpointing)
         self.grid, config = grid, self.base.config
         last = config.num_hidden_layers - config.num_mm_head_layers

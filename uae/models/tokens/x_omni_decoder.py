@@ -151,9 +151,7 @@ class PixelDecoder:
         rows = [*range(len(texts)), *[len(texts)] * len(texts)]
         return embeds_NLD[rows], pooled_NP[rows], positions
 
-    def _decode(
-        self, features_NPZ: Tensor, grid: tuple[int, int], read: tuple[Tensor, Tensor, Tensor], seeds: list[int]
-    ) -> Tensor:
+    def _decode(self, features_NPZ: Tensor, grid: tuple[int, int], read: tuple[Tensor, Tensor, Tensor], seeds: list[int]) -> Tensor:
         pipe, rows = self.pipe, len(seeds)
         height, width = (side * SIDE for side in grid)
         dtype, work = pipe.transformer.dtype, features_NPZ.device

@@ -185,12 +185,8 @@ class _Block(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(sizes.width, eps=1e-6) for _ in range(2))
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(sizes.width, 3 * sizes.width), "proj": nn.Linear(sizes.width, sizes.width)}
-        )
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(sizes.width, sizes.inner), "fc2": nn.Linear(sizes.inner, sizes.width)}
-        )
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(sizes.width, 3 * sizes.width), "proj": nn.Linear(sizes.width, sizes.width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(sizes.width, sizes.inner), "fc2": nn.Linear(sizes.inner, sizes.width)})
 
     def forward(self, states_NPZ: Tensor) -> Tensor:
         states_NPZ = states_NPZ + self._attend(self.norm1(states_NPZ))
