@@ -145,4 +145,4 @@ def test_merge_keys_and_equal_keys_of_different_nodes_are_no_repetition(fit, tmp
 
 
 def test_a_folder_is_no_configuration(refused, tmp_path):
-    assert "Path is not a file" in refused("--config", str(tmp_path))
+    assert f"--config: there is a folder, and no file, '{tmp_path}'" in refused("--config", str(tmp_path))

@@ -52,7 +52,7 @@ MISTAKES = [
     (["--model.init_args.finetune.init_args.rnk", 3], "(at model.init_args.finetune.init_args); did you mean rank?"),
     (["--model.init_args.group", 1], "model.init_args.group=1; allowed: 2 or more"),
     (["--trainer.strategy", "fsdp9"], "invalid strategy name: `strategy='fsdp9'`"),
-    (["--config", "nowhere.yaml"], "--config: there is no file 'nowhere.yaml'; the package has the complete runs emu3,"),
+    (["--config", "nowhere.yaml"], "--config: there is no file 'nowhere.yaml'; the package has the complete runs bagel,"),
     (["--config", "configs/finetune/ful.yaml"], "did you mean configs/finetune/full.yaml? configs/finetune of the package has full,"),
     ({"trainer": {"max_step": 3}}, "did you mean trainer.max_steps"),
     (model(loss={"beta": "x"}), "model.init_args.loss.init_args.beta: expected float, got x"),

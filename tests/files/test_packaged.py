@@ -33,7 +33,7 @@ def test_a_name_means_the_users_own_file_first_and_then_the_packages(tmp_path, m
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        ("tinny", "there is no file 'tinny'; did you mean configs/tiny.yaml? the package has the complete runs emu3,"),
+        ("tinny", "there is no file 'tinny'; did you mean configs/tiny.yaml? the package has the complete runs bagel,"),
         ("full", "did you mean configs/finetune/full.yaml?"),
         ("configs/reward/clp.yaml", "did you mean configs/reward/clip.yaml? configs/reward of the package has caption"),
         ("/nowhere/tiny.yaml", "there is no file '/nowhere/tiny.yaml'"),

@@ -44,7 +44,8 @@ def command(finetune, accumulate, options):
     if finetune == "lora":
         words.append("--model.init_args.finetune.init_args.rank=3")  # three rows do not divide by two
     clip = [f"--trainer.gradient_clip_val={CLIP}"] if accumulate > 1 else ["--trainer.gradient_clip_val=null"]
-    return ["fit", *words, *clip, "--model.init_args.optimizer.lr=0.05", *options]
+    once = "--check_first_rollout=false"  # it sends something once, and what is counted is sent in every step
+    return ["fit", *words, *clip, once, "--model.init_args.optimizer.lr=0.05", *options]
 
 
 def run(finetune, accumulate, options):
