@@ -35,6 +35,10 @@ CASES: dict[str, tuple[str, ...]] = {  # a configuration and what is put on top 
     "janus_pro, both": (TOKENS,),
     "emu3": (TOKENS,),
     "emu3, both": (TOKENS,),
+    "x_omni, both": (TOKENS,),
+    "bagel, joint": ("stages/joint.yaml", DIFFUSION),
+    "omnigen2": (DIFFUSION,),
+    "omnigen2, images": (STAGE, DIFFUSION),
 }
 HEAD = (
     "Measured numbers; **bold** where a check failed; empty where it is not applicable. Real systems have tiny random weights in the "

@@ -24,6 +24,8 @@ def weights_as_planned(module: UnifiedGRPO, data: Any, trainer: Mapping[str, Any
     """
     if not isinstance(module.system, PlannedSystem):
         return not_applicable(f"{type(module.system).__name__} has no blueprint")
+    if module.plan.train != "captions" and module.system.blueprint().drawing is None:
+        return not_applicable("the plan leaves out what the renderer's own training takes")
     rows = plan(module, data, trainer).rows
     planned = sum(row.whole for row in rows if row.parameters or row.name == "reference copy")
     there = size_of(module.umm, module.reward, module.unified_score)

@@ -73,7 +73,7 @@ class XOmni:
         config, vision = policy.config, vision_of(self.vision)
         decoder, place = settings_of(vision["decoder"], KEY), self.decoding.placement
         parts = {name: (part, place) for name, part in decoder_skeletons(self.vision, decoder.folder, self.flux).items()}
-        parts["image tokenizer"] = tokenizer_skeleton(vision["encoder"]), Placement(vision["dtype"])
+        parts["image tokenizer"] = tokenizer_skeleton(self.vision, vision["encoder"]), Placement(vision["dtype"])
         read = max(H * W, (vision["transform"].get("short_size", 384) // SIDE) ** 2)
         steps, guidance = self.decoding.steps or decoder.steps, self.decoding.guidance or decoder.guidance
         return Blueprint(
@@ -238,13 +238,20 @@ def language_model_skeleton(checkpoint: str, dtype: str) -> Any:
         return XOmniForCausalLM._from_config(config, dtype=getattr(torch, dtype))
 
 
-def tokenizer_skeleton(encoder: dict[str, Any]) -> nn.Module:
-    """The image tokenizer in its released size, without its weights. Its files are not read."""
-    from uae.models.tokens.x_omni_image_tokenizer import ImageTokenizer, Sizes
+def tokenizer_skeleton(checkpoint: str, encoder: dict[str, Any]) -> nn.Module:
+    """The image tokenizer without its weights: in the size of the checkpoint's files if they are here, else as released."""
+    from uae.files.locations import locate
+    from uae.models.tokens.x_omni_image_tokenizer import ImageTokenizer, Sizes, sizes_of
+    from uae.weights.state import read_state
 
-    codes = {"codes": encoder.get("codebook_size", 16384), "code_width": encoder.get("codebook_dim", 2048)}
+    folder = Path(locate(checkpoint))
+    if folder.is_dir():
+        files = (folder / encoder[name] for name in ("siglip_path", "projector_path"))
+        sizes = sizes_of(*(read_state(file) for file in files))  # files are mapped: shapes are read, and weights are not
+    else:
+        sizes = Sizes(codes=encoder.get("codebook_size", 16384), code_width=encoder.get("codebook_dim", 2048))
     with torch.device("meta"):
-        return ImageTokenizer(Sizes(**codes))
+        return ImageTokenizer(sizes)
 
 
 def decoder_skeletons(checkpoint: str, folder: str, flux: str) -> dict[str, nn.Module]:
