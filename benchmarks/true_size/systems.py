@@ -75,7 +75,7 @@ class OwnReading:
         config, width = transformer.config, policy.config.get_text_config().hidden_size
         width_out = config.caption_channels if "Sana" in type(transformer).__name__ else config.joint_attention_dim
         with torch.device("meta"):
-            projector = mlp_projector(width, 4 * width, width_out).bfloat16()
+            projector = mlp_projector(width, 2 * width_out, width_out).bfloat16()
         frozen: dict[str, Any] = {"projector": projector, "transformer": transformer, "vae": vae_skeleton(self.pipeline)}
         placed = {name: (module, self.rendering.placement) for name, module in frozen.items()}
         return Blueprint(policy, placed, self.rendering, 1, 1024, Reading(), policy_reads=True)

@@ -133,7 +133,7 @@ def _of_tokens(
         return f"cfg_logprob={policy.sampling.cfg_logprob} takes log-probs of another policy than the one that draws, on purpose"
     w, one = policy.sampling.guidance, _with_guidance(policy, 1.0)
     taken = taken or policy.sample(condition, range(len(condition)))
-    apart = replace(taken, condition=replace(condition, ids_NL=condition.uncond_ids_NL))
+    apart = replace(taken, condition=replace(condition, ids_NL=condition.uncond_ids_NL, mask_NL=condition.uncond_mask_NL))
     actions_RS = taken.actions_RS.clone()
     actions_RS[:, -1] = other_values(taken.actions_RS, taken.mask_RS)[:, -1]  # no later token reads the last one
     if torch.equal(actions_RS, taken.actions_RS):

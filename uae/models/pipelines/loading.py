@@ -42,7 +42,7 @@ def load_pipeline(name: str, placement: Placement, key: str = "model.init_args.s
         _check_folder(Path(path), key, parts)
     with refused(name):
         config = diffusers.DiffusionPipeline.load_config(path, local_files_only=local)
-        quirks = QUIRKS.get(config.get("_class_name", ""), Quirks())
+        quirks = QUIRKS.get(str(config.get("_class_name")), Quirks())  # a checkpoint with code of its own names two strings
         _check_packages(quirks, config["_class_name"])
         parts = {**quirks.left_out, **parts}
         kind = getattr(diffusers, config["_class_name"], diffusers.DiffusionPipeline)  # the base class loads optional parts anyway
