@@ -42,10 +42,11 @@ def load_pipeline(name: str, placement: Placement, key: str = "model.init_args.s
         _check_folder(Path(path), key, parts)
     with refused(name):
         config = diffusers.DiffusionPipeline.load_config(path, local_files_only=local)
-        quirks = QUIRKS.get(str(config.get("_class_name")), Quirks())  # a checkpoint with code of its own names two strings
-        _check_packages(quirks, config["_class_name"])
+        named = str(config["_class_name"])  # a checkpoint with code of its own has a list here, which the base class refuses
+        quirks = QUIRKS.get(named, Quirks())
+        _check_packages(quirks, named)
         parts = {**quirks.left_out, **parts}
-        kind = getattr(diffusers, config["_class_name"], diffusers.DiffusionPipeline)  # the base class loads optional parts anyway
+        kind = getattr(diffusers, named, diffusers.DiffusionPipeline)  # the base class loads optional parts anyway
         return kind.from_pretrained(
             path, **dtype_argument(torch_dtype(placement)), local_files_only=local, trust_remote_code=False, **parts
         )
