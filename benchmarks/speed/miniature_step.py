@@ -8,6 +8,9 @@ diffusers pipeline for all captions, PIL images through open_clip's own preproce
 is TRL's trainer, if it is installed, with the same drawing in its reward function. All start from the shipped weights and draw
 captions of their own, so the lengths of their captions differ a little. None may write a token that stands for an image: the model
 of transformers refuses such a caption.
+
+The captioner reads a scene at its own 24 pixels a side, which are 9 image tokens, and then, with everything else as before, at 96
+pixels, which are 144. The second case is nearer to real systems, where an image has hundreds of tokens and a caption a hundred.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,14 +32,15 @@ from torchvision.transforms.functional import to_pil_image
 
 from uae.grpo import GRPOLoss
 from uae.miniature.scenes import render, scene_of
-from uae.miniature.tiny import INSTRUCTION, WEIGHTS, Tiny, TinyCLIP, load_captioner, load_decoder, load_processor
+from uae.miniature.tiny import INSTRUCTION, WEIGHTS, Tiny, TinyCLIP, load_captioner, load_decoder, processor
 from uae.models.finetune import LoRA
 from uae.module import UnifiedGRPO
 from uae.rewards import EncoderSimilarity, WeightedReward
-from uae.types import Sampling
+from uae.types import UMM, Sampling
 
 IMAGES, GROUP, TOKENS, HALVES = 8, 8, 32, 2
-PLACEHOLDERS = load_processor(WEIGHTS / "captioner").tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+SIDES = (24, 96)  # pixels of a side of what the captioner reads
+PLACEHOLDERS = processor().tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
 
 
 def scenes(rollout: int) -> Tensor:
@@ -43,11 +48,24 @@ def scenes(rollout: int) -> Tensor:
     return render([scene_of(IMAGES * rollout + n, "train") for n in range(IMAGES)])
 
 
-def ours(rollouts: int) -> dict[str, Any]:
+@dataclass
+class System:
+    """The miniature, whose captioner reads images of another size."""
+
+    side: int
+
+    def build(self) -> UMM:
+        """Load it."""
+        umm = Tiny().build()
+        umm.captioner.processor = processor(self.side)
+        return umm
+
+
+def ours(rollouts: int, side: int) -> dict[str, Any]:
     """`uae.module.UnifiedGRPO` under Lightning's trainer."""
     batches = [{"image": scenes(n), "id": torch.arange(IMAGES) + IMAGES * n} for n in range(rollouts) for _ in range(HALVES)]
     module = UnifiedGRPO(
-        Tiny(), WeightedReward({"clip": EncoderSimilarity(TinyCLIP())}, {"clip": 1.0}), LoRA(rank=16),
+        System(side), WeightedReward({"clip": EncoderSimilarity(TinyCLIP())}, {"clip": 1.0}), LoRA(rank=16),
         loss=GRPOLoss(beta=0.0), sampling=Sampling(max_tokens=TOKENS), group=GROUP, mini_batches=HALVES,
     )  # fmt: skip
     clock = Steps()
@@ -88,7 +106,7 @@ class Painter:
         return torch.cosine_similarity(*both)
 
 
-def trl(rollouts: int) -> dict[str, Any]:
+def trl(rollouts: int, side: int) -> dict[str, Any]:
     """TRL's ``GRPOTrainer``; the number of optimizer steps of a rollout is the same."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -118,32 +136,32 @@ def trl(rollouts: int) -> dict[str, Any]:
         )  # fmt: skip
         GRPOTrainer(
             model=load_captioner(WEIGHTS / "captioner"), args=config, train_dataset=rows, callbacks=[Marks()],
-            processing_class=load_processor(WEIGHTS / "captioner"), reward_funcs=reward,
+            processing_class=processor(side), reward_funcs=reward,
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         ).train()  # fmt: skip
     return clock.report()
 
 
-def plain(rollouts: int) -> dict[str, Any]:
+def plain(rollouts: int, side: int) -> dict[str, Any]:
     """The plain composition."""
     from peft import LoraConfig, get_peft_model
 
     network: Any = get_peft_model(load_captioner(WEIGHTS / "captioner"), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    processor, painter = load_processor(WEIGHTS / "captioner"), Painter()
+    reader, painter = processor(side), Painter()
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
     content = [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    prompt = reader.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     clock = Steps()
     for number in range(rollouts):
         sources = [to_pil_image(image) for image in scenes(number) for _ in range(GROUP)]
-        inputs = dict(processor(text=[prompt] * len(sources), images=sources, return_tensors="pt"))
+        inputs = dict(reader(text=[prompt] * len(sources), images=sources, return_tensors="pt"))
         with torch.no_grad():
             ids = network.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=TOKENS, suppress_tokens=PLACEHOLDERS)
             tokens = ids[:, inputs["input_ids"].shape[1] :]
-            texts = processor.batch_decode(tokens, skip_special_tokens=True)
+            texts = reader.batch_decode(tokens, skip_special_tokens=True)
             reward = painter.rewards(texts, sources).view(IMAGES, GROUP)
         advantage = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)).view(-1, 1)
-        mask = torch.cat([torch.ones_like(tokens[:, :1]), (tokens != processor.tokenizer.eos_token_id)[:, :-1].cumprod(1)], 1)
+        mask = torch.cat([torch.ones_like(tokens[:, :1]), (tokens != reader.tokenizer.eos_token_id)[:, :-1].cumprod(1)], 1)
         with torch.no_grad():
             old = _logprobs(network, inputs, ids, tokens, slice(None))
         for half in range(HALVES):
@@ -174,24 +192,34 @@ def _logprobs(network: Any, inputs: dict[str, Tensor], ids: Tensor, tokens: Tens
 CONTESTANTS = {"ours": ours, "plain": plain, **({"trl": trl} if importlib.util.find_spec("trl") else {})}
 
 
+def race(side: int, rollouts: int, rounds: int) -> dict[str, Any]:
+    """All in turns."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+    for number in range(rounds):
+        for name in sorted(found, reverse=bool(number % 2)):
+            found[name].append(alone(__file__, "--contestant", name, "--rollouts", str(rollouts), "--sides", str(side)))
+    seconds = {name: median([median(run["cpu"]) for run in runs]) for name, runs in found.items()}
+    memory = {name: median([run["peak_mib"] for run in runs]) for name, runs in found.items()}
+    print(side, {name: round(second, 3) for name, second in seconds.items()}, flush=True)
+    return {"side": side, "seconds": seconds, "peak_mib": memory, "runs": found}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=6, help="rollouts of a process; the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="pixels of a side of the images that the captioner reads")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help="only this one, once, as JSON")
     arguments = parser.parse_args()
     if arguments.contestant:
         torch.set_num_threads(1)
-        print(json.dumps(CONTESTANTS[arguments.contestant](arguments.rollouts)))
+        print(json.dumps(CONTESTANTS[arguments.contestant](arguments.rollouts, arguments.sides[0])))
         sys.exit()
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
-    for number in range(arguments.rounds):
-        for name in sorted(found, reverse=bool(number % 2)):
-            found[name].append(alone(__file__, "--contestant", name, "--rollouts", str(arguments.rollouts)))
-    seconds, memory = (
-        {name: median([value(run) for run in runs]) for name, runs in found.items()}
-        for value in (lambda run: median(run["cpu"]), lambda run: run["peak_mib"])
-    )
-    rows = [[name, seconds[name], seconds[name] / seconds["ours"], memory[name]] for name in found]
-    lines = table(["Whole step of the miniature", "s", "of ours", "peak above start, MiB"], rows)
-    report("miniature_step", "python benchmarks/speed/miniature_step.py", lines, found)
+    races = [race(side, arguments.rollouts, arguments.rounds) for side in arguments.sides]
+    rows = [
+        [str((one["side"] // 8) ** 2), name, second, second / one["seconds"]["ours"], one["peak_mib"][name]]
+        for one in races
+        for name, second in one["seconds"].items()
+    ]
+    lines = table(["Image tokens", "Whole step of the miniature", "s", "of ours", "peak above start, MiB"], rows)
+    report("miniature_step", "python benchmarks/speed/miniature_step.py", lines, races)

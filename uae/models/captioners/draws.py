@@ -22,4 +22,5 @@ def draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:
 
 def entropy(logp_NV: Tensor) -> Tensor:
     """Entropies ``[N]`` in nats of distributions given by their log-probs. Tokens of probability 0 count as 0."""
-    return torch.special.entr(logp_NV.exp()).sum(-1)
+    lowest = torch.finfo(logp_NV.dtype).min  # times probability 0 it is 0, where -inf would be NaN
+    return -(logp_NV.exp() * logp_NV.clamp(min=lowest)).sum(-1)
