@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 
 from uae.report.charts import layout
 from uae.report.run_page import HEADLINES
-from uae.report.settings import Value, key_settings, read_config
+from uae.report.settings import FIRST, Value, key_settings, read_config
 from uae.trainer import current_metrics, is_dry_run
 
 
@@ -66,9 +66,19 @@ class Dashboard(Callback):
 
 
 def _write_hparams(logger: TensorBoardLogger, settings: dict[str, Value], metrics: list[str]) -> None:
-    """Name settings and metrics for the tab HPARAMS, which takes the latest value of each metric from the scalars of the run."""
+    """Name settings and metrics for the tab HPARAMS, which takes the latest value of each metric from the scalars of the run.
+
+    The tab shows five settings at first: those that are said to differ, then the others, both by their names.
+    """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
+    experiment, *session = hparams(settings, dict.fromkeys(metrics, 0.0))
+    plugin = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in FIRST
+    plugin.content = content.SerializeToString()
     files: Any = logger.experiment._get_file_writer()
-    for summary in hparams(settings, dict.fromkeys(metrics, 0.0)):
+    for summary in (experiment, *session):
         files.add_summary(summary)

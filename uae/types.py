@@ -27,7 +27,7 @@ class ImageBatch(TypedDict, total=False):
 
     image: Tensor  # [B, 3, H, W] in [0, 1]
     id: Tensor  # [B] int64, unique in the data set and stable between runs
-    name: list[str]  # file name or "scene-<id>"
+    name: list[str]  # file name, or "val-3" for a scene
     scene: list[Any]  # ground truth of the procedural scenes; absent for real images
     caption: list[str]  # of the data set, for supervised training; absent where an image has none
 

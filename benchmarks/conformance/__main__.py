@@ -49,19 +49,19 @@ BOTH = "--model.init_args.train=both"
 SMALL = [f"--model.init_args.system.init_args.{side}=32" for side in ("height", "width")]  # 16 image tokens, not 4096
 
 
-def command(case: str, target: Path) -> list[str]:
-    """The command of one case."""
+def words_of(case: str) -> list[str]:
+    """What follows ``python -m uae.check`` for a case, from the root of the checkout."""
     system = f"configs/{case.partition(',')[0]}.yaml"
     files = [word for delta in CASES[case] for word in ("--config", f"configs/{delta}")]
     more = [BOTH] * case.endswith("both") + SMALL * case.startswith("emu3")
-    return [sys.executable, "-m", "uae.check", system, *files, *more, "--json", str(target)]
+    return [system, *files, *more]
 
 
 def checked(case: str, stand_ins: Path) -> dict[str, Any]:
     """What was found, the command and the seconds of one case."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "check.json")
-        words, start = command(case, target), time.perf_counter()
+        words, start = [sys.executable, "-m", "uae.check", *words_of(case), "--json", str(target)], time.perf_counter()
         environment = {**os.environ, "UAE_CHECKPOINTS": str(stand_ins)}
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
         seconds = round(time.perf_counter() - start, 1)

@@ -29,12 +29,12 @@ from uae.miniature.tiny import assemble_renderer, create_decoder
 
 BASE = Case(vision=256, tokens=32, group=8)
 SIZES = {
-    "group": ("captions of an image", [2, 8, 16, 32]),
-    "tokens": ("tokens of a caption", [16, 32, 64, 128]),
-    "vision": ("tokens of an image", [64, 256, 576, 1024]),
-    "images": ("images", [1, 2, 4]),
+    "group": ("captions of an image", [2, 8, 16]),
+    "tokens": ("tokens of a caption", [16, 32, 128]),
+    "vision": ("tokens of an image", [64, 256, 576]),
+    "images": ("images", [1, 2, 3]),
 }
-DRAWN = {"side": ("pixels of a side", [64, 128, 192, 256]), "steps": ("denoising steps", [2, 4, 8, 16])}
+DRAWN = {"side": ("pixels of a side", [64, 128, 256]), "steps": ("denoising steps", [2, 4, 8])}
 QUESTION = 12  # tokens of the prompt that are not the image's
 
 

@@ -39,7 +39,7 @@ from uae.rewards import EncoderSimilarity, WeightedReward
 from uae.types import UMM, Sampling
 
 IMAGES, GROUP, TOKENS, HALVES = 8, 8, 32, 2
-SIDES = (24, 96)  # pixels of a side of what the captioner reads
+SIDES = {24: 2, 96: 1}  # pixels of a side of what the captioner reads, and rounds: the second takes minutes
 PLACEHOLDERS = processor().tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
 
 
@@ -206,16 +206,16 @@ def race(side: int, rollouts: int, rounds: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", type=int, default=6, help="rollouts of a process; the first is not counted")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="pixels of a side of the images that the captioner reads")
+    parser.add_argument("--rollouts", type=int, default=5, help="rollouts of a process; the first is not counted")
+    parser.add_argument("--rounds", type=int, help="of every side; None is as many as the side has above")
+    parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES), help="pixels of a side of the images that the captioner reads")
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help="only this one, once, as JSON")
     arguments = parser.parse_args()
     if arguments.contestant:
         torch.set_num_threads(1)
         print(json.dumps(CONTESTANTS[arguments.contestant](arguments.rollouts, arguments.sides[0])))
         sys.exit()
-    races = [race(side, arguments.rollouts, arguments.rounds) for side in arguments.sides]
+    races = [race(side, arguments.rollouts, arguments.rounds or SIDES.get(side, 1)) for side in arguments.sides]
     rows = [
         [str((one["side"] // 8) ** 2), name, second, second / one["seconds"]["ours"], one["peak_mib"][name]]
         for one in races

@@ -194,7 +194,7 @@ def test_the_encoder_is_the_rewards():
 def test_a_batch_without_captions_and_a_prediction_are_refused():
     objective, images = built(), runs.batch(24)
     del images["caption"]
-    with pytest.raises(ValueError, match=r"images of a batch \(scene-0, scene-1, scene-2\) have none"):
+    with pytest.raises(ValueError, match=r"images of a batch \(train-0, train-1, train-2\) have none"):
         objective(images, 0.0)
     with pytest.raises(ValueError, match="ColdStart cannot predict"):
         ColdStart(SemanticReconstruction(), RandomTiny()).predict_step(images)

@@ -35,7 +35,7 @@ def test_a_batch_shows_its_scenes():
     assert batch["image"].dtype == torch.float32
     assert detect(batch["image"]) == batch["scene"]
     assert batch["id"].dtype == torch.int64
-    assert batch["name"] == [f"scene-{i}" for i in batch["id"].tolist()]
+    assert batch["name"] == [f"train-{i}" for i in batch["id"].tolist()]
 
 
 def test_scenes_that_carry_words():

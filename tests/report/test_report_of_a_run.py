@@ -77,7 +77,10 @@ def test_runs_compare_by_settings_and_metrics(runs):
     assert settings["finetune"].string_value == "LoRA"
     assert settings["reward_layout"].number_value == 1.0
     plugin = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
-    metrics = {one.name.tag for one in HParamsPluginData.FromString(plugin).experiment.metric_infos}
+    experiment = HParamsPluginData.FromString(plugin).experiment
+    assert {one.name for one in experiment.hparam_infos} == set(settings)
+    assert sorted(one.name for one in experiment.hparam_infos if one.differs) == ["beta", "finetune", "group", "loss", "lr"]
+    metrics = {one.name.tag for one in experiment.metric_infos}
     summary = json.loads((outputs / "tiny/summary.json").read_text())
     assert metrics == {"val_reward/mean", "unified_score/held_out"} == set(summary["before"]) & set(HEADLINES)
     assert metrics <= set(events.Tags()["scalars"])  # the tab takes their latest values

@@ -11,8 +11,9 @@ from torchvision.transforms.functional import to_pil_image
 
 TILE = 160  # side of an image, in pixels
 GAP = 8
-LINE = 12
-WIDTH = 26  # characters of Pillow's default font that fit in a tile
+LINE = 14
+FONT = 12  # of Pillow's default font, whose spaces nearly vanish at smaller sizes
+WIDTH = 25  # characters that fit in a tile
 
 Tile = tuple[Tensor, Sequence[str]]  # an image [3, H, W] in [0, 1], and the lines below it
 
@@ -39,6 +40,6 @@ def _paste(canvas: Image.Image, left: int, top: int, image_CHW: Tensor, lines: S
     scale = TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     canvas.paste(image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC), (left, top))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT)
     for i, line in enumerate(lines):
         draw.text((left + 2, top + TILE + 2 + LINE * i), line, fill="black", font=font)

@@ -31,7 +31,7 @@ class SceneSource:
         """Images ``[B, 3, 24, 24]`` in [0, 1] with their ground truth and a detailed caption; nothing is left out."""
         scenes = [scene_of(position, self.split, self.seed, self.counts, self.words) for position in positions]
         ids = torch.tensor(positions) + SPLITS.index(self.split) * IDS_PER_SPLIT
-        names = [f"scene-{number}" for number in ids.tolist()]
+        names = [f"{self.split}-{position}" for position in positions]
         captions = [describe(scene) for scene in scenes]
         return {"image": render(scenes), "id": ids, "name": names, "scene": scenes, "caption": captions}, {}
 
