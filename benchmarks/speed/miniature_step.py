@@ -208,7 +208,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=5, help="rollouts of a process; the first is not counted")
     parser.add_argument("--rounds", type=int, help="of every side; None is as many as the side has above")
-    parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES), help="pixels of a side of the images that the captioner reads")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", default=list(SIDES), help="pixels of a side of the images that the captioner reads"
+    )
     parser.add_argument("--contestant", choices=list(CONTESTANTS), help="only this one, once, as JSON")
     arguments = parser.parse_args()
     if arguments.contestant:

@@ -24,7 +24,7 @@ REFUSAL = re.compile(
 FETCHES = 3  # tries to fetch a picture that is paid already
 
 
-class Drawn(NamedTuple):
+class Received(NamedTuple):
     """A picture.
 
     Args:
@@ -49,7 +49,7 @@ class Refused(NamedTuple):
 class DrawingClient(Protocol):
     """What a run needs of an image model's client."""
 
-    async def draw(self, prompt: str) -> Drawn | Refused | Failure:
+    async def draw(self, prompt: str) -> Received | Refused | Failure:
         """Make one call, see `ImageClient.draw`."""
         ...
 
@@ -69,10 +69,10 @@ class ImageClient(VendorClient):
         super().__init__(model)
         self.model = model
 
-    async def draw(self, prompt: str) -> Drawn | Refused | Failure:
+    async def draw(self, prompt: str) -> Received | Refused | Failure:
         """Draw one picture of a prompt."""
 
-        async def call() -> Drawn | Refused | Failure:
+        async def call() -> Received | Refused | Failure:
             size = {} if self.model.size is None else {"size": self.model.size}
             # Other servers have parameters that the library does not know, so they are put into the body as they are.
             reply = await self.api.images.generate(model=self.model.model, prompt=prompt, extra_body=dict(self.model.params), **size)
@@ -81,7 +81,7 @@ class ImageClient(VendorClient):
         came = await self.guarded(call, _paid_for_nothing)
         return Refused(came.message) if isinstance(came, Failure) and _refuses(came) else came
 
-    async def _picture(self, reply: Any) -> Drawn | Failure:
+    async def _picture(self, reply: Any) -> Received | Failure:
         """The picture of a reply whose form is not certain: any server may stand behind ``base_url``."""
         try:
             first = reply.data[0]
@@ -101,7 +101,7 @@ class ImageClient(VendorClient):
         except (UnreadableImageError, OSError, HTTPException, ValueError) as error:
             return _paid_for_nothing(self.line(f"the picture of the reply cannot be read ({type(error).__name__}: {error})"))
         revised = getattr(first, "revised_prompt", None)
-        return Drawn(picture, self.hidden(revised) if isinstance(revised, str) else None)
+        return Received(picture, self.hidden(revised) if isinstance(revised, str) else None)
 
     async def _fetch(self, address: str) -> bytes:
         """The content behind the address of a picture, which gets no key. It may be relative to the address of the API."""

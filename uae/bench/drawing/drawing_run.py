@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from uae.bench.drawing.client import DrawingClient, Drawn, ImageClient, Refused
+from uae.bench.drawing.client import DrawingClient, ImageClient, Received, Refused
 from uae.bench.drawing.image_model import ImageModel
 from uae.bench.generate import Drawing, png
 from uae.bench.vendors.attempts import Attempts, PaidCall
@@ -151,19 +151,19 @@ class DrawingRun:
                 await client.close()
 
     async def _draw(self, prompt: str, client: DrawingClient, budget: Budget) -> None:
-        def call() -> Awaitable[Drawn | Refused | Failure]:
+        def call() -> Awaitable[Received | Refused | Failure]:
             return client.draw(prompt)
 
-        def keep(came: Drawn | Refused | Failure) -> float:
+        def keep(came: Received | Refused | Failure) -> float:
             return self._keep(prompt, came)
 
-        asked = PaidCall[Drawn | Refused](self.model.usd_per_image, call, keep)
+        asked = PaidCall[Received | Refused](self.model.usd_per_image, call, keep)
         came = await self.attempts.answer(self.model, budget, asked)
         given_up = self.model.name in self.attempts.closed
         if isinstance(came, Refused) or (isinstance(came, Failure) and not came.again and not given_up):
             self.failed[prompt] = came.message
 
-    def _keep(self, prompt: str, came: Drawn | Refused | Failure) -> float:
+    def _keep(self, prompt: str, came: Received | Refused | Failure) -> float:
         """Write a picture, then the record of its call; returns the cost of the call in USD."""
         price = self.model.usd_per_image
         note: dict[str, Any] = {"key": self._key(prompt), "file": self.files[prompt][0].name, "model": self.model.model}

@@ -21,7 +21,7 @@ from uae.models.bagel.renderer import BagelRenderer
 from uae.models.conditioners.states import EmbeddingCondition
 from uae.models.flow import sde
 from uae.models.flow.network import FlowNetwork
-from uae.models.flow.steps import Drawn, Replayed
+from uae.models.flow.steps import DrawingSteps, ReplayingSteps
 from uae.models.pipelines.calls import Call, generators_of
 from uae.models.pipelines.steps import check_flow, check_steps, stepping
 from uae.models.renderers.diffusers import DiffusersRenderer
@@ -136,12 +136,12 @@ class FlowPolicy:
         if len(seeds) != len(condition):
             raise ValueError(f"{len(condition)} conditions but {len(seeds)} seeds")
         condition, first_N = _detached(condition), torch.tensor([self._first(seed) for seed in seeds])
-        draws: list[Drawn] = []
+        draws: list[DrawingSteps] = []
 
         def start(rows: list[int]) -> Call:
             generators = generators_of([seeds[row] for row in rows])
             first = first_N[rows].tolist()
-            draws.append(Drawn(self.exploration.sde, generators, first, self.window, self.exploration.ratio != "density"))
+            draws.append(DrawingSteps(self.exploration.sde, generators, first, self.window, self.exploration.ratio != "density"))
             return Call(generators, during=partial(stepping, advance=draws[-1]), output_type="latent")
 
         parts = self.renderer.calls(condition, start)
@@ -205,10 +205,10 @@ class FlowPolicy:
 
     def _replay(self, trajectory: FlowTrajectory, first: int) -> list[tuple[list[int], Tensor, Tensor]]:
         """Rows, means and standard deviations per micro-batch of trajectories whose first trained step is the same."""
-        replays: list[Replayed] = []
+        replays: list[ReplayingSteps] = []
 
         def start(rows: list[int]) -> Call:
-            replays.append(Replayed(self.exploration.sde, trajectory.actions_RS[rows], first))
+            replays.append(ReplayingSteps(self.exploration.sde, trajectory.actions_RS[rows], first))
             during = partial(stepping, advance=replays[-1], first=first, stop=first + trajectory.actions_RS.shape[1])
             return Call(None, trajectory.start_N[rows], during, first=first, output_type="latent")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from uae.models.flow.sde import SDE, euler, log_prob
 
 
-class Drawn:
+class DrawingSteps:
     """Draws a sample: steps inside a row's window are random, the others are Euler's deterministic ones.
 
     Args:
@@ -77,7 +77,7 @@ class Drawn:
         return torch.stack(self.before)
 
 
-class Replayed:
+class ReplayingSteps:
     """Replays recorded steps: each step ends in the recorded latents, and the mean under the current weights is kept.
 
     Args:
