@@ -1,4 +1,4 @@
-"""Draws docs/architecture.png: the figure of the paper with one real rollout of the miniature in it.
+"""Draws docs/pictures/architecture.png: the figure of the paper with one real rollout of the miniature in it.
 
 python benchmarks/architecture_figure.py
 """
@@ -23,7 +23,7 @@ from uae.rewards import EncoderSimilarity, WeightedReward
 from uae.rollout import Experience, Plan, roll_out
 from uae.types import ImageBatch, Sampling
 
-FIGURE = Path(__file__).parents[1] / "docs/architecture.png"
+FIGURE = Path(__file__).parents[1] / "docs/pictures/architecture.png"
 GROUP = 4
 
 

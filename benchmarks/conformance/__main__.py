@@ -46,15 +46,15 @@ HEAD = (
 )
 KEPT = RESULTS / "check.json"  # cases that are not asked for keep their rows
 BOTH = "--model.init_args.train=both"
-SMALL = [f"--model.init_args.system.init_args.{side}=32" for side in ("height", "width")]  # 16 image tokens, not 4096
+SMALL = {"emu3": 32, "x_omni": 64}  # pixels of a side that are 16 image tokens, not 4096 or 1024
 
 
 def words_of(case: str) -> list[str]:
     """What follows ``python -m uae.check`` for a case, from the root of the checkout."""
-    system = f"configs/{case.partition(',')[0]}.yaml"
+    name = case.partition(",")[0]
     files = [word for delta in CASES[case] for word in ("--config", f"configs/{delta}")]
-    more = [BOTH] * case.endswith("both") + SMALL * case.startswith("emu3")
-    return [system, *files, *more]
+    sizes = [f"--model.init_args.system.init_args.{side}={SMALL[name]}" for side in ("height", "width") if name in SMALL]
+    return [f"configs/{name}.yaml", *files, *[BOTH] * case.endswith("both"), *sizes]
 
 
 def checked(case: str, stand_ins: Path) -> dict[str, Any]:

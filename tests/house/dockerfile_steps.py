@@ -23,7 +23,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 IN_ITS_OWN_MOUNTS = "UAE_STEPS_MOUNTED"
-BASE = "/opt/image"  # the environment that stands for the base image
+BASE = "/image"  # the environment that stands for the base image
 SHORT = ["--config", "debug/fast"]
 
 
@@ -48,14 +48,13 @@ class Root:
         for name in ("dev", "proc"):
             subprocess.run(["mount", "--rbind", f"/{name}", str(self.path / name)], check=True)
         network = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.lower().endswith("_proxy")}
-        self.environment = {**network, "PATH": f"{BASE}/bin:{os.environ['PATH']}", "HOME": "/root", "LANG": "C.UTF-8"}
-        self.run(f"{os.environ.get('PYTHON', 'python3.12')} -m venv {BASE} && chmod o+x /root")  # the interpreter may be in there
+        self.environment = {**network, "PATH": f"{BASE}/bin:{os.environ['PATH']}", "LANG": "C.UTF-8"}
+        self.run(f"{os.environ.get('PYTHON', 'python3.12')} -m venv {BASE} && chmod o+x ~")  # the interpreter may be in there
 
     def run(self, command: str) -> None:
         """A command in this root, as the user and in the folder that are set."""
-        inside = (
-            f"cd {self.folder} && exec setpriv --reuid {self.user} --regid {self.user} --init-groups bash -ec {shlex.quote(command)}"
-        )
+        user = f"setpriv --reuid {self.user} --regid {self.user} --init-groups"
+        inside = f"export HOME=~{self.user} && cd {self.folder} && exec {user} bash -ec {shlex.quote(command)}"
         subprocess.run(["chroot", str(self.path), "bash", "-c", inside], check=True, env=self.environment)
 
     def inside(self, folder: str) -> Path:
@@ -81,7 +80,7 @@ class Root:
             self.folder = rest
             self.inside(".")
         elif name == "USER":
-            self.user, self.environment["HOME"] = rest, f"/home/{rest}"
+            self.user = rest
         elif name == "ENV":
             self.environment |= dict(re.findall(r"(\w+)=(\S+)", rest))
         elif name in ("ENTRYPOINT", "CMD"):

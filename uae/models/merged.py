@@ -79,4 +79,5 @@ def _sum(layer: Any) -> _Sum:
     (adapter,) = layer.active_adapters
     base = layer.base_layer
     bias = None if base.bias is None else base.bias.detach()
-    return _Sum(base.weight + layer.get_delta_weight(adapter).to(base.weight.dtype), bias)
+    weight = base.weight + layer.get_delta_weight(adapter).to(base.weight.dtype)
+    return _Sum(weight.t().contiguous().t(), bias)  # in this order in memory, products with few rows are faster on a CPU
