@@ -49,6 +49,7 @@ class Root:
             subprocess.run(["mount", "--rbind", f"/{name}", str(self.path / name)], check=True)
         network = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.lower().endswith("_proxy")}
         self.environment = {**network, "PATH": f"{BASE}/bin:{os.environ['PATH']}", "LANG": "C.UTF-8"}
+        self.run("sed -i -E '/^[^:]*:[^:]*:[1-9][0-9]{3}:/d' /etc/passwd /etc/group")  # people, whom the base image does not have
         self.run(f"{os.environ.get('PYTHON', 'python3.12')} -m venv {BASE} && chmod o+x ~")  # the interpreter may be in there
 
     def run(self, command: str) -> None:

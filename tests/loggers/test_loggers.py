@@ -166,6 +166,11 @@ def test_no_text_breaks_a_table():
     assert len(rows) == 2 + 6
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
     assert "<" not in "".join(rows)
+    (_, _, long) = markdown(["caption"], [["<b> " + "word " * 40]]).splitlines()
+    lines = long.strip("| ").split("<br>")
+    assert " ".join(lines) == ("&lt;b> " + "word " * 40).strip()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 75  # 70, and one "<" that is written in four characters
 
 
 def test_the_csv_logger_alone_shows_no_panels(trainer, build, tmp_path):

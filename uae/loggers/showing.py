@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 Cell = str | float
+WIDTH = 70
 
 
 def can_show(trainer: Trainer) -> bool:
@@ -62,7 +64,10 @@ def show_histogram(loggers: Sequence[Logger], tag: str, values: Tensor, step: in
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table for TensorBoard; bars and line breaks are escaped so that no text can break it."""
+    """A table for TensorBoard. Bars and line breaks are escaped so that no text can break it.
+
+    Texts are set in lines of `WIDTH` characters: beside a longer one, TensorBoard breaks the words of the other columns.
+    """
     lines = [head, ["---"] * len(head), *([_safe(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -70,4 +75,5 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def _safe(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.3f}"
-    return " ".join(cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    lines = textwrap.wrap(" ".join(cell.split()), WIDTH)
+    return "<br>".join(line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for line in lines)
