@@ -54,6 +54,7 @@ def test_both_runs_have_a_page_with_the_same_charts(runs):
 
 def test_the_first_screen_has_charts_with_scalars_only(runs):
     outputs, _ = runs
+    assert len(list((outputs / "tiny").glob("events*"))) == 1
     events = EventAccumulator(str(outputs / "tiny"), size_guidance={"tensors": 0}).Reload()
     (event,) = events.Tensors("custom_scalars__config__")
     layout = Layout.FromString(event.tensor_proto.string_val[0])

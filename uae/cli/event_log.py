@@ -45,8 +45,13 @@ class EnduringTensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the remaining events; warn if that fails."""
-        _try(super().finalize, status)
+        """Write the remaining events; warn if that fails.
+
+        After a success, Lightning saves once more behind the end of the file, which begins a second one. So it is told of none.
+        """
+        if status == "success":
+            self.save()
+        _try(super().finalize, "closed")
 
 
 class _EnduringWriter:
