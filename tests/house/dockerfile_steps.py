@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
@@ -113,3 +114,6 @@ if __name__ == "__main__":
         subprocess.run(["umount", "--recursive", "--lazy", str(place / "root")], check=False)
         shutil.rmtree(place / "changes", ignore_errors=True)
         shutil.rmtree(place / "work", ignore_errors=True)
+        with suppress(OSError):  # never its contents: where it is still mounted, they are this machine's files
+            (place / "root").rmdir()
+            place.rmdir()
