@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 
 from uae.report.charts import layout
 from uae.report.run_page import HEADLINES
-from uae.report.settings import FIRST, Value, key_settings, read_config
+from uae.report.settings import HPARAMS_FIRST, Value, key_settings, read_config
 from uae.trainer import current_metrics, is_dry_run
 
 
@@ -18,7 +18,7 @@ class Dashboard(Callback):
     """Writes, once per run, what TensorBoard's tabs CUSTOM SCALARS and HPARAMS show.
 
     CUSTOM SCALARS has a few named charts that answer: is it learning, is it healthy, where does the time go, what does it write?
-    HPARAMS has a row per run, so that runs of one folder compare: the settings by which runs differ most, from ``config.yaml``, and
+    HPARAMS has a row per run, so that runs of one folder compare: the most important settings, from ``config.yaml``, and
     the latest values of the metrics that matter most (of all metrics of the validation, where it has none of these). Weights &
     Biases and MLflow get the settings, and compare by themselves.
     """
@@ -68,7 +68,7 @@ class Dashboard(Callback):
 def _write_hparams(logger: TensorBoardLogger, settings: dict[str, Value], metrics: list[str]) -> None:
     """Name settings and metrics for the tab HPARAMS, which takes the latest value of each metric from the scalars of the run.
 
-    The tab shows five settings at first: those that are said to differ, then the others, both by their names.
+    The tab first shows five settings: those that are marked as ``differs``, then the others, each in alphabetical order.
     """
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
@@ -77,7 +77,7 @@ def _write_hparams(logger: TensorBoardLogger, settings: dict[str, Value], metric
     plugin = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin.content)
     for info in content.experiment.hparam_infos:
-        info.differs = info.name in FIRST
+        info.differs = info.name in HPARAMS_FIRST
     plugin.content = content.SerializeToString()
     files: Any = logger.experiment._get_file_writer()
     for summary in (experiment, *session):

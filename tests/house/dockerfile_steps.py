@@ -1,9 +1,9 @@
 """Execute the Dockerfile where there is no container engine: every step in turn, then a short training by its entry point.
 
-    sudo python tests/house/dockerfile_steps.py [FOLDER]
+    sudo PYTHON=python3.12 python tests/house/dockerfile_steps.py [FOLDER]
 
-The steps see this machine's files, but whatever they write goes to FOLDER (default: a new one in the temporary folder), which is
-removed at the end. The base image is not here: a virtual environment of Python 3.12 stands for it, made by the interpreter that the
+The steps see this machine's files, but whatever they write goes to a new folder in FOLDER (default: where temporary files are), which
+is removed at the end. The base image is not here: a virtual environment of Python 3.12 stands for it, made by the interpreter that the
 variable PYTHON names. Needs Linux, root, network, and 10 GB of disk.
 """
 
@@ -50,18 +50,18 @@ class Root:
             subprocess.run(["mount", "--rbind", f"/{name}", str(self.path / name)], check=True)
         network = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.lower().endswith("_proxy")}
         self.environment = {**network, "PATH": f"{BASE}/bin:{os.environ['PATH']}", "LANG": "C.UTF-8"}
-        self.run("sed -i -E '/^[^:]*:[^:]*:[1-9][0-9]{3}:/d' /etc/passwd /etc/group")  # people, whom the base image does not have
+        self.run("sed -i -E '/^[^:]*:[^:]*:[1-9][0-9]{3}:/d' /etc/passwd /etc/group")  # accounts of this machine
         self.run(f"{os.environ.get('PYTHON', 'python3.12')} -m venv {BASE} && chmod o+x ~")  # the interpreter may be in there
 
     def run(self, command: str) -> None:
         """A command in this root, as the user and in the folder that are set."""
         user = f"setpriv --reuid {self.user} --regid {self.user} --init-groups"
-        inside = f"export HOME=~{self.user} && cd {self.folder} && exec {user} bash -ec {shlex.quote(command)}"
+        inside = f"export HOME=~{self.user} && cd {self.folder} && exec {user} sh -ec {shlex.quote(command)}"
         subprocess.run(["chroot", str(self.path), "bash", "-c", inside], check=True, env=self.environment)
 
     def inside(self, folder: str) -> Path:
         """Where a folder of this root is on the machine; made if need be."""
-        target = self.path / self.folder.strip("/") / folder
+        target = self.path / os.path.join(self.folder, folder).lstrip("/")
         target.mkdir(parents=True, exist_ok=True)
         return target
 
@@ -107,7 +107,7 @@ if __name__ == "__main__":
     if IN_ITS_OWN_MOUNTS not in os.environ:
         own = ["unshare", "--mount", sys.executable, *sys.argv]
         raise SystemExit(subprocess.run(own, env={**os.environ, IN_ITS_OWN_MOUNTS: "1"}).returncode)
-    place = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+    place = Path(tempfile.mkdtemp(dir=sys.argv[1] if len(sys.argv) > 1 else None))
     try:
         main(place)
     finally:

@@ -47,7 +47,8 @@ class EnduringTensorBoard(TensorBoardLogger):
     def finalize(self, status: str) -> None:
         """Write the remaining events; warn if that fails.
 
-        After a success, Lightning saves once more behind the end of the file, which begins a second one. So it is told of none.
+        After a success, Lightning calls `save` once the file is closed, which would open a second one. So it is saved here first, and
+        Lightning gets another status.
         """
         if status == "success":
             self.save()

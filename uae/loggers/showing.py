@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 Cell = str | float
-WIDTH = 70
+LINE_WIDTH = 70  # characters of a line in a cell
 
 
 def can_show(trainer: Trainer) -> bool:
@@ -66,7 +66,7 @@ def show_histogram(loggers: Sequence[Logger], tag: str, values: Tensor, step: in
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """A table for TensorBoard. Bars and line breaks are escaped so that no text can break it.
 
-    Texts are set in lines of `WIDTH` characters: beside a longer one, TensorBoard breaks the words of the other columns.
+    Texts are set in lines of `LINE_WIDTH` characters: beside a longer one, TensorBoard breaks the words of the other columns.
     """
     lines = [head, ["---"] * len(head), *([_safe(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -75,5 +75,5 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def _safe(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.3f}"
-    lines = textwrap.wrap(" ".join(cell.split()), WIDTH)
+    lines = textwrap.wrap(" ".join(cell.split()), LINE_WIDTH)
     return "<br>".join(line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for line in lines)

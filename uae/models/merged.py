@@ -80,4 +80,6 @@ def _sum(layer: Any) -> _Sum:
     base = layer.base_layer
     bias = None if base.bias is None else base.bias.detach()
     weight = base.weight + layer.get_delta_weight(adapter).to(base.weight.dtype)
-    return _Sum(weight.t().contiguous().t(), bias)  # in this order in memory, products with few rows are faster on a CPU
+    if weight.device.type == "cpu":
+        weight = weight.t().contiguous().t()  # stored transposed: products with few rows are then faster
+    return _Sum(weight, bias)

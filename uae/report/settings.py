@@ -41,7 +41,7 @@ SHOWN = {  # the short name of a setting, and its key
     "strategy": "trainer.strategy",
     "seed": "seed_everything",
 }
-FIRST = ("beta", "finetune", "group", "loss", "lr")  # what one compares first
+HPARAMS_FIRST = ("beta", "finetune", "group", "loss", "lr")  # of the settings, those that TensorBoard shows first
 WEIGHTS = f"{MODEL}.reward.init_args.weights"
 CONFIG = "config.yaml"
 
