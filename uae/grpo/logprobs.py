@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 256  # tokens whose logits exist at a time: two float32 [256, 151,936] are 0.3 GB, and larger products are no faster
-FEW_ROWS = 8  # from 2 to this many rows, a CPU computes (W @ hidden.T).T, in about half the time of hidden @ W.T
 
 
 @dataclass(frozen=True)
@@ -254,10 +253,7 @@ def logits(
         bias_V: Bias of the output layer, or None.
         rule: How the model turns the outputs of that layer into logits.
     """
-    if hidden_CD.device.type == "cpu" and 1 < len(hidden_CD) <= FEW_ROWS:
-        logits_CV = _matmul(weight_VD, hidden_CD.t().to(_accumulator(weight_VD))).t().contiguous()
-    else:
-        logits_CV = _matmul(hidden_CD, weight_VD.t())
+    logits_CV = _matmul(hidden_CD, weight_VD.t())
     if bias_V is not None:
         logits_CV += bias_V
     logits_CV = rule.apply(logits_CV)

@@ -75,7 +75,6 @@ class HFCaptioner:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
         pad = [self.pad_id] if self.pad_id not in self.end_ids else []
         banned = sorted({*(sight_ids(model.config, processor) - {*self.end_ids}), *extra_banned_ids, *pad})
-        _copy_if_misaligned(model.get_output_embeddings().weight)
         self.learner = Learner(CaptionPolicy(model, banned))
         adopt_logits(self.learner.network, (tokenizer(TEXT, add_special_tokens=False)["input_ids"] * 8)[:8])
         self._prompts: dict[str, str] = {}
@@ -244,16 +243,6 @@ class _Record:
         """Tokens, mask, log-probs and entropies of the first steps."""
         logp_NT, entropy_NT = self.logp_NT[:, :end].contiguous(), self.entropy_NT[:, :end].contiguous()
         return self.tokens_NT[:, :end].contiguous(), self.mask_NT[:, :end].contiguous(), logp_NT, entropy_NT
-
-
-def _copy_if_misaligned(weight: Tensor) -> None:
-    """Copy the output layer to memory that is aligned to 64 bytes, if it was mapped from a file at another address.
-
-    The alignment can change how the product of few rows is rounded (`uae.grpo.logits`), and a captioner that is loaded again must
-    give the same numbers.
-    """
-    if weight.device.type == "cpu" and weight.data_ptr() % 64:
-        weight.data = weight.data.clone()
 
 
 def _check_text(instruction: str, processor: Any) -> None:
