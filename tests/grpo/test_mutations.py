@@ -16,7 +16,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from uae.grpo import logprobs
+from uae.grpo.output_layer import SMALL, reorders
+
 from . import reference
+
+REORDERS = reorders(torch.empty(SMALL, 1))  # whether products on this machine's CPU read a copy of the weight
 
 
 def source_of(name: str) -> str:
@@ -101,6 +106,20 @@ def check_importance(module: types.ModuleType) -> None:
     assert abs(module.effective_sample_size(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]])).item() - 0.8) < 1e-6
 
 
+def check_output_layer(module: types.ModuleType) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "OutputLayer", module.OutputLayer)
+        check_logprobs(logprobs)
+    if not REORDERS:
+        return
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 2048, generator=generator), torch.randn(8192, 2048, generator=generator)
+    layer = module.OutputLayer(weight, 0.7)
+    assert_close(layer(hidden).double(), hidden.double() @ weight.double().t() / 0.7, atol=2e-3, rtol=0)
+    for rows in (slice(0, 1), slice(3, 4), slice(2, 7)):
+        assert torch.equal(layer(hidden[rows]), layer(hidden)[rows])
+
+
 def check_logprobs(module: types.ModuleType) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -118,12 +137,17 @@ def check_logprobs(module: types.ModuleType) -> None:
         if trained:
             expected = (torch.tensor([row[3] for row in rows], dtype=torch.float64) * upstream[:, None, None]).sum(0)
             assert_close(leaves[1].grad, expected, atol=1e-9, rtol=0)
+        capped = lambda *leaves: module.token_logprobs(*leaves, ids, 0.7, 2, rule=module.LogitRule(cap=1.5))[0]  # noqa: B023, E731
+        assert torch.autograd.gradcheck(
+            capped, [one.detach().requires_grad_(one.requires_grad) for one in leaves], raise_exception=False
+        )
 
 
 CHECKS = {
     "advantages": check_advantages,
     "importance": check_importance,
     "logprobs": check_logprobs,
+    "output_layer": check_output_layer,
     "loss": check_loss,
     "surrogates": check_surrogates,
 }
@@ -220,22 +244,27 @@ MUTATIONS = {
         "ratio_NT = ratio_NT.masked_fill(~valid_NT, 0.0)",
         "ratio_NT = ratio_NT.masked_fill(~valid_NT, 9.0)",
     ),
+    # output_layer.py
+    "temperature ignored": ("output_layer", "logits_CV /= self.temperature", "logits_CV /= 1"),
+    "temperature multiplies": ("output_layer", "logits_CV /= self.temperature", "logits_CV *= self.temperature"),
+    "bias after the temperature": ("output_layer", "logits_CV += self.bias_V", "logits_CV += self.bias_V * self.temperature"),
+    "banned ids allowed": ("output_layer", "return logits_CV if self.banned is None else", "return logits_CV if True else"),
     # logprobs.py
-    "temperature ignored": ("logprobs", "logits_CV /= temperature", "logits_CV /= 1"),
-    "temperature multiplies": ("logprobs", "logits_CV /= temperature", "logits_CV *= temperature"),
-    "temperature missing from the gradient": ("logprobs", "slope_CV.div_(temperature)", "slope_CV"),
-    "bias after the temperature": ("logprobs", "logits_CV += bias_V", "logits_CV += bias_V * temperature"),
-    "banned ids allowed": ("logprobs", "return logits_CV if banned is None else", "return logits_CV if True else"),
+    "temperature missing from the gradient": ("logprobs", "slope_CV.div_(layer.temperature)", "slope_CV"),
+    "probabilities written over logits that a cap needs": ("logprobs", "if layer.rule.cap is None else None", "if True else None"),
     "sign of the gradient": ("logprobs", "softmax_CV.neg_()", "softmax_CV"),
     "one-hot missing": ("logprobs", "torch.ones_like(slope_CV[:, :1])", "torch.zeros_like(slope_CV[:, :1])"),
     "incoming gradient ignored": ("logprobs", "slope_MD * grad_M[:, None]", "slope_MD * 1"),
-    "head sees one chunk only": ("logprobs", "grad_weight_VD += _matmul", "grad_weight_VD = _matmul"),
+    "head sees one chunk only": ("logprobs", "grad_weight_VD += product", "grad_weight_VD = product"),
     "entropy of the wrong sign": (
         "logprobs",
         "torch.special.entr(softmax_CV).sum(1)",
         "-torch.special.entr(softmax_CV).sum(1)",
     ),
 }
+if REORDERS:
+    MUTATIONS["pieces of the head in reverse"] = ("output_layer", "for piece in self._pieces:", "for piece in self._pieces[::-1]:")
+    MUTATIONS["a row alone"] = ("output_layer", "if len(rows_RD) == 1:", "if False:")
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -8,50 +8,15 @@ computes it once more, chunk by chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from uae.grpo.output_layer import AS_THEY_ARE, LogitRule, OutputLayer, accumulator, product
+
 CHUNK = 256  # tokens whose logits exist at a time: two float32 [256, 151,936] are 0.3 GB, and larger products are no faster
-
-
-@dataclass(frozen=True)
-class LogitRule:
-    """What a model does with the outputs z of its last layer to get its logits: ``c tanh(s z / c)``, or ``s z`` without a cap.
-
-    Args:
-        scale: The factor s, not 0 (Granite, HyperCLOVA X).
-        cap: The largest size c of a logit, more than 0 (Gemma); None is no limit.
-    """
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def apply(self, logits_CV: Tensor) -> Tensor:
-        """The logits from the outputs of the last layer; changes them in place."""
-        if self.scale != 1:
-            logits_CV *= self.scale
-        return logits_CV if self.cap is None else logits_CV.div_(self.cap).tanh_().mul_(self.cap)
-
-    def chain(self, slope_CV: Tensor, logits_CV: Tensor, temperature: float) -> Tensor:
-        """From the gradient with respect to the logits to that with respect to the outputs of the last layer, in place.
-
-        Args:
-            slope_CV: The gradient.
-            logits_CV: The logits divided by the temperature, which are overwritten.
-            temperature: What they were divided by.
-        """
-        if self.scale != 1:
-            slope_CV *= self.scale
-        if self.cap is None:
-            return slope_CV
-        return slope_CV.mul_(logits_CV.mul_(temperature / self.cap).square_().neg_().add_(1.0))
-
-
-AS_THEY_ARE = LogitRule()
 
 
 def token_logprobs(
@@ -147,7 +112,7 @@ class _FrozenHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         slope_MD = None
         if ctx.needs_input_grad[0]:
-            slope_MD = torch.empty_like(hidden_MD, dtype=_accumulator(weight_VD))
+            slope_MD = torch.empty_like(hidden_MD, dtype=accumulator(weight_VD))
         logp_M, entropy_M = _score(hidden_MD, weight_VD, bias_V, ids_M, banned, temperature, chunk, rule, entropy, slope_MD)
         ctx.save_for_backward(slope_MD)
         ctx.dtype = hidden_MD.dtype
@@ -191,15 +156,17 @@ class _TrainedHead(torch.autograd.Function):
         hidden_MD, weight_VD, bias_V, ids_M, banned = ctx.saved_tensors
         hidden_MD = hidden_MD.masked_fill(grad_M[:, None] == 0, 0.0)  # 0 * NaN is NaN
         grad_hidden_MD = torch.empty_like(hidden_MD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=_accumulator(weight_VD))
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=accumulator(weight_VD))
         grad_bias_V = torch.zeros_like(grad_weight_VD[:, 0])
+        layer = OutputLayer(weight_VD, ctx.temperature, banned, bias_V, ctx.rule)
         for start in range(0, len(ids_M), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits_CV = logits(hidden_MD[rows], weight_VD, ctx.temperature, banned, bias_V, ctx.rule)
-            slope_CV = _slope(logits_CV.softmax(1), logits_CV, ids_M[rows], banned, ctx.temperature, ctx.rule)
-            slope_CV.mul_(grad_M[rows, None])
-            grad_hidden_MD[rows] = _matmul(slope_CV, weight_VD).to(hidden_MD.dtype)
-            grad_weight_VD += _matmul(slope_CV.t(), hidden_MD[rows].to(weight_VD.dtype))
+            logits_CV = layer(hidden_MD[rows])
+            softmax_CV = torch.softmax(logits_CV, 1, out=_room(logits_CV, layer))
+            slope_CV = _slope(softmax_CV, logits_CV, ids_M[rows], layer).mul_(grad_M[rows, None])
+            del logits_CV, softmax_CV
+            grad_hidden_MD[rows] = product(slope_CV, weight_VD).to(hidden_MD.dtype)
+            grad_weight_VD += product(slope_CV.t(), hidden_MD[rows].to(weight_VD.dtype))
             grad_bias_V += slope_CV.sum(0)
         grad_bias = None if bias_V is None else grad_bias_V.to(bias_V.dtype)
         return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias, *[None] * 6
@@ -218,68 +185,38 @@ def _score(
     slope_MD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of every token. If ``slope_MD`` is given, it is filled with ``d logp / d hidden``."""
-    logp_M = hidden_MD.new_empty(len(ids_M), dtype=_accumulator(weight_VD))
+    logp_M = hidden_MD.new_empty(len(ids_M), dtype=accumulator(weight_VD))
     entropy_M = torch.empty_like(logp_M) if entropy else logp_M.new_empty(0)
+    layer = OutputLayer(weight_VD, temperature, banned, bias_V, rule)
     for start in range(0, len(ids_M), chunk):
         rows = slice(start, start + chunk)
-        logits_CV = logits(hidden_MD[rows], weight_VD, temperature, banned, bias_V, rule)
-        logp_CV = logits_CV.log_softmax(1)
+        logits_CV = layer(hidden_MD[rows])
+        logp_CV = torch.log_softmax(logits_CV, 1, out=_room(logits_CV, layer))
         logp_M[rows] = logp_CV.gather(1, ids_M[rows, None]).squeeze(1)
-        if not entropy and slope_MD is None:
-            continue
-        softmax_CV = logp_CV.exp_()
-        if entropy:
-            entropy_M[rows] = torch.special.entr(softmax_CV).sum(1)
-        if slope_MD is not None:
-            slope_MD[rows] = _matmul(_slope(softmax_CV, logits_CV, ids_M[rows], banned, temperature, rule), weight_VD)
+        if entropy or slope_MD is not None:
+            softmax_CV = logp_CV.exp_()
+            if entropy:
+                entropy_M[rows] = torch.special.entr(softmax_CV).sum(1)
+            if slope_MD is not None:
+                slope_MD[rows] = product(_slope(softmax_CV, logits_CV, ids_M[rows], layer), weight_VD)
+            del softmax_CV
+        del logits_CV, logp_CV  # before the next chunk is computed
     return logp_M, entropy_M
 
 
-def logits(
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
-    temperature: float = 1.0,
-    banned: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    rule: LogitRule = AS_THEY_ARE,
-) -> Tensor:
-    """The logits ``[C, V]`` of C tokens, as `token_logprobs` computes them: at least float32, banned tokens at -inf.
-
-    Args:
-        hidden_CD: Hidden states of C tokens.
-        weight_VD: Weight of the output layer.
-        temperature: Number that divides the logits, more than 0.
-        banned: Tokens int64 that the policy never emits.
-        bias_V: Bias of the output layer, or None.
-        rule: How the model turns the outputs of that layer into logits.
-    """
-    logits_CV = _matmul(hidden_CD, weight_VD.t())
-    if bias_V is not None:
-        logits_CV += bias_V
-    logits_CV = rule.apply(logits_CV)
-    logits_CV /= temperature
-    return logits_CV if banned is None else logits_CV.index_fill_(1, banned, -torch.inf)
+def _room(logits_CV: Tensor, layer: OutputLayer) -> Tensor | None:
+    """Where probabilities are written: over the logits, unless `LogitRule.chain` reads them once more."""
+    return logits_CV if layer.rule.cap is None else None
 
 
-def _slope(softmax_CV: Tensor, logits_CV: Tensor, ids_C: Tensor, banned: Tensor | None, temperature: float, rule: LogitRule) -> Tensor:
+def _slope(softmax_CV: Tensor, logits_CV: Tensor, ids_C: Tensor, layer: OutputLayer) -> Tensor:
     """``d logp / d (hidden @ W.T + bias)``, computed in place. It is 0 for banned tokens, whose logit is a constant."""
     slope_CV = softmax_CV.neg_()
     slope_CV.scatter_add_(1, ids_C[:, None], torch.ones_like(slope_CV[:, :1]))
-    slope_CV = rule.chain(slope_CV.div_(temperature), logits_CV, temperature)
-    return slope_CV if banned is None else slope_CV.index_fill_(1, banned, 0.0)
-
-
-def _accumulator(weight_VD: Tensor) -> torch.dtype:
-    return torch.promote_types(weight_VD.dtype, torch.float32)
-
-
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in the data type of right, accumulated in float32 and not rounded, as autocast would."""
-    dtype = _accumulator(right)
-    with torch.autocast(right.device.type, enabled=False):
-        if right.dtype != dtype and right.is_cuda:
-            return torch.mm(left.to(right.dtype), right, out_dtype=dtype)  # no float32 copy of the head
-        return left.to(dtype) @ right.to(dtype)
+    if layer.temperature != 1:
+        slope_CV.div_(layer.temperature)
+    slope_CV = layer.rule.chain(slope_CV, logits_CV, layer.temperature)
+    return slope_CV if layer.banned is None else slope_CV.index_fill_(1, layer.banned, 0.0)
 
 
 def _check(hidden: Tensor, head_weight: Tensor, ids: Tensor, temperature: float, chunk: int, bias: Tensor | None) -> None:

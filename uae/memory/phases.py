@@ -57,6 +57,7 @@ def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes, proc
             keys="sampling.max_tokens, model.group, data.batch_size",
         ),
         _merged_row(policy, blueprint, processes),
+        _reordered_row(policy, processes),
         Row("logits of a sampling step", estimates.sampling_bytes(model, sizes.rows), phases=("caption",)),
         Row("image features", 0 if policy.tower_learns else estimates.feature_bytes(model, sizes.images, sizes.pixels)),
         Row(
@@ -82,6 +83,12 @@ def _merged_row(policy: CaptionPolicy, blueprint: Blueprint, processes: Processe
     exact = processes.gathered_dtype in (None, torch.float32, torch.float64)
     phases = ("caption",) if blueprint.drawing is None else ("caption", "render")
     return Row("weights merged with the adapter", size, size if exact else 0, phases, keys="reading.dtype bfloat16")
+
+
+def _reordered_row(policy: CaptionPolicy, processes: Processes) -> Row:
+    """The copy of the output layer that products on a CPU read."""
+    size = 0 if processes.on_gpu else estimates.reordered_bytes(policy.base.get_output_embeddings().weight)
+    return Row("output head, reordered", size, phases=("caption", "replay", "update"))
 
 
 def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:

@@ -68,7 +68,7 @@ def test_logits_of_the_sampler_are_those_of_training_code():
     captioner = families.create("qwen2_5_vl")
     network = captioner.learner.network.bfloat16()
     hidden_ND = torch.randn(5, network.base.get_output_embeddings().weight.shape[1], dtype=torch.bfloat16)
-    logp_NV = network.logits(hidden_ND, 0.7).log_softmax(-1)
+    logp_NV = network.output_layer(0.7)(hidden_ND).log_softmax(-1)
     assert logp_NV.dtype == torch.float32
     words = torch.arange(logp_NV.shape[1])
     for n in range(5):

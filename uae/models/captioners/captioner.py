@@ -185,13 +185,13 @@ class HFCaptioner:
 
     def _draw(self, prefix: Prefix, sampling: Sampling, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, mask, log-probs and entropies, ``[N, T]`` each, up to the end of the longest caption."""
-        policy, temperature, device = self.learner.network, sampling.policy_temperature, self.device
+        policy, layer, device = self.learner.network, self.learner.network.output_layer(sampling.policy_temperature), self.device
         uniform_NT, ends = uniforms(seeds, sampling.max_tokens).to(device), torch.tensor(self.end_ids, device=device)
         hidden_RD, row_R = prefix.hidden_ND, torch.arange(len(uniform_NT), device=device)
         open_R = torch.ones_like(row_R, dtype=torch.bool)
         record = _Record(uniform_NT.shape, self.pad_id, hidden_RD)
         for step in range(sampling.max_tokens):
-            logp_RV = policy.logits(hidden_RD, temperature).log_softmax(-1)
+            logp_RV = layer(hidden_RD).log_softmax(-1)
             token_R = logp_RV.argmax(-1) if sampling.temperature == 0 else draw(logp_RV, uniform_NT[row_R, step])
             record.note(step, row_R, open_R, token_R, logp_RV)
             open_R = open_R & ~torch.isin(token_R, ends)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from uae.grpo import LogitRule, logits, selected_logprobs
+from uae.grpo import LogitRule, OutputLayer, selected_logprobs
 from uae.learner import Network
 from uae.models.captioners.caches import (
     cache_argument,
@@ -261,7 +261,7 @@ class CaptionPolicy(Network):
         bias_V = getattr(head, "bias", None)
         return selected_logprobs(hidden_NTD, head.weight, tokens_NT, temperature, banned=self.banned_ids, bias=bias_V, rule=self.rule)
 
-    def logits(self, hidden_ND: Tensor, temperature: float) -> Tensor:
-        """float32 logits ``[N, V]`` of the policy, as `score` computes them: temperature applied, banned tokens at -inf."""
+    def output_layer(self, temperature: float) -> OutputLayer:
+        """The layer that makes the policy's logits, as `score` computes them: temperature applied, banned tokens at -inf."""
         head = self.base.get_output_embeddings()
-        return logits(hidden_ND, head.weight, temperature, self.banned_ids, getattr(head, "bias", None), self.rule)
+        return OutputLayer(head.weight, temperature, self.banned_ids, getattr(head, "bias", None), self.rule)

@@ -151,12 +151,12 @@ class Emu3Policy(TokenPolicy):
             ids_ML, mask_ML = torch.cat([ids_ML, uncond_NL]), torch.cat([mask_ML, uncond_mask_NL])
         mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens + H - 2)], dim=1)
         position_MP, memory = positions(mask_MP), self._memory(mask_ML, self.tokens + H - 2)
-        embeds_MPD, end = self.prompt_inputs(ids_ML), 0
+        embeds_MPD, end, layer = self.prompt_inputs(ids_ML), 0, self._image_layer(sampling)
         tokens, logps, entropies = [], [], []
         for step in range(self.tokens):
             start, end = end, end + embeds_MPD.shape[1]
             c_ND, *u_ND = self._fed(embeds_MPD, mask_MP[:, :end], position_MP[:, start:end], memory).chunk(copies)
-            logp_NV = self._image_logprobs(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance), sampling)
+            logp_NV = layer(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance)).log_softmax(-1)
             token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, step])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])

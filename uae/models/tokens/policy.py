@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from uae.grpo import logits, selected_logprobs
+from uae.grpo import OutputLayer, selected_logprobs
 from uae.learner import Learner
 from uae.models.captioners.caches import cache_argument, recomputing
 from uae.models.captioners.draws import draw, entropy, uniforms
@@ -175,12 +175,12 @@ class TokenPolicy(CaptionPolicy):
         L, uniform_NS = ids_ML.shape[1], uniform_NS.to(device)
         mask_MP = torch.cat([mask_ML, mask_ML.new_ones(len(ids_ML), self.tokens - 1)], dim=1)
         position_MP, memory = positions(mask_MP), self._memory(mask_ML, self.tokens - 1)
-        inputs_MP, start = self.prompt_inputs(ids_ML), 0
+        inputs_MP, start, layer = self.prompt_inputs(ids_ML), 0, self._image_layer(sampling)
         tokens, logps, entropies = [], [], []
         for end in range(L, L + self.tokens):
             hidden_MD = self._fed(inputs_MP, mask_MP[:, :end], position_MP[:, start:end], memory)
             c_ND, *u_ND = self.image_states(hidden_MD).chunk(2 if guided else 1)
-            logp_NV = self._image_logprobs(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance), sampling)
+            logp_NV = layer(mixed(c_ND, u_ND[0] if guided else None, sampling.guidance)).log_softmax(-1)
             token_N = logp_NV.argmax(-1) if sampling.temperature == 0 else draw(logp_NV, uniform_NS[:, end - L])
             tokens.append(token_N)
             logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
@@ -206,10 +206,10 @@ class TokenPolicy(CaptionPolicy):
             hidden_M1D = places.step(self.base.get_decoder(), inputs, cache)
         return hidden_M1D[:, -1]
 
-    def _image_logprobs(self, states_ND: Tensor, sampling: TokenSampling) -> Tensor:
-        """Log-probs ``[N, V]`` of all image tokens, from logits that are computed as `image_logprobs` computes them."""
+    def _image_layer(self, sampling: TokenSampling) -> OutputLayer:
+        """The layer that makes the logits of image tokens, as `image_logprobs` computes them."""
         weight_VD, bias_V = self.image_head()
-        return logits(states_ND, weight_VD, sampling.policy_temperature, bias_V=bias_V).log_softmax(-1)
+        return OutputLayer(weight_VD, sampling.policy_temperature, bias_V=bias_V)
 
 
 class ImageTokenPolicy:

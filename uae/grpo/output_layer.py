@@ -1,0 +1,139 @@
+"""The last layer of a language model: logits from hidden states, the same in a sampler and in training code.
+
+Logits are computed in the data type of the weight and accumulated in float32 (float64 for a float64 weight), whatever the
+surrounding autocast. On a CPU, oneDNN multiplies by a float32 copy of the weight in an order of its own. That takes a half to a
+quarter of the time where rows are few, and a row's logits do not depend on the rows beside it, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+SMALL = 2**18  # numbers of a weight below which the call of a product takes longer than the product
+PIECE = 2**23  # numbers of a weight that are reordered, and multiplied, at a time
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model does with the outputs z of its last layer to get its logits: ``c tanh(s z / c)``, or ``s z`` without a cap.
+
+    Args:
+        scale: The factor s, not 0 (Granite, HyperCLOVA X).
+        cap: The largest size c of a logit, more than 0 (Gemma); None is no limit.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply(self, logits_CV: Tensor) -> Tensor:
+        """The logits from the outputs of the last layer; changes them in place."""
+        if self.scale != 1:
+            logits_CV *= self.scale
+        return logits_CV if self.cap is None else logits_CV.div_(self.cap).tanh_().mul_(self.cap)
+
+    def chain(self, slope_CV: Tensor, logits_CV: Tensor, temperature: float) -> Tensor:
+        """From the gradient with respect to the logits to that with respect to the outputs of the last layer, in place.
+
+        Args:
+            slope_CV: The gradient.
+            logits_CV: The logits divided by the temperature, which are overwritten.
+            temperature: What they were divided by.
+        """
+        if self.scale != 1:
+            slope_CV *= self.scale
+        if self.cap is None:
+            return slope_CV
+        return slope_CV.mul_(logits_CV.mul_(temperature / self.cap).square_().neg_().add_(1.0))
+
+
+AS_THEY_ARE = LogitRule()
+
+
+class OutputLayer:
+    """Logits of tokens from their hidden states. Make one for many products; it does not follow changes of its weight.
+
+    Args:
+        weight_VD: Weight of the layer.
+        temperature: Number that divides the logits, more than 0.
+        banned: Tokens int64 that the policy never emits, whose logit is minus infinity; None is no token.
+        bias_V: Bias of the layer, or None.
+        rule: How the model turns the outputs of the layer into logits.
+    """
+
+    def __init__(
+        self,
+        weight_VD: Tensor,
+        temperature: float = 1.0,
+        banned: Tensor | None = None,
+        bias_V: Tensor | None = None,
+        rule: LogitRule = AS_THEY_ARE,
+    ) -> None:
+        self.weight_VD, self.bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
+        self.temperature, self.banned, self.rule = temperature, banned, rule
+        self._pieces = _reordered(self.weight_VD) if reorders(weight_VD) else []
+
+    @torch.no_grad()
+    def __call__(self, hidden_CD: Tensor) -> Tensor:
+        """The logits ``[C, V]`` of C tokens, at least float32, without gradient."""
+        logits_CV = self._outputs(hidden_CD)
+        if self.bias_V is not None:
+            logits_CV += self.bias_V
+        logits_CV = self.rule.apply(logits_CV)
+        if self.temperature != 1:
+            logits_CV /= self.temperature
+        return logits_CV if self.banned is None else logits_CV.index_fill_(1, self.banned, -torch.inf)
+
+    def _outputs(self, hidden_CD: Tensor) -> Tensor:
+        """``hidden @ weight.T``."""
+        if not self._pieces or not len(hidden_CD):
+            return product(hidden_CD, self.weight_VD.t())
+        rows_RD = hidden_CD.float()
+        if len(rows_RD) == 1:  # a product of one row has an arithmetic of its own
+            rows_RD = rows_RD.expand(2, -1)
+        if len(self._pieces) == 1:
+            return _multiplied(rows_RD, self._pieces[0])[: len(hidden_CD)]
+        outputs_RV = rows_RD.new_empty(len(rows_RD), len(self.weight_VD))
+        start = 0
+        for piece in self._pieces:
+            outputs_RV[:, start : start + len(piece)] = _multiplied(rows_RD, piece)
+            start += len(piece)
+        return outputs_RV[: len(hidden_CD)]
+
+
+def reorders(weight_VD: Tensor) -> bool:
+    """Whether an `OutputLayer` multiplies by a reordered float32 copy of a weight, which takes 4 V D bytes."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+        return False
+    whole = weight_VD.device.type == "cpu" and not isinstance(weight_VD, DTensor)
+    return whole and weight_VD.dtype != torch.float64 and weight_VD.numel() >= SMALL
+
+
+def accumulator(weight: Tensor) -> torch.dtype:
+    """The data type in which products with a weight are accumulated."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in the data type of right, accumulated in float32 and not rounded, as autocast would."""
+    dtype = accumulator(right)
+    with torch.autocast(right.device.type, enabled=False):
+        if right.dtype != dtype and right.is_cuda:
+            return torch.mm(left.to(right.dtype), right, out_dtype=dtype)  # no float32 copy of the head
+        return left.to(dtype) @ right.to(dtype)
+
+
+def _reordered(weight_VD: Tensor) -> list[Tensor]:
+    """The rows of a weight, in pieces, as oneDNN reads them best, in float32."""
+    rows = max(1, PIECE // weight_VD.shape[1])
+    pieces = (weight_VD[start : start + rows].float() for start in range(0, len(weight_VD), rows))
+    return [torch.ops.mkldnn._reorder_linear_weight(piece, 8) for piece in pieces]  # 8 is a hint of how many rows come
+
+
+def _multiplied(rows_RD: Tensor, reordered: Tensor) -> Tensor:
+    """``rows @ weight.T`` for a weight that was reordered."""
+    outputs_RV: Tensor = torch.ops.mkldnn._linear_pointwise(rows_RD, reordered, None, "none", [], "")
+    return outputs_RV
