@@ -123,7 +123,12 @@ class Tower(ABC):
         The result equals that of the official image processor bit for bit, rounding to 8 bits included, which `embed`
         leaves out. Several threads may call it at the same time, once the weights are loaded.
         """
-        return self._ready().preprocessing.of_bytes(image_3HW)
+        return self.preprocessing.of_bytes(image_3HW)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the pixels of the tower. Towers for which it is equal share the results of `prepare`."""
+        return self._ready().preprocessing
 
     def embed_prepared(self, pixels_NCHW: Tensor) -> Tensor:
         """Embed stacked results ``[N, 3, h, w]`` of `prepare` as float32 ``[N, D]``; otherwise the same as `embed`."""

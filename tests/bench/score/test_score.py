@@ -17,6 +17,7 @@ from uae.bench.score import feature_cache
 from uae.bench.score.comparison import check_comparable, paired_difference
 from uae.bench.score.contact_sheet import worst_median_best
 from uae.bench.score.feature_cache import default_folder
+from uae.encoders.preprocessing import Preprocessing
 from uae.encoders.tower import Tower
 from uae.metrics.intervals import bootstrap
 from uae.rehearsal.encoders import ENCODERS
@@ -190,6 +191,15 @@ def test_batches_threads_and_cache_change_nothing(score, monkeypatch):
     assert (cosines(score("ours")) == cosines(first)).all()
     with pytest.raises(AssertionError, match="embedded again"):
         score("ours", "--cache", "false")
+
+
+def test_encoders_with_equal_preprocessing_share_the_prepared_image(score, monkeypatch):
+    """Of the four official encoders, CLIP and LongCLIP: three preparations of an image, not four."""
+    made = []
+    of_bytes = Preprocessing.of_bytes
+    monkeypatch.setattr(Preprocessing, "of_bytes", lambda rule, image: made.append(image.data_ptr()) or of_bytes(rule, image))
+    pairs = score("ours")["per_image"]
+    assert len(made) == 3 * (2 * len(pairs) + 2)  # of two more pairs, one image cannot be read
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped_and_torn_files_are_made_again(score, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from uae.bench.score.feature_cache import FeatureCache
+from uae.encoders.preprocessing import Preprocessing
 from uae.encoders.tower import Tower
 from uae.files.pictures import UnreadableImageError, read_picture
 from uae.types import ImageEncoder
@@ -70,16 +71,20 @@ class ImageFeatures:
         self.workers, self.max_pixels = workers, max_pixels
 
     def stream(self, groups: Sequence[Sequence[Path]]) -> Iterator[list[EncodedImage]]:
-        """Yield the embedded images group by group. The next group is read meanwhile, so memory holds two groups."""
+        """Yield the embedded images group by group. Meanwhile the next group is read, and the last one is stored in the cache."""
         # Each reading thread computes without helpers: threads that wait for each other by spinning slow down all others.
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             coming = [pool.submit(self.read, file) for file in groups[0]] if groups else []
+            storing = pool.submit(self._store, [])
             for position in range(len(groups)):
                 seen = [reading.result() for reading in coming]
                 following = groups[position + 1] if position + 1 < len(groups) else []
                 coming = [pool.submit(self.read, file) for file in following]
-                self._embed(seen)
+                new = self._embed(seen)
+                storing.result()
+                storing = pool.submit(self._store, new)
                 yield seen
+            storing.result()
 
     def read(self, file: Path) -> EncodedImage:
         """Read a file: its embeddings from the cache, and the prepared image for each other encoder."""
@@ -92,19 +97,31 @@ class ImageFeatures:
                 known = self.cache.read(self.keys[name], seen.digest)
                 if known is not None:
                     seen.feature[name] = torch.from_numpy(known.copy())
-            if len(seen.feature) < len(self.encoders):
-                image_3HW = pil_to_tensor(read_picture(content, self.max_pixels))
-                for name in self.encoders.keys() - seen.feature.keys():
-                    encoder = self.encoders[name]
-                    seen.prepared[name] = encoder.prepare(image_3HW) if isinstance(encoder, Tower) else image_3HW
+            if unknown := self.encoders.keys() - seen.feature.keys():
+                seen.prepared = self._prepared(pil_to_tensor(read_picture(content, self.max_pixels)), unknown)
         except UnreadableImageError as error:
             return EncodedImage(failure=str(error))
         except OSError as error:
             return EncodedImage(failure=f"{type(error).__name__}: {error}")
         return seen
 
+    def _prepared(self, image_3HW: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """The image for each of some encoders. Those with equal preprocessing share it, as CLIP and LongCLIP do."""
+        prepared: dict[str, Tensor] = {}
+        made: dict[Preprocessing, Tensor] = {}
+        for name in names:
+            encoder = self.encoders[name]
+            if not isinstance(encoder, Tower):
+                prepared[name] = image_3HW
+                continue
+            rule = encoder.preprocessing
+            prepared[name] = made[rule] = made[rule] if rule in made else encoder.prepare(image_3HW)
+        return prepared
+
     @torch.inference_mode()
-    def _embed(self, everything: list[EncodedImage]) -> None:
+    def _embed(self, everything: list[EncodedImage]) -> list[tuple[str, EncodedImage]]:
+        """Embed what is not embedded yet. Returns the encoder and the image of every new embedding."""
+        new = [(name, seen) for seen in everything for name in seen.prepared]
         for name in self.encoders:
             by_shape: dict[tuple[int, ...], list[EncodedImage]] = defaultdict(list)
             for seen in everything:
@@ -113,6 +130,7 @@ class ImageFeatures:
             for alike in by_shape.values():
                 for first in range(0, len(alike), self.batch_size):
                     self._embed_batch(name, alike[first : first + self.batch_size])
+        return new
 
     def _embed_batch(self, name: str, alike: list[EncodedImage]) -> None:
         encoder = self.encoders[name]
@@ -123,5 +141,10 @@ class ImageFeatures:
             features_ND = encoder.embed(images_NCHW.float() / 255).cpu()
         for seen, feature_D in zip(alike, features_ND, strict=True):
             seen.feature[name] = feature_D.clone()
-            if torch.isfinite(feature_D).all():
-                self.cache.write(self.keys[name], seen.digest, np.asarray(feature_D))
+
+    def _store(self, new: list[tuple[str, EncodedImage]]) -> None:
+        """Write embeddings to the cache, except those with NaN or infinity."""
+        for name, seen in new:
+            feature_D = np.asarray(seen.feature[name])
+            if np.isfinite(feature_D).all():
+                self.cache.write(self.keys[name], seen.digest, feature_D)
