@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = (0.025, 0.975)  # the two quantiles that an interval of 95 % lies between
+BLOCK = 2**16  # numbers that are drawn at a time
 _Z = 1.959963984540054  # the quantile LEVEL[1] of the normal distribution
 
 
@@ -53,14 +54,16 @@ def mean_of_means(groups: Sequence[tuple[np.ndarray, np.ndarray]], resamples: in
 def resampled_means(values_N: np.ndarray, resamples: int = 1000, seed: int = 0, clusters_N: np.ndarray | None = None) -> np.ndarray:
     """The means float64 ``[resamples]`` of cases drawn again; the arguments are those of `bootstrap`."""
     values_N = np.asarray(values_N, dtype=np.float64)
-    totals_C, sizes_C = values_N, np.ones(len(values_N))
+    totals_C, sizes_C = values_N, None
     if clusters_N is not None:
         _, place_N = np.unique(clusters_N, return_inverse=True)
-        totals_C, sizes_C = np.bincount(place_N, values_N), np.bincount(place_N).astype(np.float64)
-    draw, means = np.random.default_rng(seed), np.empty(resamples)
-    for i in range(resamples):
-        chosen_C = draw.integers(len(totals_C), size=len(totals_C))
-        means[i] = totals_C[chosen_C].sum() / sizes_C[chosen_C].sum()
+        totals_C, sizes_C = np.bincount(place_N, values_N), np.bincount(place_N)
+    draw, means, C = np.random.default_rng(seed), np.empty(resamples), len(totals_C)
+    at_once = max(1, BLOCK // C)
+    for first in range(0, resamples, at_once):
+        chosen_RC = draw.integers(C, size=(min(at_once, resamples - first), C))
+        sizes_R = C if sizes_C is None else sizes_C[chosen_RC].sum(1)
+        means[first : first + at_once] = totals_C[chosen_RC].sum(1) / sizes_R
     return means
 
 

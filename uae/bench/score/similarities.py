@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,8 +63,7 @@ def measure(
     ring = _Ring(tuple(features.encoders))
     with tqdm(total=len(order), unit="pair", desc="scoring", disable=not progress) as bar:
         for group, seen in zip(groups, features.stream(files), strict=True):
-            for name, source, reconstruction in zip(group, seen[::2], seen[1::2], strict=True):
-                ring.add(name, f"reconstructions/{matched[name]}", source, reconstruction)
+            ring.add([(name, matched[name]) for name in group], list(zip(seen[::2], seen[1::2], strict=True)))
             bar.update(len(group))
     return ring.close()
 
@@ -74,52 +74,60 @@ class _Ring:
     def __init__(self, encoders: tuple[str, ...]) -> None:
         self.found = Similarities(encoders)
         self.first: tuple[EncodedImage, EncodedImage] | None = None
-        self.last: tuple[EncodedImage, EncodedImage] | None = None
-        self.cosines: list[list[float]] = []
-        self.floors: list[list[float]] = []
+        self.last: EncodedImage | None = None  # the source of the last pair
+        self.cosines: list[np.ndarray] = []  # of every group of pairs, float64 [M, E]
+        self.floors: list[np.ndarray] = []
 
-    def add(self, name: str, reconstruction_name: str, source: EncodedImage, reconstruction: EncodedImage) -> None:
-        """Add the next pair."""
-        failures = {f"sources/{name}": source.failure, reconstruction_name: reconstruction.failure}
-        broken = {file: reason for file, reason in failures.items() if reason}
-        if broken:
+    def add(self, names: Sequence[tuple[str, str]], images: Sequence[tuple[EncodedImage, EncodedImage]]) -> None:
+        """Add the next pairs, each a source and a reconstruction, without those that cannot be read."""
+        readable = []
+        for (name, file), (source, reconstruction) in zip(names, images, strict=True):
+            failures = {f"sources/{name}": source.failure, f"reconstructions/{file}": reconstruction.failure}
+            broken = {path: reason for path, reason in failures.items() if reason}
             self.found.unreadable |= broken
+            if not broken:
+                readable.append((name, source, reconstruction))
+        if not readable:
             return
-        cosine_E = self._cosines(source, reconstruction)
-        if not np.isfinite(cosine_E).all():
-            self.found.invalid.append(name)
-        self.found.names.append(name)
-        self.found.digests.append((source.digest, reconstruction.digest))
-        self.cosines.append([value if np.isfinite(value) else 0.0 for value in cosine_E])
-        if self.last is None:
-            self.first = (source, reconstruction)
-        else:
-            self.floors.append(self._mismatched(self.last[0], source, reconstruction))
-        self.last = (source, reconstruction)
+        kept, sources, reconstructions = map(list, zip(*readable, strict=True))
+        self.first = self.first or (sources[0], reconstructions[0])
+        cosine_ME = self._cosines(sources, reconstructions)
+        valid_ME = np.isfinite(cosine_ME)
+        self.found.invalid += [name for name, valid_E in zip(kept, valid_ME, strict=True) if not valid_E.all()]
+        self.found.names += kept
+        self.found.digests += [(one.digest, other.digest) for one, other in zip(sources, reconstructions, strict=True)]
+        self.cosines.append(np.where(valid_ME, cosine_ME, 0.0))
+        self.floors.append(self._mismatched([self.last or sources[0], *sources[:-1]], sources, reconstructions))
+        self.last = sources[-1]
 
     def close(self) -> Similarities:
         """Return all cosines, ordered by the source's name."""
         found = self.found
         if self.first is None or self.last is None:
             return found
-        floors = [self._mismatched(self.last[0], *self.first), *self.floors]
+        source, reconstruction = self.first
+        self.floors[0][0] = self._mismatched([self.last], [source], [reconstruction])[0]
         order = sorted(range(len(found.names)), key=lambda n: found.names[n])
-        found.cosine_NE, found.floor_NE = np.array(self.cosines)[order], np.array(floors)[order]
+        found.cosine_NE, found.floor_NE = np.concatenate(self.cosines)[order], np.concatenate(self.floors)[order]
         found.names, found.digests = [found.names[n] for n in order], [found.digests[n] for n in order]
         found.invalid, found.unreadable = sorted(found.invalid), dict(sorted(found.unreadable.items()))
         return found
 
-    def _mismatched(self, other: EncodedImage, source: EncodedImage, reconstruction: EncodedImage) -> list[float]:
-        """Cosines of a reconstruction with another pair's source; NaN if that source is the same image as its own."""
-        same = other.digest == source.digest
-        return [float("nan")] * len(self.found.encoders) if same else self._cosines(other, reconstruction)
+    def _mismatched(
+        self, others: Sequence[EncodedImage], sources: Sequence[EncodedImage], reconstructions: Sequence[EncodedImage]
+    ) -> np.ndarray:
+        """Cosines of reconstructions with other pairs' sources; NaN if that source is the same image as the pair's own."""
+        same_M = np.array([other.digest == source.digest for other, source in zip(others, sources, strict=True)])
+        return np.where(same_M[:, None], np.nan, self._cosines(others, reconstructions))
 
-    def _cosines(self, one: EncodedImage, other: EncodedImage) -> list[float]:
-        def row(feature_D: Tensor) -> Tensor:
-            return feature_D[None]
+    def _cosines(self, some: Sequence[EncodedImage], others: Sequence[EncodedImage]) -> np.ndarray:
+        """Cosines float64 ``[M, E]`` of M images with M others."""
 
-        names = self.found.encoders
-        return [float(similarity(row(one.feature[name]), row(other.feature[name]))) for name in names]
+        def rows(images: Sequence[EncodedImage], name: str) -> Tensor:
+            return torch.stack([image.feature[name] for image in images])
+
+        columns_EM = [similarity(rows(some, name), rows(others, name)) for name in self.found.encoders]
+        return np.array([column_M.double().numpy() for column_M in columns_EM]).T
 
 
 def summarize(found: Similarities, held_out: tuple[str, ...], resamples: int, seed: int = 0) -> dict[str, Score]:
