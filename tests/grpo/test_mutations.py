@@ -263,7 +263,7 @@ MUTATIONS = {
     ),
 }
 if REORDERS:
-    MUTATIONS["pieces of the head in reverse"] = ("output_layer", "for piece in self._pieces:", "for piece in self._pieces[::-1]:")
+    MUTATIONS["pieces of the head in reverse"] = ("output_layer", "in self._kept or", "in self._kept[::-1] or")
     MUTATIONS["a row alone"] = ("output_layer", "if len(rows_RD) == 1:", "if False:")
 
 

@@ -158,14 +158,14 @@ class _TrainedHead(torch.autograd.Function):
         grad_hidden_MD = torch.empty_like(hidden_MD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=accumulator(weight_VD))
         grad_bias_V = torch.zeros_like(grad_weight_VD[:, 0])
-        layer = OutputLayer(weight_VD, ctx.temperature, banned, bias_V, ctx.rule)
+        layer = OutputLayer(weight_VD, ctx.temperature, banned, bias_V, ctx.rule, keep=len(ids_M) > ctx.chunk)
         for start in range(0, len(ids_M), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logits_CV = layer(hidden_MD[rows])
             softmax_CV = torch.softmax(logits_CV, 1, out=_room(logits_CV, layer))
             slope_CV = _slope(softmax_CV, logits_CV, ids_M[rows], layer).mul_(grad_M[rows, None])
             del logits_CV, softmax_CV
-            grad_hidden_MD[rows] = product(slope_CV, weight_VD).to(hidden_MD.dtype)
+            grad_hidden_MD[rows] = layer.gradient(slope_CV).to(hidden_MD.dtype)
             grad_weight_VD += product(slope_CV.t(), hidden_MD[rows].to(weight_VD.dtype))
             grad_bias_V += slope_CV.sum(0)
         grad_bias = None if bias_V is None else grad_bias_V.to(bias_V.dtype)
@@ -187,7 +187,7 @@ def _score(
     """Log-prob and entropy of every token. If ``slope_MD`` is given, it is filled with ``d logp / d hidden``."""
     logp_M = hidden_MD.new_empty(len(ids_M), dtype=accumulator(weight_VD))
     entropy_M = torch.empty_like(logp_M) if entropy else logp_M.new_empty(0)
-    layer = OutputLayer(weight_VD, temperature, banned, bias_V, rule)
+    layer = OutputLayer(weight_VD, temperature, banned, bias_V, rule, keep=len(ids_M) > chunk)
     for start in range(0, len(ids_M), chunk):
         rows = slice(start, start + chunk)
         logits_CV = layer(hidden_MD[rows])
@@ -198,7 +198,7 @@ def _score(
             if entropy:
                 entropy_M[rows] = torch.special.entr(softmax_CV).sum(1)
             if slope_MD is not None:
-                slope_MD[rows] = product(_slope(softmax_CV, logits_CV, ids_M[rows], layer), weight_VD)
+                slope_MD[rows] = layer.gradient(_slope(softmax_CV, logits_CV, ids_M[rows], layer))
             del softmax_CV
         del logits_CV, logp_CV  # before the next chunk is computed
     return logp_M, entropy_M

@@ -7,6 +7,7 @@ quarter of the time where rows are few, and a row's logits do not depend on the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 SMALL = 2**18  # numbers of a weight below which the call of a product takes longer than the product
-PIECE = 2**23  # numbers of a weight that are reordered, and multiplied, at a time
+PIECE = 2**22  # numbers of a weight that are reordered, and multiplied, at a time: more would not stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ AS_THEY_ARE = LogitRule()
 
 
 class OutputLayer:
-    """Logits of tokens from their hidden states. Make one for many products; it does not follow changes of its weight.
+    """Logits of tokens from their hidden states, for as long as the weight does not change.
 
     Args:
         weight_VD: Weight of the layer.
@@ -62,6 +63,8 @@ class OutputLayer:
         banned: Tokens int64 that the policy never emits, whose logit is minus infinity; None is no token.
         bias_V: Bias of the layer, or None.
         rule: How the model turns the outputs of the layer into logits.
+        keep: Whether a reordered weight is kept, 4 V D bytes. Otherwise every call reorders it again, piece by piece, which takes
+            as long as the product of about 60 tokens.
     """
 
     def __init__(
@@ -71,10 +74,12 @@ class OutputLayer:
         banned: Tensor | None = None,
         bias_V: Tensor | None = None,
         rule: LogitRule = AS_THEY_ARE,
+        keep: bool = True,
     ) -> None:
         self.weight_VD, self.bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
         self.temperature, self.banned, self.rule = temperature, banned, rule
-        self._pieces = _reordered(self.weight_VD) if reorders(weight_VD) else []
+        self._reorders = reorders(weight_VD)
+        self._kept = [*map(_reordered, self._rows())] if self._reorders and keep else None
 
     @torch.no_grad()
     def __call__(self, hidden_CD: Tensor) -> Tensor:
@@ -89,19 +94,34 @@ class OutputLayer:
 
     def _outputs(self, hidden_CD: Tensor) -> Tensor:
         """``hidden @ weight.T``."""
-        if not self._pieces or not len(hidden_CD):
+        if not self._reorders or not len(hidden_CD):
             return product(hidden_CD, self.weight_VD.t())
         rows_RD = hidden_CD.float()
         if len(rows_RD) == 1:  # a product of one row has an arithmetic of its own
             rows_RD = rows_RD.expand(2, -1)
-        if len(self._pieces) == 1:
-            return _multiplied(rows_RD, self._pieces[0])[: len(hidden_CD)]
-        outputs_RV = rows_RD.new_empty(len(rows_RD), len(self.weight_VD))
-        start = 0
-        for piece in self._pieces:
-            outputs_RV[:, start : start + len(piece)] = _multiplied(rows_RD, piece)
-            start += len(piece)
+        parts = (_multiplied(rows_RD, piece) for piece in self._kept or map(_reordered, self._rows()))
+        if self.weight_VD.numel() <= PIECE:
+            return next(parts)[: len(hidden_CD)]
+        outputs_RV, start = rows_RD.new_empty(len(rows_RD), len(self.weight_VD)), 0
+        for part_RP in parts:
+            outputs_RV[:, start : start + part_RP.shape[1]] = part_RP
+            start += part_RP.shape[1]
         return outputs_RV[: len(hidden_CD)]
+
+    def gradient(self, slope_CV: Tensor) -> Tensor:
+        """``slope @ weight``: from gradients with respect to the layer's outputs to those ``[C, D]`` with respect to hidden states."""
+        if self.weight_VD.device.type != "cpu" or self.weight_VD.dtype.itemsize > 2:
+            return product(slope_CV, self.weight_VD)
+        gradient_CD, start = slope_CV.new_zeros(len(slope_CV), self.weight_VD.shape[1]), 0
+        for rows_PD in self._rows():  # so that a 16-bit weight is never in float32 as a whole
+            gradient_CD += slope_CV[:, start : start + len(rows_PD)] @ rows_PD.float()
+            start += len(rows_PD)
+        return gradient_CD
+
+    def _rows(self) -> Iterator[Tensor]:
+        """The rows of the weight, in pieces."""
+        rows = max(1, PIECE // self.weight_VD.shape[1])
+        return (self.weight_VD[start : start + rows] for start in range(0, len(self.weight_VD), rows))
 
 
 def reorders(weight_VD: Tensor) -> bool:
@@ -126,11 +146,10 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         return left.to(dtype) @ right.to(dtype)
 
 
-def _reordered(weight_VD: Tensor) -> list[Tensor]:
-    """The rows of a weight, in pieces, as oneDNN reads them best, in float32."""
-    rows = max(1, PIECE // weight_VD.shape[1])
-    pieces = (weight_VD[start : start + rows].float() for start in range(0, len(weight_VD), rows))
-    return [torch.ops.mkldnn._reorder_linear_weight(piece, 8) for piece in pieces]  # 8 is a hint of how many rows come
+def _reordered(weight_PD: Tensor) -> Tensor:
+    """A weight as oneDNN reads it best, in float32."""
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_PD.float(), 8)  # a hint of how many rows come
+    return reordered
 
 
 def _multiplied(rows_RD: Tensor, reordered: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from uae.grpo.logprobs import CHUNK
 from uae.memory import estimates
 from uae.memory.counting import text_config, update_bytes
 from uae.memory.flops import WIDTHS
@@ -57,7 +58,7 @@ def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes, proc
             keys="sampling.max_tokens, model.group, data.batch_size",
         ),
         _merged_row(policy, blueprint, processes),
-        _reordered_row(policy, processes),
+        _reordered_row(policy, sizes, processes),
         Row("logits of a sampling step", estimates.sampling_bytes(model, sizes.rows), phases=("caption",)),
         Row("image features", 0 if policy.tower_learns else estimates.feature_bytes(model, sizes.images, sizes.pixels)),
         Row(
@@ -85,10 +86,11 @@ def _merged_row(policy: CaptionPolicy, blueprint: Blueprint, processes: Processe
     return Row("weights merged with the adapter", size, size if exact else 0, phases, keys="reading.dtype bfloat16")
 
 
-def _reordered_row(policy: CaptionPolicy, processes: Processes) -> Row:
-    """The copy of the output layer that products on a CPU read."""
+def _reordered_row(policy: CaptionPolicy, sizes: Sizes, processes: Processes) -> Row:
+    """The copy of the output layer that products on a CPU read; log-probs of few tokens make it piece by piece."""
     size = 0 if processes.on_gpu else estimates.reordered_bytes(policy.base.get_output_embeddings().weight)
-    return Row("output head, reordered", size, phases=("caption", "replay", "update"))
+    many = sizes.part * sizes.group * sizes.tokens > CHUNK
+    return Row("output head, reordered", size, phases=("caption", *(("replay", "update") if many else ())))
 
 
 def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:

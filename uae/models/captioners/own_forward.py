@@ -63,12 +63,12 @@ def _rule(model: Any, ids_1L: Tensor) -> LogitRule:
     head, noise = model.get_output_embeddings(), torch.Generator().manual_seed(0)
     bias_V = getattr(head, "bias", None)
     hidden_LD = torch.randn(ids_1L.shape[1], head.weight.shape[1], generator=noise).to(head.weight)
-    hidden_LD = hidden_LD * (LOUD / OutputLayer(head.weight, bias_V=bias_V)(hidden_LD).abs().max()).to(hidden_LD.dtype)
+    hidden_LD = hidden_LD * (LOUD / OutputLayer(head.weight, bias_V=bias_V, keep=False)(hidden_LD).abs().max()).to(hidden_LD.dtype)
     own_LV = _own_logits(model, ids_1L, hidden_LD)
     largest = float(own_LV.abs().max())
 
     def error(rule: LogitRule) -> float:
-        ours_LV = OutputLayer(head.weight, bias_V=bias_V, rule=rule)(hidden_LD)[:, : own_LV.shape[1]]
+        ours_LV = OutputLayer(head.weight, bias_V=bias_V, rule=rule, keep=False)(hidden_LD)[:, : own_LV.shape[1]]
         return float((ours_LV - own_LV).abs().max()) / largest
 
     best = min(_candidates(model.config), key=error)
@@ -134,7 +134,7 @@ def _check_continuation(policy: CaptionPolicy, ids_1L: Tensor) -> None:
     prefix = policy.prefill(VLMContext(prompt)).expand(1)
     states_1TD = torch.cat([prefix.hidden_ND[:, None], policy.advance(prefix, ids_1L[:, half:-1])], dim=1)
     head = policy.base.get_output_embeddings()
-    ours_TV = OutputLayer(head.weight, bias_V=getattr(head, "bias", None), rule=rule)(states_1TD[0])
+    ours_TV = OutputLayer(head.weight, bias_V=getattr(head, "bias", None), rule=rule, keep=False)(states_1TD[0])
     found_T = ours_TV[:, : plain_LV.shape[1]].log_softmax(-1).gather(1, asked_T[:, None])[:, 0]
     off = float((found_T - expected_T).abs().mean())
     if not off <= NATS[head.weight.dtype.itemsize > 2]:
