@@ -37,7 +37,25 @@ def test_a_rows_logits_do_not_depend_on_its_batch(size, dtype):
     hidden, weight = problem(*size, dtype)
     all_CV, shifted = OutputLayer(weight)(hidden), torch.cat([weight.new_zeros(3), weight.flatten()])[3:].view_as(weight)
     for rows in ([0], [20], [3, 4], [9, 1, 7], range(8), range(5, 30)):
-        assert torch.equal(OutputLayer(shifted)(hidden[list(rows)]), all_CV[list(rows)])
+        for keep in (False, True):
+            assert torch.equal(OutputLayer(shifted, keep=keep)(hidden[list(rows)]), all_CV[list(rows)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_float64_on_the_same_numbers(dtype):
+    """A 16-bit weight is read in pieces; the surrounding autocast rounds nothing."""
+    slope, weight = torch.randn(33, 9001), problem(9001, 1536, dtype)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = OutputLayer(weight, keep=False).gradient(slope)
+    assert_close(got.double(), slope.double() @ weight.double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_weight_may_lie_in_memory_in_any_order(keep):
+    hidden, weight = problem(8192, 256)
+    turned = weight.t().contiguous().t()
+    assert_close(OutputLayer(turned, keep=keep)(hidden), hidden @ weight.t(), atol=1e-5, rtol=0)
+    assert_close(OutputLayer(weight[::2], keep=keep)(hidden), hidden @ weight[::2].t(), atol=1e-5, rtol=0)
 
 
 def test_no_rows():

@@ -114,7 +114,7 @@ class OutputLayer:
             return product(slope_CV, self.weight_VD)
         gradient_CD, start = slope_CV.new_zeros(len(slope_CV), self.weight_VD.shape[1]), 0
         for rows_PD in self._rows():  # so that a 16-bit weight is never in float32 as a whole
-            gradient_CD += slope_CV[:, start : start + len(rows_PD)] @ rows_PD.float()
+            gradient_CD += product(slope_CV[:, start : start + len(rows_PD)], rows_PD.float())
             start += len(rows_PD)
         return gradient_CD
 
