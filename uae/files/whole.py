@@ -16,7 +16,10 @@ def write_whole(path: Path, content: bytes) -> None:
         path: The file to write.
         content: All bytes of the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    draft.write_bytes(content)
+    try:
+        draft.write_bytes(content)
+    except FileNotFoundError:  # the folder is nearly always there, and to look first would take as long as to write
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
     draft.replace(path)
