@@ -251,7 +251,7 @@ MUTATIONS = {
     "banned ids allowed": ("output_layer", "return logits_CV if self.banned is None else", "return logits_CV if True else"),
     # logprobs.py
     "temperature missing from the gradient": ("logprobs", "slope_CV.div_(layer.temperature)", "slope_CV"),
-    "probabilities written over logits that a cap needs": ("logprobs", "if layer.rule.cap is None else None", "if True else None"),
+    "probabilities written over logits that a cap needs": ("logprobs", "if layer.rule.cap is None and", "if"),
     "sign of the gradient": ("logprobs", "softmax_CV.neg_()", "softmax_CV"),
     "one-hot missing": ("logprobs", "torch.ones_like(slope_CV[:, :1])", "torch.zeros_like(slope_CV[:, :1])"),
     "incoming gradient ignored": ("logprobs", "slope_MD * grad_M[:, None]", "slope_MD * 1"),

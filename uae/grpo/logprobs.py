@@ -205,8 +205,8 @@ def _score(
 
 
 def _room(logits_CV: Tensor, layer: OutputLayer) -> Tensor | None:
-    """Where probabilities are written: over the logits, unless `LogitRule.chain` reads them once more."""
-    return logits_CV if layer.rule.cap is None else None
+    """Where probabilities are written: on a CPU over the logits, unless `LogitRule.chain` reads them once more."""
+    return logits_CV if layer.rule.cap is None and logits_CV.device.type == "cpu" else None
 
 
 def _slope(softmax_CV: Tensor, logits_CV: Tensor, ids_C: Tensor, layer: OutputLayer) -> Tensor:

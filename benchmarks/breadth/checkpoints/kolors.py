@@ -9,6 +9,8 @@ from typing import Any
 from uae.rehearsal.language_models import SENTENCES
 from uae.rehearsal.pipelines import autoencoder
 
+ROOM = tempfile.TemporaryDirectory()  # of a file that the tokenizer reads until it is saved
+
 
 def kolors() -> Any:
     """Kolors: ChatGLM 3 and a U-Net.
@@ -21,7 +23,7 @@ def kolors() -> Any:
     from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 
-    file = Path(tempfile.mkdtemp(), "tokenizer.model")
+    file = Path(ROOM.name, "tokenizer.model")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES), model_prefix=str(file.with_suffix("")), vocab_size=120, hard_vocab_limit=False,
         byte_fallback=False, minloglevel=2,

@@ -22,11 +22,12 @@ SEEDS = [3, 3, 5, 2**62 + 1]
 TEXTS = ["a red square", "a tiny blue ring at top left", "pink", "two crosses"]
 CLOSE = {"atol": 1e-5, "rtol": 0}
 FLOAT32 = Placement("float32")
+ROOM = tempfile.TemporaryDirectory(prefix="pipelines_")  # is removed when the tests end
 
 
 @functools.cache
 def folder(name):
-    path = Path(tempfile.mkdtemp(prefix="pipelines_"), name)
+    path = Path(ROOM.name, name)
     PIPELINES[name](path)
     return path
 

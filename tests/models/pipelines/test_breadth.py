@@ -24,6 +24,7 @@ from uae.systems.blueprints import pipeline_skeletons
 from uae.weights.placement import Placement
 
 FLOAT32 = Placement("float32")
+ROOM = tempfile.TemporaryDirectory(prefix="breadth_")  # is removed when the tests end
 deprecated_parents = pytest.mark.filterwarnings("ignore:`LoraLoaderMixin` is deprecated:FutureWarning")  # of PRX, in diffusers
 KINDS = {
     "ZImage": "works",  # a list of embeddings, guidance from 0
@@ -37,14 +38,14 @@ KINDS = {
 
 @functools.cache
 def folder(name):
-    path = Path(tempfile.mkdtemp(prefix="breadth_"), name.replace(", ", "-"))
+    path = Path(ROOM.name, name.replace(", ", "-"))
     CATALOG[name].write(path)
     return path
 
 
 @functools.cache
 def captioner():
-    path = Path(tempfile.mkdtemp(prefix="breadth_"), "captioner")
+    path = Path(ROOM.name, "captioner")
     LANGUAGE_MODELS["Qwen/Qwen2.5-VL-3B-Instruct"](path)
     return path
 
