@@ -104,7 +104,7 @@ def text(found: dict[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--head", choices=["ours", "log_softmax"], help="only this way of the output layer, once, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
