@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -174,6 +175,12 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing. Lightning would let hyper-parameters in the checkpoint override the configuration."""
+
+    def _dump_config(self) -> None:
+        """Keep the configuration as plain values. It was validated when it was parsed; Lightning would do that again here."""
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True, format="yaml")
+            self.config_dump = yaml.safe_load(text)[self.config.subcommand]
 
     def instantiate_trainer(self, **kwargs: Any) -> RunTrainer:
         """The trainer, with TensorBoard in the folder of the run unless the configuration names a logger.

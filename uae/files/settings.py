@@ -47,8 +47,10 @@ def refuse_repeated_keys(text: str, path: str = "") -> None:
 
     Raises:
         RepeatedKeyError: A mapping has.
-        yaml.YAMLError: The text is not YAML.
+        yaml.YAMLError: The text is not YAML; of a text without mappings this is left to whoever reads it.
     """
+    if text.count(":") < 2 and "?" not in text:  # as nearly all values on their own, and no mapping has two keys then
+        return
     nodes, visited = [yaml.compose(text, Loader=yaml.SafeLoader)], set[int]()
     while nodes:
         node = nodes.pop()

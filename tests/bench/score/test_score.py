@@ -15,7 +15,6 @@ from uae.bench.__main__ import main
 from uae.bench.result import cases_of, read_result
 from uae.bench.score import feature_cache
 from uae.bench.score.comparison import check_comparable, paired_difference
-from uae.bench.score.contact_sheet import worst_median_best
 from uae.bench.score.feature_cache import default_folder
 from uae.encoders.preprocessing import Preprocessing
 from uae.encoders.tower import Tower
@@ -309,14 +308,6 @@ def test_folders_without_a_pair_are_refused(score, folders, capsys):
     with pytest.raises(SystemExit, match="2"):
         score("alone")
     assert "17 sources and 1 reconstructions without a partner" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("count", "expected"), [(1, [1, 0, 0]), (2, [1, 0, 1]), (3, [1, 1, 1]), (40, [4, 4, 4])])
-def test_a_contact_sheet_shows_no_pair_twice(count, expected):
-    chosen = worst_median_best(np.random.default_rng(0).permutation(count).astype(float))
-    assert [len(positions) for positions in chosen.values()] == expected
-    shown = [n for positions in chosen.values() for n in positions]
-    assert len(shown) == len(set(shown))
 
 
 @pytest.mark.parametrize("obstacle", ["a file", "no home", "a full disk"])
