@@ -147,7 +147,7 @@ def memory(root: Path, pairs: int, size: int) -> dict[str, Any]:
     def watched(ring: Any, *details: Any) -> None:
         add(ring, *details)
         count = len(ring.found.names)
-        if count >= (len(curve) + 1) * pairs // 20:
+        if count == pairs or count >= (len(curve) + 1) * pairs // 20:
             curve.append((count, process.memory_info().rss / MIB))
 
     similarities._Ring.add = watched

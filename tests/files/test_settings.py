@@ -11,6 +11,8 @@ from uae.files.settings import RepeatedKeyError, read_settings
         ("model:\n  init_args:\n    group: 4\n    seed: 1\n    group: 8\n", "group", (3, 5)),  # inside
         ("callbacks:\n- a: 1\n- {b: 1,\n   b: 2}\n", "b", (3, 4)),  # in a list, in braces
         ("'lr': 1\nlr: 2\n", "lr", (1, 2)),  # quoted or not
+        ("{lr: 1, lr}", "lr", (1, 1)),  # without a value
+        ("? lr\n? lr\n", "lr", (1, 2)),
     ],
 )
 def test_a_key_given_twice_is_named_with_both_lines(tmp_path, text, key, lines):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.testing import assert_close
 
 from uae.grpo import LogitRule, OutputLayer, selected_logprobs
@@ -20,23 +21,27 @@ def problem(V: int, D: int, dtype: torch.dtype = torch.float32, C: int = 33):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_are_those_of_float64_on_the_same_numbers(size, dtype):
-    """With banned tokens, a bias, a temperature, a scale and a cap; no input is rounded."""
+    """With banned tokens, a bias, a temperature, a scale and a cap; the surrounding autocast rounds nothing."""
     hidden, weight = problem(*size, dtype)
-    bias, banned, rule = torch.randn(size[0]).to(dtype), torch.tensor([2, size[0] - 1]), LogitRule(0.9, 3.0)
-    got = OutputLayer(weight, 0.7, banned, bias, rule)(hidden)
+    bias, banned, rule = weight[:, 0].clone(), torch.tensor([2, size[0] - 1]), LogitRule(0.9, 3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = OutputLayer(weight, 0.7, banned, bias, rule)(hidden)
     expected = 3 * torch.tanh(0.9 * (hidden.double() @ weight.double().t() + bias.double()) / 3) / 0.7
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert_close(got.double(), expected.index_fill(1, banned, -torch.inf), atol=1e-12 if dtype == torch.float64 else 1e-5, rtol=0)
 
 
-@pytest.mark.skipif(not module.reorders(torch.empty(module.SMALL, 1)), reason="torch has no oneDNN here")
+OLDER = not module.reorders(torch.empty(module.SMALL, 1)) or Version(torch.__version__) < Version("2.14")
+
+
+@pytest.mark.skipif(OLDER, reason="torch has no oneDNN here, or one whose products of few rows add in another order")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_a_rows_logits_do_not_depend_on_its_batch(size, dtype):
     """Bit for bit, for a row alone, too, and wherever the weight lies in memory."""
-    hidden, weight = problem(*size, dtype)
+    hidden, weight = problem(*size, dtype, C=256)
     all_CV, shifted = OutputLayer(weight)(hidden), torch.cat([weight.new_zeros(3), weight.flatten()])[3:].view_as(weight)
-    for rows in ([0], [20], [3, 4], [9, 1, 7], range(8), range(5, 30)):
+    for rows in ([0], [20], [3, 4], [9, 1, 7], range(8), range(5, 30), range(100, 255)):
         for keep in (False, True):
             assert torch.equal(OutputLayer(shifted, keep=keep)(hidden[list(rows)]), all_CV[list(rows)])
 
@@ -44,7 +49,7 @@ def test_a_rows_logits_do_not_depend_on_its_batch(size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_float64_on_the_same_numbers(dtype):
     """A 16-bit weight is read in pieces; the surrounding autocast rounds nothing."""
-    slope, weight = torch.randn(33, 9001), problem(9001, 1536, dtype)[1]
+    slope, weight = problem(33, 9001)[1] * 9001**0.5, problem(9001, 1536, dtype)[1]
     with torch.autocast("cpu", torch.bfloat16):
         got = OutputLayer(weight, keep=False).gradient(slope)
     assert_close(got.double(), slope.double() @ weight.double(), atol=1e-4, rtol=0)

@@ -179,7 +179,7 @@ class CLI(LightningCLI):
     def _dump_config(self) -> None:
         """Keep the configuration as plain values. It was validated when it was parsed; Lightning would do that again here."""
         if not hasattr(self, "config_dump"):
-            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True, format="yaml")
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, skip_validation=True, format="yaml")
             self.config_dump = yaml.safe_load(text)[self.config.subcommand]
 
     def instantiate_trainer(self, **kwargs: Any) -> RunTrainer:

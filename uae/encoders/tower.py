@@ -121,13 +121,14 @@ class Tower(ABC):
         """Turn one uint8 image ``[3, H, W]`` of any size into the pixels float32 ``[3, h, w]`` of the tower, on the CPU.
 
         The result equals that of the official image processor bit for bit, rounding to 8 bits included, which `embed`
-        leaves out. Several threads may call it at the same time, once the weights are loaded.
+        leaves out. Several threads may call it at the same time, once the weights are loaded. Subclasses leave it as it is: towers
+        with equal `preprocessing` share its results.
         """
         return self.preprocessing.of_bytes(image_3HW)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How images become the pixels of the tower. Towers for which it is equal share the results of `prepare`."""
+        """How images become the pixels of the tower."""
         return self._ready().preprocessing
 
     def embed_prepared(self, pixels_NCHW: Tensor) -> Tensor:

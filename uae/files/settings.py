@@ -47,9 +47,9 @@ def refuse_repeated_keys(text: str, path: str = "") -> None:
 
     Raises:
         RepeatedKeyError: A mapping has.
-        yaml.YAMLError: The text is not YAML; of a text without mappings this is left to whoever reads it.
+        yaml.YAMLError: The text is not YAML. A text that is too short to have two keys is not looked at; who reads it finds the error.
     """
-    if text.count(":") < 2 and "?" not in text:  # as nearly all values on their own, and no mapping has two keys then
+    if "{" not in text and "?" not in text and text.count(":") < 2:  # outside braces every key has its own ":" or "?"
         return
     nodes, visited = [yaml.compose(text, Loader=yaml.SafeLoader)], set[int]()
     while nodes:

@@ -19,7 +19,7 @@ def write_whole(path: Path, content: bytes) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         draft.write_bytes(content)
-    except FileNotFoundError:  # the folder is nearly always there, and to look first would take as long as to write
+    except FileNotFoundError:  # the folder nearly always exists, and checking first would take as long as writing
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(content)
     draft.replace(path)

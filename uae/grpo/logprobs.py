@@ -158,16 +158,18 @@ class _TrainedHead(torch.autograd.Function):
         grad_hidden_MD = torch.empty_like(hidden_MD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=accumulator(weight_VD))
         grad_bias_V = torch.zeros_like(grad_weight_VD[:, 0])
-        layer = OutputLayer(weight_VD, ctx.temperature, banned, bias_V, ctx.rule, keep=len(ids_M) > ctx.chunk)
+        keep = _worth_keeping(weight_VD, len(ids_M), ctx.chunk)
+        layer = OutputLayer(weight_VD, ctx.temperature, banned, bias_V, ctx.rule, keep)
         for start in range(0, len(ids_M), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logits_CV = layer(hidden_MD[rows])
-            softmax_CV = torch.softmax(logits_CV, 1, out=_room(logits_CV, layer))
+            softmax_CV = torch.softmax(logits_CV, 1, out=_overwritten(logits_CV, layer))
             slope_CV = _slope(softmax_CV, logits_CV, ids_M[rows], layer).mul_(grad_M[rows, None])
             del logits_CV, softmax_CV
             grad_hidden_MD[rows] = layer.gradient(slope_CV).to(hidden_MD.dtype)
             grad_weight_VD += product(slope_CV.t(), hidden_MD[rows].to(weight_VD.dtype))
             grad_bias_V += slope_CV.sum(0)
+            del slope_CV  # before the next chunk is computed
         grad_bias = None if bias_V is None else grad_bias_V.to(bias_V.dtype)
         return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias, *[None] * 6
 
@@ -187,11 +189,11 @@ def _score(
     """Log-prob and entropy of every token. If ``slope_MD`` is given, it is filled with ``d logp / d hidden``."""
     logp_M = hidden_MD.new_empty(len(ids_M), dtype=accumulator(weight_VD))
     entropy_M = torch.empty_like(logp_M) if entropy else logp_M.new_empty(0)
-    layer = OutputLayer(weight_VD, temperature, banned, bias_V, rule, keep=len(ids_M) > chunk)
+    layer = OutputLayer(weight_VD, temperature, banned, bias_V, rule, keep=_worth_keeping(weight_VD, len(ids_M), chunk))
     for start in range(0, len(ids_M), chunk):
         rows = slice(start, start + chunk)
         logits_CV = layer(hidden_MD[rows])
-        logp_CV = torch.log_softmax(logits_CV, 1, out=_room(logits_CV, layer))
+        logp_CV = torch.log_softmax(logits_CV, 1, out=_overwritten(logits_CV, layer))
         logp_M[rows] = logp_CV.gather(1, ids_M[rows, None]).squeeze(1)
         if entropy or slope_MD is not None:
             softmax_CV = logp_CV.exp_()
@@ -204,8 +206,16 @@ def _score(
     return logp_M, entropy_M
 
 
-def _room(logits_CV: Tensor, layer: OutputLayer) -> Tensor | None:
-    """Where probabilities are written: on a CPU over the logits, unless `LogitRule.chain` reads them once more."""
+def _worth_keeping(weight_VD: Tensor, tokens: int, chunk: int) -> bool:
+    """Whether a reordered copy of the weight serves several chunks, and is no larger than the logits of two chunks."""
+    return tokens > chunk and weight_VD.shape[1] <= 2 * chunk
+
+
+def _overwritten(logits_CV: Tensor, layer: OutputLayer) -> Tensor | None:
+    """The tensor that probabilities are written into: on a CPU the logits, to save memory; None makes a new one.
+
+    With a cap, `LogitRule.chain` needs the logits afterwards.
+    """
     return logits_CV if layer.rule.cap is None and logits_CV.device.type == "cpu" else None
 
 

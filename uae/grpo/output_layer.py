@@ -1,8 +1,11 @@
 """The last layer of a language model: logits from hidden states, the same in a sampler and in training code.
 
-Logits are computed in the data type of the weight and accumulated in float32 (float64 for a float64 weight), whatever the
-surrounding autocast. On a CPU, oneDNN multiplies by a float32 copy of the weight in an order of its own. That takes a half to a
-quarter of the time where rows are few, and a row's logits do not depend on the rows beside it, bit for bit.
+Logits are at least float32, whatever the surrounding autocast. On a GPU, a product with a 16-bit weight takes 16-bit inputs and
+adds in float32; elsewhere both are converted to float32 first (float64 for a float64 weight).
+
+On a CPU with oneDNN, a large weight is copied into an order that oneDNN reads faster. Products of few rows then take a half to a
+quarter of the time, and since torch 2.14 a row's logits are the same bits whatever rows stand beside it. Other products add in an
+order that depends on the number of rows, so that logits differ by rounding.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-SMALL = 2**18  # numbers of a weight below which the call of a product takes longer than the product
-PIECE = 2**22  # numbers of a weight that are reordered, and multiplied, at a time: more would not stay in a CPU's cache
+SMALL = 2**18  # a weight with fewer numbers is not reordered: there, to call oneDNN's operator takes longer than the product
+PIECE = 2**22  # a larger weight is reordered and multiplied in pieces of so many numbers, each of which fits in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ AS_THEY_ARE = LogitRule()
 
 
 class OutputLayer:
-    """Logits of tokens from their hidden states, for as long as the weight does not change.
+    """Computes the logits of tokens from their hidden states.
+
+    Make a new object when the weight has changed: this one may hold a copy of the old one.
 
     Args:
         weight_VD: Weight of the layer.
@@ -63,8 +68,9 @@ class OutputLayer:
         banned: Tokens int64 that the policy never emits, whose logit is minus infinity; None is no token.
         bias_V: Bias of the layer, or None.
         rule: How the model turns the outputs of the layer into logits.
-        keep: Whether a reordered weight is kept, 4 V D bytes. Otherwise every call reorders it again, piece by piece, which takes
-            as long as the product of about 60 tokens.
+        keep: True makes the reordered copy once and holds it (4 V D bytes), for many calls. False makes it again in every call,
+            one piece at a time, which takes as long as the product of about 60 tokens. Where a weight is not reordered, it has
+            no effect.
     """
 
     def __init__(
@@ -94,10 +100,12 @@ class OutputLayer:
 
     def _outputs(self, hidden_CD: Tensor) -> Tensor:
         """``hidden @ weight.T``."""
-        if not self._reorders or not len(hidden_CD):
+        if not len(hidden_CD):
+            return hidden_CD.new_empty(0, len(self.weight_VD), dtype=accumulator(self.weight_VD))
+        if not self._reorders:
             return product(hidden_CD, self.weight_VD.t())
         rows_RD = hidden_CD.float()
-        if len(rows_RD) == 1:  # a product of one row has an arithmetic of its own
+        if len(rows_RD) == 1:  # oneDNN adds up a single row in another order
             rows_RD = rows_RD.expand(2, -1)
         parts = (_multiplied(rows_RD, piece) for piece in self._kept or map(_reordered, self._rows()))
         if self.weight_VD.numel() <= PIECE:
@@ -125,11 +133,20 @@ class OutputLayer:
 
 
 def reorders(weight_VD: Tensor) -> bool:
-    """Whether an `OutputLayer` multiplies by a reordered float32 copy of a weight, which takes 4 V D bytes."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
-        return False
+    """Whether an `OutputLayer` multiplies by a reordered float32 copy of a weight."""
     whole = weight_VD.device.type == "cpu" and not isinstance(weight_VD, DTensor)
-    return whole and weight_VD.dtype != torch.float64 and weight_VD.numel() >= SMALL
+    return whole and reordered_bytes(weight_VD.numel(), weight_VD.dtype) > 0
+
+
+def reordered_bytes(numbers: int, dtype: torch.dtype) -> int:
+    """Bytes of the reordered copy of a weight on a CPU; 0 if it is not reordered there.
+
+    Args:
+        numbers: How many numbers the weight has.
+        dtype: Their data type.
+    """
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+    return 4 * numbers if known and numbers >= SMALL and dtype != torch.float64 else 0
 
 
 def accumulator(weight: Tensor) -> torch.dtype:
@@ -138,7 +155,11 @@ def accumulator(weight: Tensor) -> torch.dtype:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in the data type of right, accumulated in float32 and not rounded, as autocast would."""
+    """``left @ right``, at least float32, without the surrounding autocast, which would round it.
+
+    On a GPU, a 16-bit ``right`` is multiplied by ``left`` rounded to its data type; elsewhere both are converted to
+    `accumulator` of ``right`` first.
+    """
     dtype = accumulator(right)
     with torch.autocast(right.device.type, enabled=False):
         if right.dtype != dtype and right.is_cuda:
@@ -148,7 +169,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def _reordered(weight_PD: Tensor) -> Tensor:
     """A weight as oneDNN reads it best, in float32."""
-    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_PD.float(), 8)  # a hint of how many rows come
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_PD.float(), 8)  # 8 rows are expected; others work, too
     return reordered
 
 

@@ -107,6 +107,6 @@ def _update_rows(policy: CaptionPolicy, drawing: TokenDrawing, prompt: int, imag
 
 
 def _head_bytes(model: Any, tokens: int, codes: int) -> int:
-    """Bytes of two float32 ``[chunk, V]`` at a time and, per token, of a float32 state and its gradient."""
+    """Bytes of three float32 ``[chunk, V]`` at a time and, per token, of a float32 state and its gradient."""
     width = text_config(model).hidden_size
-    return 2 * 4 * min(tokens, CHUNK) * codes + 2 * 4 * tokens * width
+    return 3 * 4 * min(tokens, CHUNK) * codes + 2 * 4 * tokens * width

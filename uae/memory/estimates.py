@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from uae.grpo.logprobs import CHUNK
-from uae.grpo.output_layer import SMALL
 from uae.memory.counting import text_config
 from uae.models.renderers.diffusers import Rendering
 from uae.weights.placement import Placement, torch_dtype
@@ -78,18 +77,13 @@ def sampling_bytes(model: Any, rows: int) -> int:
 def head_bytes(model: Any, tokens: int, trained: bool) -> int:
     """Bytes of `uae.grpo.token_logprobs` for M tokens.
 
-    At most two float32 ``[chunk, V]`` at a time and, per token, a float32 slope ``[M, D]`` beside the hidden state; a head that
+    At most three float32 ``[chunk, V]`` at a time and, per token, a float32 slope ``[M, D]`` beside the hidden state; a head that
     trains keeps no slope but gathers its gradient in float32 ``[V, D]``, and has that of one chunk beside it.
     """
     config = text_config(model)
     states = tokens * config.hidden_size * model.dtype.itemsize
     kept = 2 * config.vocab_size * config.hidden_size * 4 if trained else tokens * config.hidden_size * 4
-    return 2 * 4 * min(tokens, CHUNK) * config.vocab_size + states + kept
-
-
-def reordered_bytes(weight: Tensor) -> int:
-    """Bytes of the float32 copy of a weight by which `uae.grpo.OutputLayer` multiplies on a CPU."""
-    return 4 * weight.numel() if weight.numel() >= SMALL and weight.dtype != torch.float64 else 0
+    return 3 * 4 * min(tokens, CHUNK) * config.vocab_size + states + kept
 
 
 def reading_bytes(config: Any, tokens: int, itemsize: int, adapted: bool = False) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from uae.grpo.logprobs import CHUNK
+from uae.grpo.output_layer import reordered_bytes
 from uae.memory import estimates
 from uae.memory.counting import text_config, update_bytes
 from uae.memory.flops import WIDTHS
@@ -14,7 +14,7 @@ from uae.memory.processes import Processes
 from uae.memory.table import Row
 from uae.models.captioners.policy import CaptionPolicy
 from uae.models.merged import merged_bytes
-from uae.systems.blueprints import DRAWS, Blueprint
+from uae.systems.blueprints import DRAWS, Blueprint, TokenDrawing
 from uae.weights.placement import torch_dtype
 
 QUESTION = 64  # assumed number of tokens of a prompt without its image, and of the template around a caption
@@ -58,7 +58,7 @@ def rollout_rows(policy: CaptionPolicy, blueprint: Blueprint, sizes: Sizes, proc
             keys="sampling.max_tokens, model.group, data.batch_size",
         ),
         _merged_row(policy, blueprint, processes),
-        _reordered_row(policy, sizes, processes),
+        *_reordered_rows(policy, blueprint, processes),
         Row("logits of a sampling step", estimates.sampling_bytes(model, sizes.rows), phases=("caption",)),
         Row("image features", 0 if policy.tower_learns else estimates.feature_bytes(model, sizes.images, sizes.pixels)),
         Row(
@@ -86,11 +86,16 @@ def _merged_row(policy: CaptionPolicy, blueprint: Blueprint, processes: Processe
     return Row("weights merged with the adapter", size, size if exact else 0, phases, keys="reading.dtype bfloat16")
 
 
-def _reordered_row(policy: CaptionPolicy, sizes: Sizes, processes: Processes) -> Row:
-    """The copy of the output layer that products on a CPU read; log-probs of few tokens make it piece by piece."""
-    size = 0 if processes.on_gpu else estimates.reordered_bytes(policy.base.get_output_embeddings().weight)
-    many = sizes.part * sizes.group * sizes.tokens > CHUNK
-    return Row("output head, reordered", size, phases=("caption", *(("replay", "update") if many else ())))
+def _reordered_rows(policy: CaptionPolicy, blueprint: Blueprint, processes: Processes) -> list[Row]:
+    """The copies of output layers that `uae.grpo.OutputLayer` keeps on a CPU while captions and image tokens are drawn."""
+    if processes.on_gpu:
+        return []
+    weight = policy.base.get_output_embeddings().weight
+    rows = [Row("output head, reordered", reordered_bytes(weight.numel(), weight.dtype), phases=("caption",))]
+    if isinstance(blueprint.drawing, TokenDrawing):
+        numbers = blueprint.drawing.codes * text_config(policy.base).hidden_size
+        rows.append(Row("image head, reordered", reordered_bytes(numbers, policy.base.dtype), phases=("render",)))
+    return rows
 
 
 def _drawing_rows(blueprint: Blueprint, sizes: Sizes) -> list[Row]:

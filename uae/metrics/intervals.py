@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = (0.025, 0.975)  # the two quantiles that an interval of 95 % lies between
-BLOCK = 2**16  # numbers that are drawn at a time
+BLOCK = 2**16  # about how many cases are drawn at a time; at least those of one resample
 _Z = 1.959963984540054  # the quantile LEVEL[1] of the normal distribution
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from uae.rehearsal.language_models import SENTENCES
 from uae.rehearsal.pipelines import autoencoder
 
-ROOM = tempfile.TemporaryDirectory()  # of a file that the tokenizer reads until it is saved
+ROOM = tempfile.TemporaryDirectory()  # holds the file that the tokenizer reads until it is saved; removed when Python ends
 
 
 def kolors() -> Any:

@@ -57,7 +57,8 @@ def write_contact_sheet(
                 sheet.paste(picture, (left + side * (CELL + MARGIN), top))
             pen.text((left, top + CELL + 1), f"{100 * score_N[n]:.2f}  {_plain(names[n])}", fill="black")
     content = BytesIO()
-    sheet.save(content, format="PNG", compress_level=1)  # of photographs, higher levels save a sixth and take twice the time
+    # For photographs, higher levels make the file a sixth smaller and take twice the time.
+    sheet.save(content, format="PNG", compress_level=1)
     write_whole(path, content.getvalue())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path | None) -> None:
+        self._lock = threading.Lock()
         self.folder = None if folder is None else Path(os.path.expanduser(folder))
         if self.folder is not None and self.folder.parts[:1] == ("~",):
             self._give_up("this user has no home")
@@ -63,15 +65,19 @@ class FeatureCache:
             self._give_up(error.strerror or str(error))
 
     def _give_up(self, reason: str) -> None:
+        with self._lock:
+            folder, self.folder = self.folder, None
+        if folder is None:  # another thread has said it
+            return
         tqdm.write(  # a line of its own, above a bar
-            f"warning: embeddings are not kept, since {self.folder} cannot be written ({reason}); scores stay the same, but the next "
+            f"warning: embeddings are not kept, since {folder} cannot be written ({reason}); scores stay the same, but the next "
             "run takes as long again: give a folder that can by --cache_folder, or --cache false",
             file=sys.stderr,
         )
-        self.folder = None
 
     def _path(self, encoder: str | None, image: str) -> Path | None:
-        if self.folder is None or encoder is None:
+        folder = self.folder  # another thread may give up meanwhile
+        if folder is None or encoder is None:
             return None
         kind = hashlib.sha256(encoder.encode()).hexdigest()[:24]
-        return self.folder / kind / image[:2] / image
+        return folder / kind / image[:2] / image

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,16 +75,17 @@ class ImageFeatures:
         # Each reading thread computes without helpers: threads that wait for each other by spinning slow down all others.
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             coming = [pool.submit(self.read, file) for file in groups[0]] if groups else []
-            storing = pool.submit(self._store, [])
+            stored: list[Future[None]] = []
             for position in range(len(groups)):
                 seen = [reading.result() for reading in coming]
                 following = groups[position + 1] if position + 1 < len(groups) else []
                 coming = [pool.submit(self.read, file) for file in following]
-                new = self._embed(seen)
-                storing.result()
-                storing = pool.submit(self._store, new)
+                for one in stored:
+                    one.result()
+                stored = self._embed(seen, pool)
                 yield seen
-            storing.result()
+            for one in stored:
+                one.result()
 
     def read(self, file: Path) -> EncodedImage:
         """Read a file: its embeddings from the cache, and the prepared image for each other encoder."""
@@ -115,13 +116,15 @@ class ImageFeatures:
                 prepared[name] = image_3HW
                 continue
             rule = encoder.preprocessing
-            prepared[name] = made[rule] = made[rule] if rule in made else encoder.prepare(image_3HW)
+            if rule not in made:
+                made[rule] = encoder.prepare(image_3HW)
+            prepared[name] = made[rule]
         return prepared
 
     @torch.inference_mode()
-    def _embed(self, everything: list[EncodedImage]) -> list[tuple[str, EncodedImage]]:
-        """Embed what is not embedded yet. Returns the encoder and the image of every new embedding."""
-        new = [(name, seen) for seen in everything for name in seen.prepared]
+    def _embed(self, everything: list[EncodedImage], pool: ThreadPoolExecutor) -> list[Future[None]]:
+        """Embed what is not embedded yet. What is new is stored by the pool, a batch at a time."""
+        stored = []
         for name in self.encoders:
             by_shape: dict[tuple[int, ...], list[EncodedImage]] = defaultdict(list)
             for seen in everything:
@@ -129,8 +132,10 @@ class ImageFeatures:
                     by_shape[tuple(seen.prepared[name].shape)].append(seen)
             for alike in by_shape.values():
                 for first in range(0, len(alike), self.batch_size):
-                    self._embed_batch(name, alike[first : first + self.batch_size])
-        return new
+                    batch = alike[first : first + self.batch_size]
+                    self._embed_batch(name, batch)
+                    stored.append(pool.submit(self._store, name, batch))
+        return stored
 
     def _embed_batch(self, name: str, alike: list[EncodedImage]) -> None:
         encoder = self.encoders[name]
@@ -142,9 +147,9 @@ class ImageFeatures:
         for seen, feature_D in zip(alike, features_ND, strict=True):
             seen.feature[name] = feature_D.clone()
 
-    def _store(self, new: list[tuple[str, EncodedImage]]) -> None:
-        """Write embeddings to the cache, except those with NaN or infinity."""
-        for name, seen in new:
+    def _store(self, name: str, batch: list[EncodedImage]) -> None:
+        """Write embeddings of an encoder to the cache, except those with NaN or infinity."""
+        for seen in batch:
             feature_D = np.asarray(seen.feature[name])
             if np.isfinite(feature_D).all():
                 self.cache.write(self.keys[name], seen.digest, feature_D)

@@ -97,6 +97,7 @@ class _Ring:
         self.found.names += kept
         self.found.digests += [(one.digest, other.digest) for one, other in zip(sources, reconstructions, strict=True)]
         self.cosines.append(np.where(valid_ME, cosine_ME, 0.0))
+        # The very first pair has none before it: its row is NaN until `close` fills it.
         self.floors.append(self._mismatched([self.last or sources[0], *sources[:-1]], sources, reconstructions))
         self.last = sources[-1]
 
@@ -105,7 +106,7 @@ class _Ring:
         found = self.found
         if self.first is None or self.last is None:
             return found
-        source, reconstruction = self.first
+        source, reconstruction = self.first  # its reconstruction is compared with the last source, which closes the ring
         self.floors[0][0] = self._mismatched([self.last], [source], [reconstruction])[0]
         order = sorted(range(len(found.names)), key=lambda n: found.names[n])
         found.cosine_NE, found.floor_NE = np.concatenate(self.cosines)[order], np.concatenate(self.floors)[order]

@@ -185,7 +185,8 @@ class HFCaptioner:
 
     def _draw(self, prefix: Prefix, sampling: Sampling, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, mask, log-probs and entropies, ``[N, T]`` each, up to the end of the longest caption."""
-        policy, layer, device = self.learner.network, self.learner.network.output_layer(sampling.policy_temperature), self.device
+        policy, device = self.learner.network, self.device
+        layer = policy.output_layer(sampling.policy_temperature)
         uniform_NT, ends = uniforms(seeds, sampling.max_tokens).to(device), torch.tensor(self.end_ids, device=device)
         hidden_RD, row_R = prefix.hidden_ND, torch.arange(len(uniform_NT), device=device)
         open_R = torch.ones_like(row_R, dtype=torch.bool)

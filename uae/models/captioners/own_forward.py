@@ -63,12 +63,13 @@ def _rule(model: Any, ids_1L: Tensor) -> LogitRule:
     head, noise = model.get_output_embeddings(), torch.Generator().manual_seed(0)
     bias_V = getattr(head, "bias", None)
     hidden_LD = torch.randn(ids_1L.shape[1], head.weight.shape[1], generator=noise).to(head.weight)
-    hidden_LD = hidden_LD * (LOUD / OutputLayer(head.weight, bias_V=bias_V, keep=False)(hidden_LD).abs().max()).to(hidden_LD.dtype)
-    own_LV = _own_logits(model, ids_1L, hidden_LD)
+    layer = OutputLayer(head.weight, bias_V=bias_V, keep=False)
+    hidden_LD = hidden_LD * (LOUD / layer(hidden_LD).abs().max()).to(hidden_LD.dtype)
+    own_LV, plain_LV = _own_logits(model, ids_1L, hidden_LD), layer(hidden_LD)
     largest = float(own_LV.abs().max())
 
     def error(rule: LogitRule) -> float:
-        ours_LV = OutputLayer(head.weight, bias_V=bias_V, rule=rule, keep=False)(hidden_LD)[:, : own_LV.shape[1]]
+        ours_LV = rule.apply(plain_LV[:, : own_LV.shape[1]].clone())
         return float((ours_LV - own_LV).abs().max()) / largest
 
     best = min(_candidates(model.config), key=error)
