@@ -32,9 +32,8 @@ def token_logprobs(
     """The log-probs of tokens under ``softmax(rule(hidden @ head_weight.T + bias) / temperature)``, and its entropy.
 
     The policy is the same here and in the sampler only if both use the same temperature and the same banned ids. The logits
-    are computed in the data type of the head, accumulated in float32, and stay float32 (float64 for a float64 head),
-    whatever the surrounding autocast. The working memory is a few float32 tensors ``[chunk, V]``; besides, M tokens keep
-    ``[M, D]`` for the backward pass.
+    are those of `OutputLayer`, at least float32. The working memory is a few float32 tensors ``[chunk, V]``; besides, M tokens
+    keep ``[M, D]`` for the backward pass.
 
     Args:
         hidden: Hidden states ``[..., D]``, each of which predicts the token at the same place in ``ids``.

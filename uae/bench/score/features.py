@@ -71,7 +71,10 @@ class ImageFeatures:
         self.workers, self.max_pixels = workers, max_pixels
 
     def stream(self, groups: Sequence[Sequence[Path]]) -> Iterator[list[EncodedImage]]:
-        """Yield the embedded images group by group. Meanwhile the next group is read, and the last one is stored in the cache."""
+        """Yield the embedded images group by group.
+
+        Meanwhile the next group is read, so memory holds two groups, and the last one is stored in the cache.
+        """
         # Each reading thread computes without helpers: threads that wait for each other by spinning slow down all others.
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             coming = [pool.submit(self.read, file) for file in groups[0]] if groups else []
